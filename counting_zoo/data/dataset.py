@@ -1,0 +1,181 @@
+"""From a record to a sample, and from samples to a :class:`~counting_zoo.types.Batch`."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from counting_zoo.images import decode_image
+from counting_zoo.data.points import check_inside
+from counting_zoo.data.records import Record, Sample, ask
+from counting_zoo.data.transforms import Augmentation
+from counting_zoo.errors import ImageError, InputError
+from counting_zoo.geometry import Preprocess, scale_boxes, scale_points
+from counting_zoo.types import Batch
+
+ChooseNames = Callable[[Record, np.random.Generator | None], list[str]]
+
+
+class CountingDataset(Dataset):
+    """Decodes, resizes as the model asks, augments (training only) and relabels to the names asked about.
+
+    Args:
+        records: the annotation.
+        read_bytes: gives the encoded picture of a record.
+        choose_names: which names to ask about; gets a generator in training, ``None`` in evaluation.
+        preprocess: the model's geometry.
+        augmentation: training only; ``None`` in evaluation.
+        outside: what happens to points outside the picture: ``error``, ``clamp`` or ``drop``.
+        tolerate: predict only: an unreadable picture becomes an item with ``failed`` instead of an error.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        read_bytes: Callable[[Record], bytes],
+        choose_names: ChooseNames,
+        *,
+        preprocess: Preprocess,
+        augmentation: Augmentation | None = None,
+        training: bool = False,
+        outside: str = "error",
+        tolerate: bool = False,
+    ) -> None:
+        self.records = records
+        self.read_bytes = read_bytes
+        self.choose_names = choose_names
+        self.preprocess = preprocess
+        self.augmentation = augmentation
+        self.training = training
+        self.outside = outside
+        self.tolerate = tolerate
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        record = self.records[index]
+        if not self.tolerate:
+            return self._item(record, seed)
+        try:
+            return self._item(record, seed)
+        except (ImageError, OSError) as error:
+            return {"failed": (record.image_id, f"{type(error).__name__}: {error}")}
+
+    def _item(self, record: Record, seed: int | None) -> dict[str, Any]:
+        if self.training and seed is None:
+            # Indexed by hand, without the sampler: a function of the picture, so still reproducible.
+            seed = zlib.crc32(record.image_id.encode())
+        rng = np.random.default_rng(seed) if self.training else None
+        image = decode_image(self.read_bytes(record), record.image_id)
+        original_size = image.shape[:2]
+        record = check_inside(record, original_size, self.outside)
+        asked = ask(record, self.choose_names(record, rng))
+        picture = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
+        picture = self.preprocess(picture)
+        size = (picture.shape[1], picture.shape[2])
+        geometry = {
+            "points": _moved(scale_points, asked.points, 2, original_size, size),
+            "boxes": _moved(scale_boxes, asked.boxes, 4, original_size, size),
+            "exemplars": _moved(scale_boxes, asked.exemplars, 4, original_size, size),
+        }
+        counts = asked.counts
+        if self.training and self.augmentation is not None:
+            sample = Sample(
+                image=np.ascontiguousarray(picture.permute(1, 2, 0).numpy()),
+                labels=asked.labels if asked.labels is not None else np.zeros(0, np.int64),
+                box_labels=asked.box_labels if asked.box_labels is not None else np.zeros(0, np.int64),
+                has_points=asked.points is not None,
+                **geometry,
+            )
+            assert rng is not None  # training draws its generator above
+            sample = self.augmentation(sample, rng)
+            picture = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1)
+            geometry = {"points": sample.points, "boxes": sample.boxes, "exemplars": sample.exemplars}
+            if asked.points is not None:
+                counts = np.bincount(sample.labels, minlength=len(asked.classes)).astype(np.float32)
+            asked = replace(
+                asked,
+                labels=None if asked.labels is None else sample.labels,
+                box_labels=None if asked.box_labels is None else sample.box_labels,
+            )
+        item: dict[str, Any] = {
+            "image": picture.float() / 255 if self.training else picture.contiguous(),
+            "classes": asked.classes,
+            "image_id": record.image_id,
+            "present": list(record.classes),
+            "original_size": original_size,
+        }
+        if counts is not None:
+            item["counts"] = torch.from_numpy(counts)
+        if asked.points is not None:
+            item["points"] = torch.from_numpy(geometry["points"])
+            item["labels"] = torch.from_numpy(asked.labels)
+        if asked.boxes is not None:
+            item["boxes"] = torch.from_numpy(geometry["boxes"])
+            item["box_labels"] = torch.from_numpy(asked.box_labels)
+        if asked.exemplars is not None:
+            item["exemplars"] = torch.from_numpy(geometry["exemplars"])
+        if asked.captions is not None:
+            item["captions"] = list(asked.captions)
+        return item
+
+
+def _moved(
+    scale: Callable[[Tensor, tuple[int, int], tuple[int, int]], Tensor],
+    values: np.ndarray | None,
+    columns: int,
+    old: tuple[int, int],
+    new: tuple[int, int],
+) -> np.ndarray:
+    """The annotation in the resized frame; an empty array where there is none."""
+    if values is None:
+        return np.zeros((0, columns), np.float32)
+    return scale(torch.from_numpy(np.asarray(values, np.float32)), old, new).numpy()
+
+
+def collate(items: list[dict[str, Any]], *, training: bool = False) -> Batch:
+    """Put items into one batch: pictures are stacked in training and stay a list in evaluation.
+
+    Raises:
+        InputError: training pictures differ in size, or the pictures are asked about different numbers of names.
+    """
+    failed = [item["failed"] for item in items if "failed" in item]
+    items = [item for item in items if "failed" not in item]
+    batch: dict[str, Any] = {
+        "image": [item["image"] for item in items],
+        "classes": [item["classes"] for item in items],
+        "image_id": [item["image_id"] for item in items],
+    }
+    if failed:
+        batch["failed"] = failed
+    if len({len(names) for names in batch["classes"]}) > 1:
+        numbers = sorted({len(names) for names in batch["classes"]})
+        raise InputError(
+            f"pictures of one batch are asked about different numbers of names ({numbers}); "
+            "set data.prompts to 'target', 'all' or a number"
+        )
+    if training:
+        sizes = {tuple(image.shape[1:]) for image in batch["image"]}
+        if len(sizes) > 1:
+            raise InputError(
+                f"training pictures of one batch differ in size ({sorted(sizes)[:3]}...); give data.augmentation "
+                "a crop, use a model whose preprocess warps to one size, or set data.batch_size to 1"
+            )
+        batch["image"] = torch.stack(batch["image"])
+    keys = set.intersection(*(set(item) for item in items)) - set(batch) if items else set()
+    for key in sorted(keys):
+        values = [item[key] for item in items]
+        batch[key] = torch.stack(values) if key == "counts" else values
+    return batch  # type: ignore[return-value]
+
+
+__all__ = ["CountingDataset", "collate"]

@@ -1,0 +1,104 @@
+"""What a reader says of one picture, before the picture is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+Split = Literal["train", "val", "test", "predict"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture and its annotation, in pixels of the stored (EXIF-rotated) picture.
+
+    Args:
+        image_id: unique in the data set and stable between runs; normally the path below the root.
+        path: the picture file; ``None`` where the data module reads bytes from elsewhere (a pack).
+        classes: names of what is annotated; ``labels`` and ``box_labels`` index into it. The first is the target.
+        points: ``(N, 2)`` float32 x, y, or ``None`` where the data has none.
+        labels: ``(N,)`` int64.
+        boxes: ``(M, 4)`` float32 x1, y1, x2, y2 of all objects, or ``None``.
+        box_labels: ``(M,)`` int64.
+        exemplars: ``(E, 4)`` float32 a few example boxes of the target, or ``None``.
+        counts: ``(len(classes),)`` float32 image-level counts, or ``None`` for pictures without annotation.
+        captions: any number of sentences.
+        size: ``(height, width)`` of the picture where the annotation or the file header says so.
+    """
+
+    image_id: str
+    path: Path | None = None
+    classes: list[str] = field(default_factory=list)
+    points: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    boxes: np.ndarray | None = None
+    box_labels: np.ndarray | None = None
+    exemplars: np.ndarray | None = None
+    counts: np.ndarray | None = None
+    captions: list[str] | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded picture with the geometry an augmentation must move along with it.
+
+    Args:
+        image: ``(H, W, 3)`` uint8 RGB.
+        points: ``(N, 2)`` float32 in the closed interval [0, W] x [0, H].
+        labels: ``(N,)`` int64.
+        boxes: ``(M, 4)`` float32.
+        box_labels: ``(M,)`` int64.
+        exemplars: ``(E, 4)`` float32.
+        has_points: whether the data knows every object's place; if not, the picture must never be cropped.
+    """
+
+    image: np.ndarray
+    points: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+    box_labels: np.ndarray
+    exemplars: np.ndarray
+    has_points: bool = True
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(height, width)``"""
+        return self.image.shape[0], self.image.shape[1]
+
+
+def ask(record: Record, names: list[str]) -> Record:
+    """The record as seen by somebody who asks about ``names`` only: other objects go, absent names count 0.
+
+    Raises:
+        ValueError: a name is asked about twice.
+
+    Example:
+        >>> r = Record("a", classes=["cat", "dog"], points=np.float32([[1, 1], [2, 2]]), labels=np.array([0, 1]))
+        >>> ask(r, ["dog", "cow"]).counts.tolist(), ask(r, ["dog", "cow"]).labels.tolist()
+        ([1.0, 0.0], [0])
+    """
+    if len(set(names)) != len(names):
+        raise ValueError(f"{record.image_id}: names asked about twice: {names}")
+    new_index = np.array([names.index(c) if c in names else -1 for c in record.classes], dtype=np.int64)
+    changes: dict[str, object] = {"classes": list(names)}
+    for values, labels in (("points", "labels"), ("boxes", "box_labels")):
+        old = getattr(record, labels)
+        if old is not None:
+            moved = new_index[old] if len(new_index) else np.zeros(0, np.int64)
+            changes[values] = getattr(record, values)[moved >= 0]
+            changes[labels] = moved[moved >= 0]
+    if "labels" in changes:
+        changes["counts"] = np.bincount(changes["labels"], minlength=len(names)).astype(np.float32)
+    elif record.counts is not None:
+        counts = np.zeros(len(names), np.float32)
+        known = new_index >= 0
+        counts[new_index[known]] = record.counts[known]
+        changes["counts"] = counts
+    return replace(record, **changes)  # type: ignore[arg-type]
+
+
+__all__ = ["Record", "Sample", "Split", "ask"]

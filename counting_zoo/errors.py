@@ -1,0 +1,26 @@
+"""The zoo's own errors: each message names what was found, what was expected and the cure."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """A setting, annotation or argument that cannot be used as it is."""
+
+
+class ImageError(InputError):
+    """A picture that cannot be read: missing, truncated, not a picture, or too large to decode."""
+
+
+class SupervisionError(InputError):
+    """A model is asked to train on data that lacks the supervision it needs."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is not what it is loaded as, or that misses part of its recipe."""
+
+
+class WeightsError(InputError):
+    """Pretrained weights that are missing, offline, or do not fit."""
+
+
+__all__ = ["CheckpointError", "ImageError", "InputError", "SupervisionError", "WeightsError"]
