@@ -196,7 +196,8 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
 
     Segments are skipped by their stated length, so a thumbnail inside one is not mistaken for the picture.
     """
-    segments, at = [], 2
+    segments: list[tuple[int, int, int]] = []
+    at = 2
     while True:
         while data[at : at + 2] == b"\xff\xff":
             at += 1

@@ -160,7 +160,8 @@ def _check_consistent(record: Record) -> None:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n:
             bad = int(np.flatnonzero((labels < 0) | (labels >= n))[0])
             raise InputError(
-                f"{name}: {labels_name}[{bad}] is {int(labels[bad])}; expected 0 to {n - 1}, an index into {record.classes}"
+                f"{name}: {labels_name}[{bad}] is {int(labels[bad])}; expected an index into "
+                f"its {n} classes {record.classes}"
             )
         check_finite(values, f"{name}: {values_name}")
     if record.exemplars is not None:
@@ -222,7 +223,9 @@ def _describe(record: Record) -> str:
 def _with_sizes(records: list[Record], split: str, outside: str, where: str) -> list[Record]:
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = list(pool.map(lambda record: _size(record, tolerate=split == "predict"), records, chunksize=64))
-    checked, touched, surprises = [], {}, []
+    checked: list[Record] = []
+    touched: dict[str, int] = {}
+    surprises: list[str] = []
     for record, size in zip(records, sizes, strict=True):
         if size is not None:
             if record.size not in (None, size):

@@ -14,7 +14,7 @@ from counting_zoo.errors import InputError
 Outside = Literal["error", "clamp", "drop"]
 OUTSIDE: tuple[Outside, ...] = ("error", "clamp", "drop")
 
-_GEOMETRY = (("points", "labels"), ("boxes", "box_labels"), ("exemplars", None))
+_LABELS_OF = {"points": "labels", "boxes": "box_labels", "exemplars": None}
 
 
 def as_points(values: Any, source: str) -> np.ndarray:
@@ -114,36 +114,31 @@ def keep_inside(record: Record, size: tuple[int, int], outside: str) -> tuple[Re
     """
     if outside not in OUTSIDE:
         raise InputError(f"data.outside is {outside!r}; expected one of {', '.join(OUTSIDE)}")
-    height, width = size
-    limits = np.array([width, height], np.float32)
+    limits = np.array(size[::-1], np.float32)
+    values = {name: getattr(record, name) for name in _LABELS_OF if getattr(record, name) is not None}
+    outlying, removed = {}, {}
+    for name, rows in values.items():
+        check_finite(rows, f"{record.image_id}: {name}")
+        corners = rows.reshape(len(rows), -1, 2)
+        outlying[name] = ((corners < 0) | (corners > limits)).any((1, 2))
+        removed[name] = ((corners[:, -1] < 0) | (corners[:, 0] > limits)).any(1)
+        if outside == "error" and outlying[name].any():
+            raise _outside_error(record.image_id, name, corners, outlying[name], size)
+    touched = sum(int(rows.sum()) for rows in outlying.values())
+    if not touched:
+        return record, 0
+    if pairs_up(record.points, record.labels, record.boxes, record.box_labels):
+        removed["boxes"] = removed["points"]
     changes: dict[str, Any] = {}
-    touched = 0
-    paired = pairs_up(record.points, record.labels, record.boxes, record.box_labels)
-    for name, label_name in _GEOMETRY:
-        values = getattr(record, name)
-        if values is None or not len(values):
-            continue
-        check_finite(values, f"{record.image_id}: {name}")
-        corners = values.reshape(len(values), -1, 2)
-        bad = ((corners < 0) | (corners > limits)).any((1, 2))
-        if not bad.any():
-            continue
-        if outside == "error":
-            raise _outside_error(record, name, corners, bad, size)
-        touched += int(bad.sum())
-        changes[name] = np.clip(corners, 0, limits).reshape(values.shape).astype(np.float32)
-        if outside == "drop":
-            gone = bad if name == "points" else ((corners[:, 1] < 0) | (corners[:, 0] > limits)).any(1)
-            _remove(record, changes, name, label_name, gone)
-    if outside == "drop" and paired and "points" in changes:
-        # The boxes of dropped points go with them, whatever the boxes themselves say.
-        corners = record.points  # type: ignore[assignment]
-        gone = ((corners < 0) | (corners > limits)).any(1)
-        changes["boxes"] = np.clip(record.boxes.reshape(-1, 2, 2), 0, limits).reshape(-1, 4)  # type: ignore[union-attr]
-        _remove(record, changes, "boxes", "box_labels", gone)
-    if outside == "drop" and "points" in changes and record.counts is not None and record.labels is not None:
+    for name, rows in values.items():
+        kept = ~removed[name] if outside == "drop" else np.ones(len(rows), bool)
+        changes[name] = np.clip(rows[kept], 0, np.tile(limits, rows.shape[1] // 2)).astype(np.float32)
+        labels = _LABELS_OF[name]
+        if labels is not None and getattr(record, labels) is not None:
+            changes[labels] = getattr(record, labels)[kept]
+    if record.counts is not None and "labels" in changes:
         changes["counts"] = np.bincount(changes["labels"], minlength=len(record.classes)).astype(np.float32)
-    return (replace(record, **changes), touched) if changes else (record, 0)
+    return replace(record, **changes), touched
 
 
 def check_inside(record: Record, size: tuple[int, int], outside: str) -> Record:
@@ -166,16 +161,11 @@ def pairs_up(
     points: np.ndarray | None, labels: np.ndarray | None, boxes: np.ndarray | None, box_labels: np.ndarray | None
 ) -> bool:
     """Whether row i of the points and row i of the boxes are the same object: same labels, each point in its box."""
-    if points is None or boxes is None or len(points) != len(boxes) or not np.array_equal(labels, box_labels):
+    if points is None or boxes is None or labels is None or box_labels is None:
+        return False
+    if len(points) != len(boxes) or not np.array_equal(labels, box_labels):
         return False
     return bool(((points >= boxes[:, :2]) & (points <= boxes[:, 2:])).all())
-
-
-def _remove(record: Record, changes: dict[str, Any], name: str, label_name: str | None, gone: np.ndarray) -> None:
-    changes[name] = changes[name][~gone]
-    labels = None if label_name is None else getattr(record, label_name)
-    if label_name is not None and labels is not None:
-        changes[label_name] = labels[~gone]
 
 
 def _outside_error(
@@ -189,7 +179,7 @@ def _outside_error(
     if ((swapped >= 0) & (swapped <= [width, height])).all():
         hint = f" With x and y exchanged all {len(corners)} would lie inside: are the columns swapped?"
     return InputError(
-        f"{record.image_id}: {what} {first} is {_show(corners[first].ravel())}, outside the picture of {height} x "
+        f"{image_id}: {what} {first} is {_show(corners[first].ravel())}, outside the picture of {height} x "
         f"{width} pixels (height x width); {int(bad.sum())} of {len(bad)} {name} are.{hint} "
         "Correct the annotation, or set data.outside to 'clamp' or 'drop'"
     )

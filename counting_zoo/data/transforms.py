@@ -1,12 +1,30 @@
-"""Augmentation of training pictures: picture, points, boxes and exemplars move together."""
+"""Augmentation of training pictures: picture, points, boxes and exemplars move together.
+
+Coordinates are edges: pixel ``i`` covers ``[i, i + 1]`` and a picture of width W spans the closed ``[0, W]``. Every
+geometric operation is one affine map of these coordinates, done here on points in float64, so a point on the border
+survives a flip. albumentations is used for colour, noise and blur only.
+
+What leaves the frame: a point stays where the kept region holds it; regions are half-open, so that neighbouring crops
+share no point, except at the picture's own right and lower border. A box or exemplar stays with its centre and is
+clipped; where boxes and points are the same objects in the same order, the box stays with its point instead. A box that
+is turned or sheared becomes the upright box around it.
+"""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
+import cv2
 import numpy as np
 
+from counting_zoo.data.points import pairs_up
 from counting_zoo.data.records import Sample
+from counting_zoo.errors import InputError
 
 
 class Augmentation(ABC):
@@ -14,17 +32,385 @@ class Augmentation(ABC):
 
     @abstractmethod
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """Return the augmented sample; the one given stays as it is."""
+        """Return the augmented sample; the one given stays as it is.
+
+        A sample without points (``has_points`` false) knows its counts only, so nothing may leave its frame.
+        """
+
+
+# -- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def flip_horizontal(sample: Sample) -> Sample:
+    """Mirror left and right: x becomes W - x."""
+    return _moved(sample, cv2.flip(sample.image, 1), np.array([[-1, 0, sample.size[1]], [0, 1, 0]]))
+
+
+def flip_vertical(sample: Sample) -> Sample:
+    """Mirror top and bottom: y becomes H - y."""
+    return _moved(sample, cv2.flip(sample.image, 0), np.array([[1, 0, 0], [0, -1, sample.size[0]]]))
+
+
+def rot90(sample: Sample, turns: int) -> Sample:
+    """Turn anticlockwise by ``turns`` quarters, as :func:`numpy.rot90` does."""
+    height, width = sample.size
+    matrix = (
+        [[1, 0, 0], [0, 1, 0]],
+        [[0, 1, 0], [-1, 0, width]],
+        [[-1, 0, width], [0, -1, height]],
+        [[0, -1, height], [1, 0, 0]],
+    )[turns % 4]
+    return _moved(sample, np.ascontiguousarray(np.rot90(sample.image, turns)), np.array(matrix))
+
+
+def crop(sample: Sample, x: int, y: int, width: int, height: int) -> Sample:
+    """Cut out ``[x, x + width) x [y, y + height)``; what lies beyond the right or lower border is black."""
+    start, end = np.array([x, y]), np.array([x + width, y + height])
+    border = np.array(sample.size[::-1])
+    end = np.where(end >= border, np.nextafter(border, np.inf), end)  # the picture's own border belongs to the crop
+    image = sample.image[y : y + height, x : x + width]
+    below, right = height - image.shape[0], width - image.shape[1]
+    if below or right:
+        image = cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+    return _moved(
+        sample, image, np.array([[1, 0, -x], [0, 1, -y]]), lambda points: ((points >= start) & (points < end)).all(1)
+    )
+
+
+def resize(sample: Sample, width: int, height: int) -> Sample:
+    """Resize to ``width`` x ``height``: pixels are averaged when both sides shrink, and interpolated otherwise."""
+    old_height, old_width = sample.size
+    if (old_height, old_width) == (height, width):
+        return sample
+    how = cv2.INTER_AREA if width <= old_width and height <= old_height else cv2.INTER_LINEAR
+    image = cv2.resize(sample.image, (width, height), interpolation=how)
+    return _moved(sample, image, np.array([[width / old_width, 0, 0], [0, height / old_height, 0]]))
+
+
+def affine(sample: Sample, matrix: np.ndarray) -> Sample:
+    """Map the picture within its frame by a ``(2, 3)`` matrix of x, y; what comes from outside is black.
+
+    (The reference fills at random with reflections too, which shows objects that no point counts.)
+    """
+    height, width = sample.size
+    # OpenCV's coordinates are pixel centres, half a pixel off the edges used here.
+    centred = matrix.astype(np.float64).copy()
+    centred[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
+    image = cv2.warpAffine(sample.image, centred, (width, height), flags=cv2.INTER_LINEAR)
+
+    def inside(points: np.ndarray) -> np.ndarray:
+        moved = _apply(matrix, points)
+        return ((moved >= 0) & (moved <= [width, height])).all(1)
+
+    return _moved(sample, image, matrix, inside)
+
+
+def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """``(..., 2)`` points under a ``(2, 3)`` matrix, in float64."""
+    return points.astype(np.float64) @ matrix[:, :2].T + matrix[:, 2]
+
+
+def _moved(
+    sample: Sample,
+    image: np.ndarray,
+    matrix: np.ndarray,
+    keep: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Sample:
+    """The sample with another picture and everything annotated moved along.
+
+    Args:
+        sample: before.
+        image: the picture after.
+        matrix: ``(2, 3)``, from coordinates before to coordinates after.
+        keep: tells of ``(N, 2)`` float64 places before which of them stay; all if ``None``.
+    """
+    points, boxes, exemplars = sample.points, sample.boxes, sample.exemplars
+    labels, box_labels = sample.labels, sample.box_labels
+    if keep is not None:
+        kept = keep(points.astype(np.float64))
+        kept_boxes = kept if pairs_up(points, labels, boxes, box_labels) else keep(_centres(boxes))
+        points, labels = points[kept], labels[kept]
+        boxes, box_labels = boxes[kept_boxes], box_labels[kept_boxes]
+        exemplars = exemplars[keep(_centres(exemplars))]
+    frame = np.array(image.shape[1::-1], np.float64)
+    return replace(
+        sample,
+        image=image,
+        points=_apply(matrix, points).astype(np.float32),
+        labels=labels,
+        boxes=_moved_boxes(boxes, matrix, frame),
+        box_labels=box_labels,
+        exemplars=_moved_boxes(exemplars, matrix, frame),
+    )
+
+
+def _centres(boxes: np.ndarray) -> np.ndarray:
+    return boxes.astype(np.float64).reshape(-1, 2, 2).mean(1)
+
+
+def _moved_boxes(boxes: np.ndarray, matrix: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """The upright boxes around moved boxes, clipped to the frame."""
+    corners = _apply(matrix, boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]])  # (M, 4, 2)
+    limits = np.concatenate([corners.min(1), corners.max(1)], 1)
+    return np.clip(limits, 0, np.tile(frame, 2)).astype(np.float32)
+
+
+# -- pipelines --------------------------------------------------------------------------------------------------------
 
 
 class PlainAugmentation(Augmentation):
-    """Crop, flip and brightness (to be filled in)."""
+    """Random scale, crop, flips and brightness.
 
-    def __init__(self, crop: int | tuple[int, int] | None = None, flip: bool = True, rot90: bool = False) -> None:
-        self.crop = crop
+    Pictures smaller than the crop are padded with black on the right and below. Counts-only pictures are neither
+    scaled nor cropped.
+
+    Args:
+        crop: side, or height and width, of what is cut out; ``None`` for the whole picture.
+        flip: mirror left and right with even odds.
+        vflip: mirror top and bottom with even odds.
+        rot90: turn by a random number of quarters; by halves where a quarter would change the shape.
+        scale: range of the factor by which the picture is enlarged before the crop.
+        brightness: pixel values are multiplied by a factor from 1 - brightness to 1 + brightness.
+        offset: and shifted by up to this many of 255 grey levels.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        crop: int | tuple[int, int] | None = None,
+        flip: bool = True,
+        vflip: bool = False,
+        rot90: bool = False,
+        scale: tuple[float, float] = (1.0, 1.0),
+        brightness: float = 0.0,
+        offset: float = 0.0,
+    ) -> None:
+        self.crop = (crop, crop) if isinstance(crop, int) else crop
+        if self.crop is not None and min(self.crop) < 1:
+            raise InputError(f"augmentation.crop is {crop}; expected at least 1 pixel")
+        if not 0 < scale[0] <= scale[1]:
+            raise InputError(f"augmentation.scale is {scale}; expected 0 < lowest <= highest")
+        if not 0 <= brightness <= 1 or offset < 0:
+            raise InputError(
+                f"augmentation.brightness is {brightness} and augmentation.offset {offset}; "
+                "expected a brightness of 0 to 1 and an offset of at least 0"
+            )
+        self.flip = flip
+        self.vflip = vflip
+        self.rot90 = rot90
+        self.scale = scale
+        self.brightness = brightness
+        self.offset = offset
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if sample.has_points:
+            sample = self._scaled_crop(sample, rng)
+        sample = _random_flips(sample, rng, self.flip, self.vflip)
+        if self.rot90:
+            height, width = sample.size
+            turns = int(rng.integers(4))
+            sample = rot90(sample, turns if height == width else 2 * (turns % 2))
+        if self.brightness or self.offset:
+            factor = rng.uniform(1 - self.brightness, 1 + self.brightness)
+            shift = rng.uniform(-self.offset, self.offset)
+            table = np.clip(np.rint(np.arange(256) * factor + shift), 0, 255).astype(np.uint8)
+            sample = replace(sample, image=cv2.LUT(sample.image, table))
         return sample
 
+    def _scaled_crop(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        factor = rng.uniform(*self.scale)
+        if self.crop is None:
+            height, width = (max(1, round(side * factor)) for side in sample.size)
+            return resize(sample, width, height)
+        # Cutting first and resizing the piece is the same as resizing the picture, without the work.
+        height, width = (max(1, round(side / factor)) for side in self.crop)
+        return resize(_random_crop(sample, rng, height, width), self.crop[1], self.crop[0])
 
-__all__ = ["Augmentation", "PlainAugmentation"]
+
+class CLIPCountAugmentation(Augmentation):
+    """The augmentation that CLIP-Count is trained with (after CounTR): mosaic, or colours and shapes, or a crop alone.
+
+    With probability ``mosaic`` the sample becomes four random squares of itself, resized and cross-faded; with
+    probability ``augment`` it gets noise, colour jitter, blur, a random affine map and flips, and is cropped; otherwise
+    it is cropped. Differences from the reference: the affine map fills with black, the jitter of the mosaic is applied
+    (there it is computed and thrown away), and colours change after the crop rather than before, which is the same
+    and faster. Counts-only pictures get colours and flips alone.
+
+    Args:
+        crop: side of the square that comes out, at least 16 pixels.
+        mosaic: probability of the mosaic.
+        augment: probability of the second branch.
+        noise: standard deviation of Gaussian noise, as a share of the range of values.
+        jitter: strength of brightness, contrast, saturation and hue jitter.
+        blur: range of the Gaussian blur's sigma in pixels.
+        rotate: largest angle in degrees.
+        scale: range of the enlargement.
+        shear: largest shear in degrees.
+        translate: largest shift, as a share of the side.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        crop: int = 384,
+        mosaic: float = 0.3,
+        augment: float = 0.2,
+        noise: float = 0.1,
+        jitter: tuple[float, float, float, float] = (0.3, 0.15, 0.2, 0.2),
+        blur: tuple[float, float] = (0.1, 2.0),
+        rotate: float = 15.0,
+        scale: tuple[float, float] = (0.8, 1.2),
+        shear: float = 10.0,
+        translate: float = 0.2,
+    ) -> None:
+        if crop < 16:
+            raise InputError(f"augmentation.crop is {crop}; expected at least 16 pixels")
+        if mosaic < 0 or augment < 0 or mosaic + augment > 1:
+            raise InputError(
+                f"augmentation.mosaic is {mosaic} and augmentation.augment {augment}; "
+                "expected probabilities that sum to at most 1"
+            )
+        if not 0 < scale[0] <= scale[1]:
+            raise InputError(f"augmentation.scale is {scale}; expected 0 < lowest <= highest")
+        self.crop = crop
+        self.mosaic = mosaic
+        self.augment = augment
+        self.noise = noise
+        self.jitter = jitter
+        self.blur = blur
+        self.rotate = rotate
+        self.scale = scale
+        self.shear = shear
+        self.translate = translate
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        branch = rng.random()
+        if branch < self.mosaic and sample.has_points:
+            return self._recoloured(_mosaic(sample, rng, self.crop), rng, self._jitter)
+        augment = branch < self.mosaic + self.augment
+        if augment:
+            if sample.has_points:
+                sample = affine(sample, self._random_matrix(sample.size, rng))
+            sample = _random_flips(sample, rng, horizontal=True, vertical=True)
+        if sample.has_points:
+            sample = _random_crop(sample, rng, self.crop, self.crop)
+        return self._recoloured(sample, rng, self._photometric) if augment else sample
+
+    def _random_matrix(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """Shear, then turn and scale, about the centre; then shift."""
+        height, width = size
+        centre = np.array([width, height]) / 2
+        angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
+        shear = np.tan(np.deg2rad(rng.uniform(-self.shear, self.shear)))
+        cos, sin = np.cos(angle), np.sin(angle)
+        linear = rng.uniform(*self.scale) * np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]])
+        shift = rng.uniform(-self.translate, self.translate, 2) * [width, height]
+        return np.column_stack([linear, centre - linear @ centre + shift])
+
+    @staticmethod
+    def _recoloured(sample: Sample, rng: np.random.Generator, pipeline: Any) -> Sample:
+        # albumentations would repeat its own stream in every worker and every epoch.
+        pipeline.set_random_seed(int(rng.integers(2**31 - 1)))
+        return replace(sample, image=pipeline(image=sample.image)["image"])
+
+    @cached_property
+    def _jitter(self) -> Any:
+        A = _albumentations()
+        return A.Compose([self._colour_jitter(A)])
+
+    @cached_property
+    def _photometric(self) -> Any:
+        A = _albumentations()
+        return A.Compose(
+            [
+                A.GaussNoise(std_range=(self.noise, self.noise), p=1),
+                self._colour_jitter(A),
+                A.GaussianBlur(blur_limit=(7, 9), sigma_limit=self.blur, p=1),
+            ]
+        )
+
+    def _colour_jitter(self, A: Any) -> Any:
+        brightness, contrast, saturation, hue = self.jitter
+        return A.ColorJitter(
+            brightness=(max(0, 1 - brightness), 1 + brightness),
+            contrast=(max(0, 1 - contrast), 1 + contrast),
+            saturation=(max(0, 1 - saturation), 1 + saturation),
+            hue=(-hue, hue),
+            p=1,
+        )
+
+
+def _albumentations() -> Any:
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
+    import albumentations
+
+    return albumentations
+
+
+def _random_flips(sample: Sample, rng: np.random.Generator, horizontal: bool, vertical: bool) -> Sample:
+    if horizontal and rng.random() < 0.5:
+        sample = flip_horizontal(sample)
+    if vertical and rng.random() < 0.5:
+        sample = flip_vertical(sample)
+    return sample
+
+
+def _random_crop(sample: Sample, rng: np.random.Generator, height: int, width: int) -> Sample:
+    y = int(rng.integers(max(0, sample.size[0] - height) + 1))
+    x = int(rng.integers(max(0, sample.size[1] - width) + 1))
+    return crop(sample, x, y, width, height)
+
+
+def _mosaic(sample: Sample, rng: np.random.Generator, side: int) -> Sample:
+    """``side`` x ``side`` from 2 x 2 random squares of the picture, cross-faded over ``2 * margin`` pixels.
+
+    The spec's numbers, for 384: squares of 150 to 384 pixels, a margin of 10 to 20.
+    """
+    margin = max(1, round(rng.uniform(10, 20) / 384 * side))
+    sizes = (side // 2, side - side // 2)
+    rows, pieces = [], []
+    for top, height in zip((0, sizes[0]), sizes, strict=True):
+        tiles = []
+        for left, width in zip((0, sizes[0]), sizes, strict=True):
+            square = min(round(rng.uniform(150, 384) / 384 * side), *sample.size)
+            tile = resize(_random_crop(sample, rng, square, square), width + 2 * margin, height + 2 * margin)
+            tiles.append(tile.image)
+            core = crop(tile, margin, margin, width, height)
+            pieces.append((core, np.array([left, top], np.float32)))
+        rows.append(_cross_faded(*tiles, margin=margin))
+    columns = (row.transpose(1, 0, 2) for row in rows)
+    image = np.rint(_cross_faded(*columns, margin=margin).transpose(1, 0, 2)).astype(np.uint8)
+    return replace(
+        sample,
+        image=np.ascontiguousarray(image),
+        points=np.concatenate([piece.points + shift for piece, shift in pieces]),
+        labels=np.concatenate([piece.labels for piece, _ in pieces]),
+        boxes=np.concatenate([piece.boxes + np.tile(shift, 2) for piece, shift in pieces]),
+        box_labels=np.concatenate([piece.box_labels for piece, _ in pieces]),
+        exemplars=np.concatenate([piece.exemplars + np.tile(shift, 2) for piece, shift in pieces]),
+    )
+
+
+def _cross_faded(left: np.ndarray, right: np.ndarray, margin: int) -> np.ndarray:
+    """Two pictures side by side, each without ``margin`` columns at its outer edge, blended over ``2 * margin``."""
+    overlap = 2 * margin
+    weight = ((np.arange(overlap, dtype=np.float32) + 0.5) / overlap)[:, None]
+    blend = left[:, -overlap:] * (1 - weight) + right[:, :overlap] * weight
+    return np.concatenate([left[:, margin:-overlap], blend, right[:, overlap:-margin]], 1, dtype=np.float32)
+
+
+__all__ = [
+    "Augmentation",
+    "CLIPCountAugmentation",
+    "PlainAugmentation",
+    "affine",
+    "crop",
+    "flip_horizontal",
+    "flip_vertical",
+    "resize",
+    "rot90",
+]
