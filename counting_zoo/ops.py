@@ -127,8 +127,8 @@ def points_to_density(
         InputError: as in :func:`points_to_counts`; or ``unique`` with ``bilinear``.
 
     Example:
-        >>> points_to_density([torch.tensor([[0.0, 0.0], [5.0, 5.0]])], (7, 9)).sum().item()
-        2.0
+        >>> points_to_density([torch.tensor([[0.0, 0.0], [5.0, 5.0]])], (7, 9)).sum()
+        tensor(2.0000)
     """
     if splat == "nearest":
         counts = points_to_counts(
