@@ -7,55 +7,19 @@ between file formats and versions; :func:`image_size` and :func:`decode_image` t
 
 from __future__ import annotations
 
-import re
-import struct
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from counting_zoo.errors import ImageError
+from counting_zoo.image_headers import HEAD_BYTES, BrokenError, Header, ShortError, check_complete, read_header
 
 MAX_PIXELS = 500_000_000
 """Larger pictures are refused before decoding; OpenCV's own limit of 2**30 pixels lies above it."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Lower-case file suffixes of the formats that can be read."""
-
-_HEAD_BYTES = 1 << 16  # enough for the header of nearly every file; the rest is read where it is not
-_JPEG_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker that is no stuffed byte, restart or fill byte
-_JPEG_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_OTHER_FORMATS = {
-    b"GIF8": "a GIF",
-    b"%PDF": "a PDF",
-    b"\x00\x00\x00\x0cjP": "a JPEG 2000 picture",
-    b"\xff\x0a": "a JPEG XL picture",
-    b"PK\x03\x04": "a zip archive",
-}
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What the first bytes say: the stored size (before rotation) and the EXIF orientation, 1 to 8."""
-
-    height: int
-    width: int
-    orientation: int = 1
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """``(height, width)`` after rotation; orientations 5 to 8 swap the sides."""
-        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
-
-
-class _ShortError(Exception):
-    """The data end before the structure does."""
-
-
-class _BrokenError(Exception):
-    """The structure contradicts itself."""
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -76,10 +40,10 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     """
     header = _checked_header(data, name)
     try:
-        _check_complete(data)
-    except _ShortError as error:
+        check_complete(data)
+    except ShortError as error:
         raise ImageError(f"{name}: truncated: {error} ({len(data)} bytes); copy the file again") from None
-    except _BrokenError as error:
+    except BrokenError as error:
         raise ImageError(f"{name}: corrupt: {error}; copy the file again or remove it") from None
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
@@ -129,27 +93,27 @@ def image_size(source: bytes | Path, name: str | None = None) -> tuple[int, int]
     name = name or str(source)
     try:
         with source.open("rb") as file:
-            data = file.read(_HEAD_BYTES)
+            data = file.read(HEAD_BYTES)
             try:
-                _header(data)
-            except _ShortError:
+                read_header(data)
+            except ShortError:
                 data += file.read()
-            except _BrokenError:
+            except BrokenError:
                 pass  # reported below, with the name
     except OSError as error:
         raise ImageError(f"{name}: cannot be read ({error.strerror or error}); expected a picture file") from None
     return _checked_header(data, name).size
 
 
-def _checked_header(data: bytes, name: str) -> _Header:
+def _checked_header(data: bytes, name: str) -> Header:
     """The header, or an error that says what the data are instead."""
     if not data:
         raise ImageError(f"{name}: the file is empty (0 bytes); expected a picture")
     try:
-        header = _header(data)
-    except _ShortError as error:
+        header = read_header(data)
+    except ShortError as error:
         raise ImageError(f"{name}: truncated: {error} ({len(data)} bytes); copy the file again") from None
-    except _BrokenError as error:
+    except BrokenError as error:
         raise ImageError(f"{name}: {error}") from None
     if header.height < 1 or header.width < 1:
         raise ImageError(f"{name}: its header says {header.height} x {header.width} pixels; expected at least 1 x 1")
@@ -161,164 +125,6 @@ def _checked_header(data: bytes, name: str) -> _Header:
     return header
 
 
-def _header(data: bytes) -> _Header:
-    """Parse the header of any format that can be read."""
-    try:
-        if data[:3] == b"\xff\xd8\xff":
-            return _jpeg_header(data)
-        if data[:8] == b"\x89PNG\r\n\x1a\n":
-            return _png_header(data)
-        if data[:4] in (b"II*\0", b"MM\0*"):
-            tags = _tiff_tags(data)
-            return _Header(tags[257][0], tags[256][0], _valid_orientation(tags.get(274, (1,))[0]))
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            return _webp_header(data)
-        if data[:2] == b"BM":
-            return _bmp_header(data)
-    except (struct.error, IndexError):
-        raise _ShortError("the header is cut off") from None
-    except KeyError as error:
-        raise _BrokenError(f"a TIFF without tag {error}, so its size is unknown") from None
-    known = "expected JPEG, PNG, BMP, TIFF or WebP"
-    for start, what in _OTHER_FORMATS.items():
-        if data.startswith(start):
-            raise _BrokenError(f"this is {what}, which cannot be read; {known}, convert it first")
-    if data[4:8] == b"ftyp":
-        raise _BrokenError(f"this is a HEIF, AVIF or video file, which cannot be read; {known}, convert it first")
-    raise _BrokenError(f"not a picture (starts with {data[:12]!r}); {known}")
-
-
-# -- JPEG -------------------------------------------------------------------------------------------------------------
-
-
-def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
-    """``(marker, start, end)`` of every segment's payload up to the end marker or the end of the data.
-
-    Segments are skipped by their stated length, so a thumbnail inside one is not mistaken for the picture.
-    """
-    segments: list[tuple[int, int, int]] = []
-    at = 2
-    while True:
-        while data[at : at + 2] == b"\xff\xff":
-            at += 1
-        if at + 2 > len(data):
-            return segments
-        if data[at] != 0xFF:
-            raise _BrokenError(f"a JPEG with byte {data[at]:#04x} at {at} where a marker should be")
-        marker = data[at + 1]
-        at += 2
-        if marker == 0xD9:
-            return [*segments, (marker, at, at)]
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:
-            continue
-        end = at + int.from_bytes(data[at : at + 2], "big")
-        if at + 2 > len(data) or end > len(data):
-            return segments
-        segments.append((marker, at + 2, end))
-        at = end
-        if marker == 0xDA:
-            found = _JPEG_SCAN_END.search(data, at)
-            if found is None:
-                return segments
-            at = found.start()
-
-
-def _jpeg_header(data: bytes) -> _Header:
-    orientation = None
-    for marker, start, end in _jpeg_segments(data):
-        if marker == 0xE1 and orientation is None and data[start : start + 6] == b"Exif\0\0":
-            orientation = _exif_orientation(data[start + 6 : end])
-        if marker in _JPEG_SOF:
-            height, width = struct.unpack_from(">HH", data, start + 1)
-            return _Header(height, width, orientation or 1)
-    raise _ShortError("a JPEG without a frame header")
-
-
-# -- PNG --------------------------------------------------------------------------------------------------------------
-
-
-def _png_chunks(data: bytes, check: bool) -> list[tuple[bytes, int, int]]:
-    """``(type, start, end)`` of every whole chunk up to IEND."""
-    chunks, at = [], 8
-    while at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        start, end = at + 8, at + 8 + length
-        if end + 4 > len(data):
-            break
-        if check and zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise _BrokenError(f"the checksum of PNG chunk {kind.decode('latin1')} at byte {at} does not match")
-        chunks.append((kind, start, end))
-        if kind == b"IEND":
-            break
-        at = end + 4
-    return chunks
-
-
-def _png_header(data: bytes) -> _Header:
-    if data[12:16] != b"IHDR":
-        if len(data) < 24:
-            raise _ShortError("a PNG without its header chunk")
-        raise _BrokenError(f"a PNG whose first chunk is {data[12:16]!r} instead of IHDR")
-    width, height = struct.unpack_from(">II", data, 16)
-    orientation = 1
-    for kind, start, end in _png_chunks(data, check=False):
-        if kind == b"eXIf":
-            orientation = _exif_orientation(data[start:end]) or 1
-        if kind == b"IDAT":
-            break
-    else:
-        # eXIf may stand behind the pixels too; the whole file settles it.
-        if len(data) == _HEAD_BYTES:
-            raise _ShortError("a PNG whose chunks go on")
-    return _Header(height, width, orientation)
-
-
-# -- TIFF and EXIF, which is a TIFF directory -------------------------------------------------------------------------
-
-_TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
-
-
-def _tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
-    """The whole-number tags of the first directory."""
-    order = "<" if data[:2] == b"II" else ">"
-    (at,) = struct.unpack_from(order + "I", data, 4)
-    (n,) = struct.unpack_from(order + "H", data, at)
-    tags = {}
-    for i in range(n):
-        tag, kind, count = struct.unpack_from(order + "HHI", data, at + 2 + 12 * i)
-        if kind not in _TIFF_TYPES or count < 1:
-            continue
-        layout = struct.Struct(f"{order}{count}{_TIFF_TYPES[kind]}") if count < 1 << 24 else None
-        if layout is None:
-            raise _BrokenError(f"TIFF tag {tag} claims {count} values")
-        where = at + 10 + 12 * i
-        if layout.size > 4:
-            (where,) = struct.unpack_from(order + "I", data, where)
-        tags[tag] = layout.unpack_from(data, where)
-    return tags
-
-
-def _exif_orientation(exif: bytes) -> int | None:
-    """The orientation in EXIF data; ``None`` where it is absent or the data are damaged."""
-    if exif[:4] not in (b"II*\0", b"MM\0*"):
-        return None
-    order = "<" if exif[:2] == b"II" else ">"
-    try:
-        (at,) = struct.unpack_from(order + "I", exif, 4)
-        (n,) = struct.unpack_from(order + "H", exif, at)
-        for i in range(n):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", exif, at + 2 + 12 * i)
-            if tag == 274 and kind == 3:
-                return _valid_orientation(value)
-    except struct.error:
-        return None
-    return None
-
-
-def _valid_orientation(value: int) -> int:
-    return value if 1 <= value <= 8 else 1
-
-
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     """Undo an EXIF orientation: 5 to 8 swap rows and columns, the others mirror or turn by 180 degrees."""
     if orientation >= 5:
@@ -328,91 +134,6 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     if flip_rows or flip_columns:
         image = cv2.flip(image, -1 if flip_rows and flip_columns else 0 if flip_rows else 1)
     return image
-
-
-# -- BMP and WebP -----------------------------------------------------------------------------------------------------
-
-
-def _bmp_header(data: bytes) -> _Header:
-    (info_size,) = struct.unpack_from("<I", data, 14)
-    width, height = struct.unpack_from("<HH" if info_size == 12 else "<ii", data, 18)
-    return _Header(abs(height), width)  # negative: rows run from the top
-
-
-def _webp_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
-    chunks, at = [], 12
-    while at + 8 <= len(data):
-        kind, length = struct.unpack_from("<4sI", data, at)
-        chunks.append((kind, at + 8, at + 8 + length))
-        at += 8 + length + length % 2
-    return chunks
-
-
-def _webp_header(data: bytes) -> _Header:
-    size, orientation = None, 1
-    for kind, start, end in _webp_chunks(data):
-        if size is None and kind == b"VP8X":
-            width, height = (1 + int.from_bytes(data[start + i : start + i + 3], "little") for i in (4, 7))
-            if start + 10 > len(data):
-                break
-            size = height, width
-        elif size is None and kind == b"VP8 ":
-            width, height = struct.unpack_from("<HH", data, start + 6)
-            size = height & 0x3FFF, width & 0x3FFF
-        elif size is None and kind == b"VP8L":
-            (bits,) = struct.unpack_from("<I", data, start + 1)
-            size = (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-        elif kind == b"EXIF":
-            exif = data[start:end]
-            orientation = _exif_orientation(exif.removeprefix(b"Exif\0\0")) or 1
-    if size is None:
-        raise _ShortError("a WebP without its picture chunk")
-    return _Header(*size, orientation)
-
-
-# -- completeness -----------------------------------------------------------------------------------------------------
-
-
-def _check_complete(data: bytes) -> None:
-    """Walk the structure to its end.
-
-    Raises:
-        _ShortError: the end is missing.
-        _BrokenError: a checksum or a marker is wrong.
-    """
-    if data[:2] == b"\xff\xd8":
-        segments = _jpeg_segments(data)
-        if not any(marker == 0xDA for marker, _, _ in segments):
-            raise _ShortError("a JPEG without pixels")
-        if segments[-1][0] != 0xD9:
-            raise _ShortError("the JPEG has no end marker")
-    elif data[:4] == b"\x89PNG":
-        chunks = _png_chunks(data, check=True)
-        if not chunks or chunks[-1][0] != b"IEND":
-            raise _ShortError("the PNG has no end chunk")
-    elif data[:4] == b"RIFF":
-        declared = 8 + int.from_bytes(data[4:8], "little")
-        if declared > len(data):
-            raise _ShortError(f"the WebP declares {declared} bytes")
-    elif data[:2] == b"BM":
-        _check_bmp(data)
-    else:
-        tags = _tiff_tags(data)
-        for offsets, lengths in ((273, 279), (324, 325)):
-            ends = [at + n for at, n in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)]
-            if ends and max(ends) > len(data):
-                raise _ShortError(f"the TIFF's pixels go on to byte {max(ends)}")
-
-
-def _check_bmp(data: bytes) -> None:
-    header = _bmp_header(data)
-    (pixels_at, info_size) = struct.unpack_from("<II", data, 10)
-    at = 24 if info_size == 12 else 28
-    (bits,) = struct.unpack_from("<H", data, at)
-    compression = 0 if info_size == 12 else struct.unpack_from("<I", data, 30)[0]
-    needed = pixels_at + header.height * ((header.width * bits + 31) // 32 * 4)
-    if compression in (0, 3) and needed > len(data):
-        raise _ShortError(f"the BMP needs {needed} bytes")
 
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "decode_image", "image_size", "read_image"]

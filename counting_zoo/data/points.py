@@ -63,8 +63,10 @@ def _as_rows(values: Any, source: str, columns: int, what: str) -> np.ndarray:
         return np.zeros((0, columns), np.float32)
     if array.ndim != 2 or array.shape[1] != columns:
         raise InputError(f"{source}: coordinates of shape {array.shape}; expected (N, {columns}): {what}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is reported
+        array = array.astype(np.float32)
     check_finite(array, source)
-    return array.astype(np.float32)
+    return array
 
 
 def _first_bad_row(values: Any, columns: int, what: str) -> str:
@@ -168,9 +170,7 @@ def pairs_up(
     return bool(((points >= boxes[:, :2]) & (points <= boxes[:, 2:])).all())
 
 
-def _outside_error(
-    record: Record, name: str, corners: np.ndarray, bad: np.ndarray, size: tuple[int, int]
-) -> InputError:
+def _outside_error(image_id: str, name: str, corners: np.ndarray, bad: np.ndarray, size: tuple[int, int]) -> InputError:
     height, width = size
     first = int(np.flatnonzero(bad)[0])
     what = {"points": "point", "boxes": "box", "exemplars": "exemplar"}[name]

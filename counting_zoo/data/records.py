@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def ask(record: Record, names: list[str]) -> Record:
     if len(set(names)) != len(names):
         raise ValueError(f"{record.image_id}: names asked about twice: {names}")
     new_index = np.array([names.index(c) if c in names else -1 for c in record.classes], dtype=np.int64)
-    changes: dict[str, object] = {"classes": list(names)}
+    changes: dict[str, Any] = {"classes": list(names)}
     for values, labels in (("points", "labels"), ("boxes", "box_labels")):
         old = getattr(record, labels)
         if old is not None:
@@ -98,7 +98,7 @@ def ask(record: Record, names: list[str]) -> Record:
         known = new_index >= 0
         counts[new_index[known]] = record.counts[known]
         changes["counts"] = counts
-    return replace(record, **changes)  # type: ignore[arg-type]
+    return replace(record, **changes)
 
 
 __all__ = ["Record", "Sample", "Split", "ask"]

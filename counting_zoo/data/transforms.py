@@ -1,20 +1,12 @@
-"""Augmentation of training pictures: picture, points, boxes and exemplars move together.
+"""Augmentation of training pictures. How points move along is in :mod:`counting_zoo.data.moves`.
 
-Coordinates are edges: pixel ``i`` covers ``[i, i + 1]`` and a picture of width W spans the closed ``[0, W]``. Every
-geometric operation is one affine map of these coordinates, done here on points in float64, so a point on the border
-survives a flip. albumentations is used for colour, noise and blur only.
-
-What leaves the frame: a point stays where the kept region holds it; regions are half-open, so that neighbouring crops
-share no point, except at the picture's own right and lower border. A box or exemplar stays with its centre and is
-clipped; where boxes and points are the same objects in the same order, the box stays with its point instead. A box that
-is turned or sheared becomes the upright box around it.
+albumentations is used for colour, noise and blur only: its geometry loses points on the border.
 """
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from counting_zoo.data.points import pairs_up
+from counting_zoo.data import moves
 from counting_zoo.data.records import Sample
 from counting_zoo.errors import InputError
 
@@ -36,126 +28,6 @@ class Augmentation(ABC):
 
         A sample without points (``has_points`` false) knows its counts only, so nothing may leave its frame.
         """
-
-
-# -- geometry ---------------------------------------------------------------------------------------------------------
-
-
-def flip_horizontal(sample: Sample) -> Sample:
-    """Mirror left and right: x becomes W - x."""
-    return _moved(sample, cv2.flip(sample.image, 1), np.array([[-1, 0, sample.size[1]], [0, 1, 0]]))
-
-
-def flip_vertical(sample: Sample) -> Sample:
-    """Mirror top and bottom: y becomes H - y."""
-    return _moved(sample, cv2.flip(sample.image, 0), np.array([[1, 0, 0], [0, -1, sample.size[0]]]))
-
-
-def rot90(sample: Sample, turns: int) -> Sample:
-    """Turn anticlockwise by ``turns`` quarters, as :func:`numpy.rot90` does."""
-    height, width = sample.size
-    matrix = (
-        [[1, 0, 0], [0, 1, 0]],
-        [[0, 1, 0], [-1, 0, width]],
-        [[-1, 0, width], [0, -1, height]],
-        [[0, -1, height], [1, 0, 0]],
-    )[turns % 4]
-    return _moved(sample, np.ascontiguousarray(np.rot90(sample.image, turns)), np.array(matrix))
-
-
-def crop(sample: Sample, x: int, y: int, width: int, height: int) -> Sample:
-    """Cut out ``[x, x + width) x [y, y + height)``; what lies beyond the right or lower border is black."""
-    start, end = np.array([x, y]), np.array([x + width, y + height])
-    border = np.array(sample.size[::-1])
-    end = np.where(end >= border, np.nextafter(border, np.inf), end)  # the picture's own border belongs to the crop
-    image = sample.image[y : y + height, x : x + width]
-    below, right = height - image.shape[0], width - image.shape[1]
-    if below or right:
-        image = cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_CONSTANT, value=(0, 0, 0))
-    return _moved(
-        sample, image, np.array([[1, 0, -x], [0, 1, -y]]), lambda points: ((points >= start) & (points < end)).all(1)
-    )
-
-
-def resize(sample: Sample, width: int, height: int) -> Sample:
-    """Resize to ``width`` x ``height``: pixels are averaged when both sides shrink, and interpolated otherwise."""
-    old_height, old_width = sample.size
-    if (old_height, old_width) == (height, width):
-        return sample
-    how = cv2.INTER_AREA if width <= old_width and height <= old_height else cv2.INTER_LINEAR
-    image = cv2.resize(sample.image, (width, height), interpolation=how)
-    return _moved(sample, image, np.array([[width / old_width, 0, 0], [0, height / old_height, 0]]))
-
-
-def affine(sample: Sample, matrix: np.ndarray) -> Sample:
-    """Map the picture within its frame by a ``(2, 3)`` matrix of x, y; what comes from outside is black.
-
-    (The reference fills at random with reflections too, which shows objects that no point counts.)
-    """
-    height, width = sample.size
-    # OpenCV's coordinates are pixel centres, half a pixel off the edges used here.
-    centred = matrix.astype(np.float64).copy()
-    centred[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
-    image = cv2.warpAffine(sample.image, centred, (width, height), flags=cv2.INTER_LINEAR)
-
-    def inside(points: np.ndarray) -> np.ndarray:
-        moved = _apply(matrix, points)
-        return ((moved >= 0) & (moved <= [width, height])).all(1)
-
-    return _moved(sample, image, matrix, inside)
-
-
-def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """``(..., 2)`` points under a ``(2, 3)`` matrix, in float64."""
-    return points.astype(np.float64) @ matrix[:, :2].T + matrix[:, 2]
-
-
-def _moved(
-    sample: Sample,
-    image: np.ndarray,
-    matrix: np.ndarray,
-    keep: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> Sample:
-    """The sample with another picture and everything annotated moved along.
-
-    Args:
-        sample: before.
-        image: the picture after.
-        matrix: ``(2, 3)``, from coordinates before to coordinates after.
-        keep: tells of ``(N, 2)`` float64 places before which of them stay; all if ``None``.
-    """
-    points, boxes, exemplars = sample.points, sample.boxes, sample.exemplars
-    labels, box_labels = sample.labels, sample.box_labels
-    if keep is not None:
-        kept = keep(points.astype(np.float64))
-        kept_boxes = kept if pairs_up(points, labels, boxes, box_labels) else keep(_centres(boxes))
-        points, labels = points[kept], labels[kept]
-        boxes, box_labels = boxes[kept_boxes], box_labels[kept_boxes]
-        exemplars = exemplars[keep(_centres(exemplars))]
-    frame = np.array(image.shape[1::-1], np.float64)
-    return replace(
-        sample,
-        image=image,
-        points=_apply(matrix, points).astype(np.float32),
-        labels=labels,
-        boxes=_moved_boxes(boxes, matrix, frame),
-        box_labels=box_labels,
-        exemplars=_moved_boxes(exemplars, matrix, frame),
-    )
-
-
-def _centres(boxes: np.ndarray) -> np.ndarray:
-    return boxes.astype(np.float64).reshape(-1, 2, 2).mean(1)
-
-
-def _moved_boxes(boxes: np.ndarray, matrix: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """The upright boxes around moved boxes, clipped to the frame."""
-    corners = _apply(matrix, boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]])  # (M, 4, 2)
-    limits = np.concatenate([corners.min(1), corners.max(1)], 1)
-    return np.clip(limits, 0, np.tile(frame, 2)).astype(np.float32)
-
-
-# -- pipelines --------------------------------------------------------------------------------------------------------
 
 
 class PlainAugmentation(Augmentation):
@@ -211,7 +83,7 @@ class PlainAugmentation(Augmentation):
         if self.rot90:
             height, width = sample.size
             turns = int(rng.integers(4))
-            sample = rot90(sample, turns if height == width else 2 * (turns % 2))
+            sample = moves.rot90(sample, turns if height == width else 2 * (turns % 2))
         if self.brightness or self.offset:
             factor = rng.uniform(1 - self.brightness, 1 + self.brightness)
             shift = rng.uniform(-self.offset, self.offset)
@@ -223,10 +95,10 @@ class PlainAugmentation(Augmentation):
         factor = rng.uniform(*self.scale)
         if self.crop is None:
             height, width = (max(1, round(side * factor)) for side in sample.size)
-            return resize(sample, width, height)
+            return moves.resize(sample, width, height)
         # Cutting first and resizing the piece is the same as resizing the picture, without the work.
         height, width = (max(1, round(side / factor)) for side in self.crop)
-        return resize(_random_crop(sample, rng, height, width), self.crop[1], self.crop[0])
+        return moves.resize(_random_crop(sample, rng, height, width), self.crop[1], self.crop[0])
 
 
 class CLIPCountAugmentation(Augmentation):
@@ -294,7 +166,7 @@ class CLIPCountAugmentation(Augmentation):
         augment = branch < self.mosaic + self.augment
         if augment:
             if sample.has_points:
-                sample = affine(sample, self._random_matrix(sample.size, rng))
+                sample = moves.affine(sample, self._random_matrix(sample.size, rng))
             sample = _random_flips(sample, rng, horizontal=True, vertical=True)
         if sample.has_points:
             sample = _random_crop(sample, rng, self.crop, self.crop)
@@ -353,16 +225,16 @@ def _albumentations() -> Any:
 
 def _random_flips(sample: Sample, rng: np.random.Generator, horizontal: bool, vertical: bool) -> Sample:
     if horizontal and rng.random() < 0.5:
-        sample = flip_horizontal(sample)
+        sample = moves.flip_horizontal(sample)
     if vertical and rng.random() < 0.5:
-        sample = flip_vertical(sample)
+        sample = moves.flip_vertical(sample)
     return sample
 
 
 def _random_crop(sample: Sample, rng: np.random.Generator, height: int, width: int) -> Sample:
     y = int(rng.integers(max(0, sample.size[0] - height) + 1))
     x = int(rng.integers(max(0, sample.size[1] - width) + 1))
-    return crop(sample, x, y, width, height)
+    return moves.crop(sample, x, y, width, height)
 
 
 def _mosaic(sample: Sample, rng: np.random.Generator, side: int) -> Sample:
@@ -377,13 +249,13 @@ def _mosaic(sample: Sample, rng: np.random.Generator, side: int) -> Sample:
         tiles = []
         for left, width in zip((0, sizes[0]), sizes, strict=True):
             square = min(round(rng.uniform(150, 384) / 384 * side), *sample.size)
-            tile = resize(_random_crop(sample, rng, square, square), width + 2 * margin, height + 2 * margin)
+            tile = moves.resize(_random_crop(sample, rng, square, square), width + 2 * margin, height + 2 * margin)
             tiles.append(tile.image)
-            core = crop(tile, margin, margin, width, height)
+            core = moves.crop(tile, margin, margin, width, height)
             pieces.append((core, np.array([left, top], np.float32)))
-        rows.append(_cross_faded(*tiles, margin=margin))
-    columns = (row.transpose(1, 0, 2) for row in rows)
-    image = np.rint(_cross_faded(*columns, margin=margin).transpose(1, 0, 2)).astype(np.uint8)
+        rows.append(_cross_faded(tiles[0], tiles[1], margin))
+    upper, lower = (row.transpose(1, 0, 2) for row in rows)
+    image = np.rint(_cross_faded(upper, lower, margin).transpose(1, 0, 2)).astype(np.uint8)
     return replace(
         sample,
         image=np.ascontiguousarray(image),
@@ -403,14 +275,4 @@ def _cross_faded(left: np.ndarray, right: np.ndarray, margin: int) -> np.ndarray
     return np.concatenate([left[:, margin:-overlap], blend, right[:, overlap:-margin]], 1, dtype=np.float32)
 
 
-__all__ = [
-    "Augmentation",
-    "CLIPCountAugmentation",
-    "PlainAugmentation",
-    "affine",
-    "crop",
-    "flip_horizontal",
-    "flip_vertical",
-    "resize",
-    "rot90",
-]
+__all__ = ["Augmentation", "CLIPCountAugmentation", "PlainAugmentation"]
