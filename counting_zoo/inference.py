@@ -131,14 +131,14 @@ def blend_weights(starts: Sequence[int], window: int, blend: Blend = "average") 
                 [0.0000, 0.0000, 0.5000, 1.0000, 1.0000]], dtype=torch.float64)
     """
     start = torch.tensor(starts)[:, None]
-    place = torch.arange(starts[-1] + window)
+    place = torch.arange(starts[-1] + window, dtype=torch.float64)
     inside = ((place >= start) & (place < start + window)).double()
     if blend == "average":
         return inside / inside.sum(0)
     # Share of window i in the composite of windows 0..i: 0 before it, a ramp over the overlap, 1 after it.
     overlap = torch.cat([start[:1], start[:-1] + window - start[1:]])
     ramp = torch.sigmoid(-3 + 6 * (place - start) / (overlap - 1).clamp(min=1))
-    share = torch.where(place < start, 0.0, torch.where(place - start < overlap, ramp, 1.0)).double()
+    share = torch.where(place < start, 0.0, torch.where(place - start < overlap, ramp, 1.0))
     share[0] = 1.0
     kept = torch.cat([(1 - share[1:]).flip(0).cumprod(0).flip(0), torch.ones(1, len(place), dtype=torch.float64)])
     return inside * share * kept
@@ -218,28 +218,21 @@ class _Picture:
     """One picture on its way through :func:`count_tiled`: its windows and the canvas they are joined on."""
 
     def __init__(self, image: Tensor, names: list[str], tiling: Tiling) -> None:
-        self.image, self.names, self.tiling = image, names, tiling
-        height, width = image.shape[-2:]
-        if not height or not width:
+        self.names, self.tiling = names, tiling
+        self.height, self.width = image.shape[-2:]
+        if not image.numel():
             raise InputError(f"a picture of shape {tuple(image.shape)} has no pixels")
-        self.starts = tiling.starts(height, width)
-        self.n_windows = len(self.starts[0]) * len(self.starts[1])
+        self.starts = rows, columns = tiling.starts(self.height, self.width)
+        self.n_windows = len(rows) * len(columns)
+        right = max(0, columns[-1] + tiling.window[1] - self.width)
+        bottom = max(0, rows[-1] + tiling.window[0] - self.height)
+        self.image = pad_image(image, (0, right, 0, bottom)) if right or bottom else image
         self.canvas: Tensor | None = None
 
     def windows(self, part: slice) -> Tensor:
         """``(n, 3, *window)`` float: the windows ``part``, row by row, with zeros beyond the picture."""
-        (rows, columns), (height, width) = self.starts, self.tiling.window
         y, x = self._places(part, 1)
-        image = pad_image(
-            self.image,
-            (
-                0,
-                max(0, columns[-1] + width - self.image.shape[-1]),
-                0,
-                max(0, rows[-1] + height - self.image.shape[-2]),
-            ),
-        )
-        windows = image[:, y[:, :, None], x[:, None, :]].transpose(0, 1)
+        windows = self.image[:, y[:, :, None], x[:, None, :]].transpose(0, 1)
         return windows.float() / 255 if windows.dtype == torch.uint8 else windows.float()
 
     def add(self, part: slice, density: Tensor) -> None:
@@ -257,7 +250,7 @@ class _Picture:
     def result(self) -> Tensor:
         """``(K, h, w)`` without the cells that lie in the padding."""
         assert self.canvas is not None  # every picture has a window
-        height, width = (-(-side // self.tiling.cell) for side in self.image.shape[-2:])
+        height, width = -(-self.height // self.tiling.cell), -(-self.width // self.tiling.cell)
         return self.canvas[:height, :width].permute(2, 0, 1).contiguous()
 
     def _places(self, part: slice, cell: int) -> tuple[Tensor, Tensor]:
