@@ -87,8 +87,8 @@ def render(preset: ScenePreset, classes: Sequence[Attributes], seed: Sequence[in
     image = _background(height, width, rng)
     image = _shade(image, names, objects, rng)
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
-    image *= np.float32(rng.uniform(0.75, 1.1))
-    image += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 6))
+    gain, noise = np.float32(rng.uniform(0.75, 1.1)), np.float32(rng.uniform(1, 6))
+    image = image * gain + rng.standard_normal(image.shape, np.float32) * noise
     return Scene(
         image=np.clip(image, 0, 255).astype(np.uint8),
         classes=names,
@@ -216,13 +216,12 @@ def _place(
             rows.append((i, j))
             boxes.append((max(low[0], 0.0), max(low[1], 0.0), min(high[0], width), min(high[1], height)))
             break
-    index = np.array(rows, np.int64).reshape(-1, 2)
-    i, j = index[:, 0], index[:, 1]
+    chosen = np.array(rows, np.int64).reshape(-1, 2).T  # (2, objects): which object, at which attempt
     return _Objects(
-        labels=labels[i].astype(np.int64),
-        centres=np.stack([x[i, j], y[i, j]], 1),
-        radii=radius[i, j],
-        angles=angle[i, j],
+        labels=labels[chosen[0]].astype(np.int64),
+        centres=np.stack([x[*chosen], y[*chosen]], 1),
+        radii=radius[*chosen],
+        angles=angle[*chosen],
         boxes=np.array(boxes, np.float64).reshape(-1, 4),
         visible=(visible / area)[1 : len(rows) + 1],
         ids=ids,
