@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-HEAD_BYTES = 1 << 16  # enough for the header of nearly every file; the rest is read where it is not
+Data = bytes | mmap.mmap  # a mapped file costs only the pages that the header lies on
+
 _JPEG_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker that is no stuffed byte, restart or fill byte
 _JPEG_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _OTHER_FORMATS = {
@@ -41,7 +44,7 @@ class BrokenError(Exception):
     """The structure contradicts itself."""
 
 
-def read_header(data: bytes) -> Header:
+def read_header(data: Data) -> Header:
     """Parse the header of any format that can be read."""
     try:
         if data[:3] == b"\xff\xd8\xff":
@@ -50,7 +53,8 @@ def read_header(data: bytes) -> Header:
             return _png_header(data)
         if data[:4] in (b"II*\0", b"MM\0*"):
             tags = _tiff_tags(data)
-            return Header(tags[257][0], tags[256][0], _valid_orientation(tags.get(274, (1,))[0]))
+            stored = Header(tags[257][0], tags[256][0], _valid_orientation(tags.get(274, (1,))[0]))
+            return Header(*stored.size)  # OpenCV turns a TIFF itself, even when told not to
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return _webp_header(data)
         if data[:2] == b"BM":
@@ -61,7 +65,7 @@ def read_header(data: bytes) -> Header:
         raise BrokenError(f"a TIFF without tag {error}, so its size is unknown") from None
     known = "expected JPEG, PNG, BMP, TIFF or WebP"
     for start, what in _OTHER_FORMATS.items():
-        if data.startswith(start):
+        if data[: len(start)] == start:
             raise BrokenError(f"this is {what}, which cannot be read; {known}, convert it first")
     if data[4:8] == b"ftyp":
         raise BrokenError(f"this is a HEIF, AVIF or video file, which cannot be read; {known}, convert it first")
@@ -71,39 +75,39 @@ def read_header(data: bytes) -> Header:
 # -- JPEG -------------------------------------------------------------------------------------------------------------
 
 
-def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
+def _jpeg_segments(data: Data) -> Iterator[tuple[int, int, int]]:
     """``(marker, start, end)`` of every segment's payload up to the end marker or the end of the data.
 
     Segments are skipped by their stated length, so a thumbnail inside one is not mistaken for the picture.
     """
-    segments: list[tuple[int, int, int]] = []
     at = 2
     while True:
         while data[at : at + 2] == b"\xff\xff":
             at += 1
         if at + 2 > len(data):
-            return segments
+            return
         if data[at] != 0xFF:
             raise BrokenError(f"a JPEG with byte {data[at]:#04x} at {at} where a marker should be")
         marker = data[at + 1]
         at += 2
         if marker == 0xD9:
-            return [*segments, (marker, at, at)]
+            yield marker, at, at
+            return
         if marker == 0x01 or 0xD0 <= marker <= 0xD8:
             continue
         end = at + int.from_bytes(data[at : at + 2], "big")
         if at + 2 > len(data) or end > len(data):
-            return segments
-        segments.append((marker, at + 2, end))
+            return
+        yield marker, at + 2, end
         at = end
         if marker == 0xDA:
             found = _JPEG_SCAN_END.search(data, at)
             if found is None:
-                return segments
+                return
             at = found.start()
 
 
-def _jpeg_header(data: bytes) -> Header:
+def _jpeg_header(data: Data) -> Header:
     orientation = None
     for marker, start, end in _jpeg_segments(data):
         if marker == 0xE1 and orientation is None and data[start : start + 6] == b"Exif\0\0":
@@ -117,39 +121,30 @@ def _jpeg_header(data: bytes) -> Header:
 # -- PNG --------------------------------------------------------------------------------------------------------------
 
 
-def _png_chunks(data: bytes, check: bool) -> list[tuple[bytes, int, int]]:
+def _png_chunks(data: Data) -> Iterator[tuple[bytes, int, int]]:
     """``(type, start, end)`` of every whole chunk up to IEND."""
-    chunks, at = [], 8
+    at = 8
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
-        start, end = at + 8, at + 8 + length
+        end = at + 8 + length
         if end + 4 > len(data):
-            break
-        if check and zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise BrokenError(f"the checksum of PNG chunk {kind.decode('latin1')} at byte {at} does not match")
-        chunks.append((kind, start, end))
+            return
+        yield kind, at + 8, end
         if kind == b"IEND":
-            break
+            return
         at = end + 4
-    return chunks
 
 
-def _png_header(data: bytes) -> Header:
+def _png_header(data: Data) -> Header:
     if data[12:16] != b"IHDR":
         if len(data) < 24:
             raise ShortError("a PNG without its header chunk")
         raise BrokenError(f"a PNG whose first chunk is {data[12:16]!r} instead of IHDR")
     width, height = struct.unpack_from(">II", data, 16)
     orientation = 1
-    for kind, start, end in _png_chunks(data, check=False):
+    for kind, start, end in _png_chunks(data):  # EXIF may stand behind the pixels too
         if kind == b"eXIf":
             orientation = _exif_orientation(data[start:end]) or 1
-        if kind == b"IDAT":
-            break
-    else:
-        # eXIf may stand behind the pixels too; the whole file settles it.
-        if len(data) == HEAD_BYTES:
-            raise ShortError("a PNG whose chunks go on")
     return Header(height, width, orientation)
 
 
@@ -158,7 +153,7 @@ def _png_header(data: bytes) -> Header:
 _TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
 
 
-def _tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
+def _tiff_tags(data: Data) -> dict[int, tuple[int, ...]]:
     """The whole-number tags of the first directory."""
     order = "<" if data[:2] == b"II" else ">"
     (at,) = struct.unpack_from(order + "I", data, 4)
@@ -202,13 +197,13 @@ def _valid_orientation(value: int) -> int:
 # -- BMP and WebP -----------------------------------------------------------------------------------------------------
 
 
-def _bmp_header(data: bytes) -> Header:
+def _bmp_header(data: Data) -> Header:
     (info_size,) = struct.unpack_from("<I", data, 14)
     width, height = struct.unpack_from("<HH" if info_size == 12 else "<ii", data, 18)
     return Header(abs(height), width)  # negative: rows run from the top
 
 
-def _webp_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
+def _webp_chunks(data: Data) -> list[tuple[bytes, int, int]]:
     chunks, at = [], 12
     while at + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, at)
@@ -217,7 +212,7 @@ def _webp_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
     return chunks
 
 
-def _webp_header(data: bytes) -> Header:
+def _webp_header(data: Data) -> Header:
     size, orientation = None, 1
     for kind, start, end in _webp_chunks(data):
         if size is None and kind == b"VP8X":
@@ -242,22 +237,32 @@ def _webp_header(data: bytes) -> Header:
 # -- completeness -----------------------------------------------------------------------------------------------------
 
 
-def check_complete(data: bytes) -> None:
-    """Walk the structure to its end.
+def check_complete(data: Data) -> None:
+    """Walk the structure of a file whose header could be read to its end.
 
     Raises:
         ShortError: the end is missing.
         BrokenError: a checksum or a marker is wrong.
     """
+    try:
+        _check_complete(data)
+    except struct.error:
+        raise ShortError("the header is cut off") from None
+
+
+def _check_complete(data: Data) -> None:
     if data[:2] == b"\xff\xd8":
-        segments = _jpeg_segments(data)
-        if not any(marker == 0xDA for marker, _, _ in segments):
+        markers = [marker for marker, _, _ in _jpeg_segments(data)]
+        if 0xDA not in markers:
             raise ShortError("a JPEG without pixels")
-        if segments[-1][0] != 0xD9:
+        if markers[-1] != 0xD9:
             raise ShortError("the JPEG has no end marker")
     elif data[:4] == b"\x89PNG":
-        chunks = _png_chunks(data, check=True)
-        if not chunks or chunks[-1][0] != b"IEND":
+        kind = b""
+        for kind, start, end in _png_chunks(data):
+            if zlib.crc32(data[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+                raise BrokenError(f"the checksum of PNG chunk {kind.decode('latin1')} at byte {start} does not match")
+        if kind != b"IEND":
             raise ShortError("the PNG has no end chunk")
     elif data[:4] == b"RIFF":
         declared = 8 + int.from_bytes(data[4:8], "little")
@@ -273,7 +278,7 @@ def check_complete(data: bytes) -> None:
                 raise ShortError(f"the TIFF's pixels go on to byte {max(ends)}")
 
 
-def _check_bmp(data: bytes) -> None:
+def _check_bmp(data: Data) -> None:
     header = _bmp_header(data)
     (pixels_at, info_size) = struct.unpack_from("<II", data, 10)
     at = 24 if info_size == 12 else 28
@@ -284,4 +289,4 @@ def _check_bmp(data: bytes) -> None:
         raise ShortError(f"the BMP needs {needed} bytes")
 
 
-__all__ = ["HEAD_BYTES", "BrokenError", "Header", "ShortError", "check_complete", "read_header"]
+__all__ = ["BrokenError", "Data", "Header", "ShortError", "check_complete", "read_header"]

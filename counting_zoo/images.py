@@ -7,13 +7,15 @@ between file formats and versions; :func:`image_size` and :func:`decode_image` t
 
 from __future__ import annotations
 
+import mmap
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from counting_zoo.errors import ImageError
-from counting_zoo.image_headers import HEAD_BYTES, BrokenError, Header, ShortError, check_complete, read_header
+from counting_zoo.image_headers import BrokenError, Data, Header, ShortError, check_complete, read_header
 
 MAX_PIXELS = 500_000_000
 """Larger pictures are refused before decoding; OpenCV's own limit of 2**30 pixels lies above it."""
@@ -82,7 +84,7 @@ def image_size(source: bytes | Path, name: str | None = None) -> tuple[int, int]
     """``(height, width)`` that :func:`decode_image` will give, from the header alone.
 
     Args:
-        source: the encoded picture or its file; of a file only the first bytes are read where they suffice.
+        source: the encoded picture or its file; a file is mapped, and only its header read.
         name: what error messages call it; the path if ``None``.
 
     Raises:
@@ -93,19 +95,15 @@ def image_size(source: bytes | Path, name: str | None = None) -> tuple[int, int]
     name = name or str(source)
     try:
         with source.open("rb") as file:
-            data = file.read(HEAD_BYTES)
-            try:
-                read_header(data)
-            except ShortError:
-                data += file.read()
-            except BrokenError:
-                pass  # reported below, with the name
+            if not os.fstat(file.fileno()).st_size:
+                return _checked_header(b"", name).size
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _checked_header(data, name).size
     except OSError as error:
         raise ImageError(f"{name}: cannot be read ({error.strerror or error}); expected a picture file") from None
-    return _checked_header(data, name).size
 
 
-def _checked_header(data: bytes, name: str) -> Header:
+def _checked_header(data: Data, name: str) -> Header:
     """The header, or an error that says what the data are instead."""
     if not data:
         raise ImageError(f"{name}: the file is empty (0 bytes); expected a picture")
