@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import numpy as np
@@ -21,6 +23,7 @@ from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 
 Prompts = int | Literal["target", "all"]
+log = logging.getLogger(__name__)
 
 
 class CountingDataModule(L.LightningDataModule):
@@ -40,11 +43,16 @@ class CountingDataModule(L.LightningDataModule):
             was touched is counted and reported.
         missing: an annotated picture that is not there is an ``error``, or ``skip``ped and reported.
         duplicates: the same file in two splits is an ``error``, a ``warn``ing, or ``ignore``d.
+        constants: the numbers that constant predictors say, such as ``{mean: 49.96, median: 25}``; by default the
+            mean and median of the training counts.
         seed: seeds the order and augmentation of training pictures.
 
     Raises:
         InputError: a value is out of range.
     """
+
+    layout: ClassVar[str] = ""
+    """The files expected below ``root``, as error messages show them."""
 
     def __init__(
         self,
@@ -59,14 +67,30 @@ class CountingDataModule(L.LightningDataModule):
         outside: Literal["error", "clamp", "drop"] = "error",
         missing: Literal["error", "skip"] = "error",
         duplicates: Literal["error", "warn", "ignore"] = "error",
+        constants: dict[str, float] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise InputError(f"data.{name} is {value}; expected at least 1")
-        if isinstance(prompts, int) and prompts < 1:
-            raise InputError(f"data.prompts is {prompts}; expected 'target', 'all' or a number of at least 1")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name} is {value}; expected at least {least}")
+        for name, choice, choices in (
+            ("outside", outside, ("error", "clamp", "drop")),
+            ("missing", missing, ("error", "skip")),
+            ("duplicates", duplicates, ("error", "warn", "ignore")),
+        ):
+            if choice not in choices:
+                raise InputError(f"data.{name} is {choice!r}; expected one of {', '.join(choices)}")
+        if prompts not in ("target", "all") and (not isinstance(prompts, int) or prompts < 1):
+            raise InputError(f"data.prompts is {prompts!r}; expected 'target', 'all' or a number of at least 1")
+        if classes is not None and (not all(name.strip() for name in classes) or len(set(classes)) != len(classes)):
+            raise InputError(f"data.classes is {classes}; expected names that are not empty, each once")
+        if constants is not None and not all(math.isfinite(value) for value in constants.values()):
+            raise InputError(f"data.constants is {constants}; expected finite numbers by name")
         self.root = None if root is None else Path(root).expanduser()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -77,6 +101,7 @@ class CountingDataModule(L.LightningDataModule):
         self.outside = outside
         self.missing = missing
         self.duplicates = duplicates
+        self.constants = constants
         self.seed = seed
         self._records: dict[str, list[Record]] = {}
         self._class_names: dict[str, list[str]] = {}
@@ -91,6 +116,30 @@ class CountingDataModule(L.LightningDataModule):
         """The encoded picture of a record."""
         assert record.path is not None, f"{record.image_id}: a record without a path needs its own read_bytes"
         return record.path.read_bytes()
+
+    def find_root(self, *variants: str, holding: str = ".") -> Path:
+        """The first of ``root / variant`` that has ``holding`` in it; a reader's first step.
+
+        Args:
+            variants: folders below the root that may be meant; ``root`` itself comes first.
+            holding: a file or folder that the right one has.
+
+        Raises:
+            InputError: no root is given, or none of the folders is right; shows the expected tree and what is there.
+        """
+        if self.root is not None:
+            for folder in (self.root, *(self.root / variant for variant in variants)):
+                if (folder / holding).exists():
+                    return folder
+        if self.root is None:
+            found = "data.root is not set"
+        elif not self.root.is_dir():
+            found = f"data.root is {str(self.root)!r}, which is {'a file' if self.root.exists() else 'not there'}"
+        else:
+            names = sorted(path.name + "/" * path.is_dir() for path in self.root.iterdir())
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            found = f"data.root is {str(self.root)!r}, which holds {', '.join(names[:20]) or 'nothing'}{more}"
+        raise InputError(f"{type(self).__name__}: {found}; expected\n{self.layout or holding}")
 
     # -- what models and reports ask for --------------------------------------------------------------------------
 
@@ -107,7 +156,7 @@ class CountingDataModule(L.LightningDataModule):
             if not records:
                 raise InputError(
                     f"{type(self).__name__}({str(self.root)!r}) has no picture in its {split!r} split; "
-                    "check data.root and the split options"
+                    "check data.root, data.missing and the split options"
                 )
             self._records[split] = records
         return self._records[split]
@@ -140,7 +189,23 @@ class CountingDataModule(L.LightningDataModule):
 
     def train_counts(self) -> np.ndarray:
         """``(N,)`` count of the target of every training picture: what a constant predictor knows."""
-        return np.array([float(_asked_counts(record)) for record in self.records("train")], np.float64)
+        return np.array([target_count(record) for record in self.records("train")], np.float64)
+
+    def constant_predictors(self) -> dict[str, float]:
+        """What a model that always says the same number would say: the row every result is read beside.
+
+        ``data.constants`` if given, else mean and median of the training counts; empty, with the reason logged, where
+        the training split cannot be read.
+        """
+        if self.constants is not None:
+            return {name: float(value) for name, value in self.constants.items()}
+        try:
+            counts = self.train_counts()
+        except (InputError, OSError, NotImplementedError) as error:
+            log.info("no constant predictors, give data.constants to have them: %s", error)
+            return {}
+        counts = counts[np.isfinite(counts)]
+        return {"mean": float(counts.mean()), "median": float(np.median(counts))} if len(counts) else {}
 
     # -- Lightning ------------------------------------------------------------------------------------------------
 
@@ -151,6 +216,11 @@ class CountingDataModule(L.LightningDataModule):
         }  # fmt: skip
         for split in splits[stage]:
             self.records(split)
+        if stage == "fit" and isinstance(self.prompts, int) and self.prompts > len(self.class_names("train")):
+            raise InputError(
+                f"data.prompts is {self.prompts}, but training knows only the names {self.class_names('train')}; "
+                "expected no more than these"
+            )
         if stage == "fit" and self.duplicates != "ignore":
             check_duplicates(self._records, action=self.duplicates)
 
@@ -213,27 +283,28 @@ class CountingDataModule(L.LightningDataModule):
         if self.prompts == "target" or rng is None:
             return record.classes[:1]
         others = [record.classes[i] for i in rng.permutation(np.arange(1, len(record.classes)))]
-        names = [*record.classes[:1], *others][: max(1, self.prompts - 1)]
-        return names + self._absent(record, self.prompts - len(names), rng)
+        present = [*record.classes[:1], *others]
+        absent = self._absent(record, max(1, self.prompts - len(present)), rng)[: self.prompts - 1]
+        return present[: self.prompts - len(absent)] + absent
 
     def _absent(self, record: Record, n: int, rng: np.random.Generator) -> list[str]:
         """``n`` training names not in the picture; each is with even odds one that shares words with the target."""
         pool = [name for name in self.class_names("train") if name not in record.classes]
-        target = set(record.classes[0].split())
+        target = set(" ".join(record.classes[:1]).split())
         near = [name for name in pool if target & set(name.split())]
         chosen: list[str] = []
         for _ in range(min(n, len(pool))):
-            choices = [c for c in (near if near and rng.random() < 0.5 else pool) if c not in chosen]
-            choices = choices or [c for c in pool if c not in chosen]
+            choices = [name for name in (near if rng.random() < 0.5 else pool) if name not in chosen]
+            choices = choices or [name for name in pool if name not in chosen]
             chosen.append(choices[int(rng.integers(len(choices)))])
         return chosen
 
 
-def _asked_counts(record: Record) -> float:
-    """The count of a record's target."""
+def target_count(record: Record) -> float:
+    """The count of a record's target (its first class); NaN where it has no annotation."""
     if record.labels is not None:
         return float((record.labels == 0).sum())
-    return float(record.counts[0]) if record.counts is not None else float("nan")
+    return float(record.counts[0]) if record.counts is not None and len(record.counts) else float("nan")
 
 
-__all__ = ["CountingDataModule", "Prompts"]
+__all__ = ["CountingDataModule", "Prompts", "target_count"]

@@ -1,0 +1,347 @@
+"""Reading the common annotation files: CSV tables, JSON, COCO, MATLAB and dot pictures; errors name file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from counting_zoo.data.points import as_points
+from counting_zoo.errors import InputError
+from counting_zoo.images import decode_image
+
+log = logging.getLogger(__name__)
+
+JSON_LIMIT = 1 << 30  # bytes; the largest public file, COCO's training annotation, has 0.45 GB
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a file says of one picture; ``None`` where it says nothing.
+
+    Args:
+        points: ``(N, 2)`` float32 x, y.
+        point_names: N names.
+        boxes: ``(M, 4)`` float32 x1, y1, x2, y2.
+        box_names: M names.
+        counts: name to count.
+        size: ``(height, width)``.
+    """
+
+    points: np.ndarray | None = None
+    point_names: list[str] = field(default_factory=list)
+    boxes: np.ndarray | None = None
+    box_names: list[str] = field(default_factory=list)
+    counts: dict[str, float] | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file by column.
+
+    Args:
+        path: for messages.
+        lines: the line of the file each row ends on.
+        columns: the cells of each column asked for.
+    """
+
+    path: Path
+    lines: list[int]
+    columns: dict[str, list[str]]
+
+    def floats(self, names: Sequence[str]) -> np.ndarray:
+        """``(rows, len(names))`` float64.
+
+        Raises:
+            InputError: a cell is no finite number; names file, line and column.
+        """
+        cells = [self.columns[name] for name in names]
+        try:
+            values = np.array(cells, dtype=np.float64).reshape(len(names), -1).T  # (rows, names)
+        except ValueError:
+            values = np.array([[_number(cell) for cell in column] for column in cells]).T
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            row, column = bad[0]
+            raise InputError(
+                f"{self.path}, line {self.lines[row]}: {names[column]} is {cells[column][row]!r}; "
+                f"expected a finite number ({len(bad)} such cells)"
+            )
+        return values
+
+    def names(self, unnamed: str) -> list[str]:
+        """The ``label`` column; ``unnamed`` everywhere if there is none.
+
+        Raises:
+            InputError: a label is empty.
+        """
+        if "label" not in self.columns:
+            return [unnamed] * len(self.lines)
+        labels = [label.strip() for label in self.columns["label"]]
+        if "" in labels:
+            raise InputError(f"{self.path}, line {self.lines[labels.index('')]}: the label is empty")
+        return labels
+
+    def without(self, left_out: Sequence[bool]) -> Table:
+        """The table less the rows marked."""
+        kept = [row for row, out in enumerate(left_out) if not out]
+        columns = {name: [cells[row] for row in kept] for name, cells in self.columns.items()}
+        return Table(self.path, [self.lines[row] for row in kept], columns)
+
+    def rows_by_picture(self) -> dict[str, np.ndarray]:
+        """Row numbers of each picture, in the order of the file."""
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(self.columns["image"]):
+            rows.setdefault(name, []).append(row)
+        return {name: np.array(found, np.int64) for name, found in rows.items()}
+
+
+def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Table:
+    """Read the named columns of a CSV file with a header; other columns are ignored.
+
+    Raises:
+        InputError: the file is no UTF-8 CSV, a column is missing or twice there, or a row has too few or many cells.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from error
+    header = [name.strip() for name in rows[0][1]] if rows else []
+    wanted = [*required, *(name for name in optional if name in header)]
+    if any(header.count(name) != 1 for name in wanted):
+        raise InputError(f"{path}: the header is {header}; expected the columns {list(required)}, each once, by commas")
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            raise InputError(f"{path}, line {line}: {len(row)} cells, but the header has {len(header)}: {row[:6]}")
+    cells = list(zip(*(row for _, row in rows[1:]), strict=True)) or [()] * len(header)
+    return Table(path, [line for line, _ in rows[1:]], {name: list(cells[header.index(name)]) for name in wanted})
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file, bounded in size and depth.
+
+    Raises:
+        InputError: the file is missing, above 1 GiB, nested too deeply, or no JSON.
+    """
+    try:
+        size = path.stat().st_size
+        if size > JSON_LIMIT:
+            raise InputError(f"{path}: {size / 1e9:.1f} GB; expected at most {JSON_LIMIT / 1e9:.1f} GB of annotation")
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply to be an annotation file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def read_marks(path: Path, unnamed: str) -> dict[str, Marks]:
+    """Marks by picture from any of the tables and JSON files an image folder may have.
+
+    Args:
+        path: ``.csv`` with ``image,x,y[,label]``, ``image,x1,y1,x2,y2[,label]`` or ``image,label,count``;
+            ``.json`` in COCO's layout, or ``{"a.png": [[x, y], ...]}``, or ``{"a.png": {"name": [[x, y], ...]}}``.
+        unnamed: the name of objects that carry none.
+
+    Raises:
+        InputError: the file cannot be understood.
+    """
+    if path.suffix.lower() == ".json":
+        content = read_json(path)
+        if isinstance(content, dict) and {"images", "annotations"} <= set(content):
+            return _coco(path, content)
+        return _point_json(path, content, unnamed)
+    header = _header(path)
+    for columns in (("x", "y"), ("x1", "y1", "x2", "y2")):
+        if set(columns) <= header:
+            return _geometry_table(read_table(path, ("image", *columns), ("label",)), columns, unnamed)
+    if "count" in header:
+        return _count_table(read_table(path, ("image", "count"), ("label",)), unnamed)
+    raise InputError(
+        f"{path}: the header is {sorted(header)}; expected image,x,y[,label] or image,x1,y1,x2,y2[,label] "
+        "or image,label,count"
+    )
+
+
+def read_mat_points(path: Path) -> np.ndarray:
+    """``(N, 2)`` float32 x, y from a MATLAB file.
+
+    Known structures: ``image_info`` holding ``location`` and ``number`` (ShanghaiTech, nested in a cell or not) and
+    ``annPoints`` (UCF-QNRF).
+
+    Raises:
+        InputError: the file is unreadable, has another structure, or its number differs from its points.
+    """
+    from scipy.io import loadmat
+
+    try:
+        content = loadmat(path)
+    except (OSError, ValueError, TypeError, NotImplementedError, KeyError, IndexError, EOFError) as error:
+        raise InputError(
+            f"{path}: cannot be read as a MATLAB file ({error}); expected version 7 or older: save it with -v7"
+        ) from error
+    except Exception as error:  # loadmat lets zlib's and its own errors through on a damaged file
+        raise InputError(f"{path}: damaged MATLAB file ({type(error).__name__}: {error})") from error
+    keys = sorted(key for key in content if not key.startswith("__"))
+    if "annPoints" in content:
+        return as_points(content["annPoints"], f"{path}: annPoints")
+    info = content.get("image_info")
+    while isinstance(info, np.ndarray) and info.size == 1 and info.dtype == object:
+        info = info.reshape(-1)[0]
+    if not isinstance(info, np.ndarray) or info.size != 1 or "location" not in (info.dtype.names or ()):
+        fields = "" if info is None else f" (image_info: {getattr(getattr(info, 'dtype', None), 'names', None)})"
+        raise InputError(f"{path}: found {keys}{fields}; expected image_info with location and number, or annPoints")
+    record = info.reshape(-1)[0]
+    location = _unwrapped(record["location"])
+    points = as_points(location if np.size(location) else np.zeros((0, 2)), f"{path}: image_info.location")
+    if "number" in info.dtype.names:
+        number = np.asarray(_unwrapped(record["number"])).reshape(-1)
+        if number.size != 1 or number[0] != len(points):
+            raise InputError(f"{path}: number is {number.tolist()} but location has {len(points)} points")
+    return points
+
+
+def read_dots(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
+    """Points and (height, width) of a dot picture: each pixel that is not black is one object at its centre.
+
+    A pixel in column x, row y is the point (x + 0.5, y + 0.5). An alpha channel is not looked at.
+
+    Raises:
+        ImageError: the picture is missing, truncated or no picture.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: the dot picture cannot be read ({error})") from error
+    decode_image(data, str(path))  # raises on damage; its 8 bits could round a faint 16-bit dot to black
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    channels = image.reshape(*image.shape[:2], -1)  # (H, W, C)
+    colour = channels[..., : 1 if channels.shape[2] <= 2 else 3]
+    y, x = np.nonzero(colour.any(-1))
+    return np.stack([x, y], 1).astype(np.float32) + np.float32(0.5), (image.shape[0], image.shape[1])
+
+
+def _header(path: Path) -> set[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return {name.strip() for name in next(csv.reader(file), [])}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from error
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return float("nan")
+
+
+def _unwrapped(value: Any) -> Any:
+    while isinstance(value, np.ndarray) and value.dtype == object and value.size == 1:
+        value = value.reshape(-1)[0]
+    return value
+
+
+def _geometry_table(table: Table, columns: Sequence[str], unnamed: str) -> dict[str, Marks]:
+    """Points or boxes; a row without coordinates says that its picture has none."""
+    blank = [not any(cells) for cells in zip(*(table.columns[name] for name in columns), strict=True)]
+    pictures = dict.fromkeys(table.columns["image"])
+    table = table.without(blank)
+    values, names = table.floats(columns).astype(np.float32), table.names(unnamed)
+    if len(columns) == 4:
+        swapped = np.flatnonzero((values[:, 2:] < values[:, :2]).any(1))
+        if len(swapped):
+            raise InputError(
+                f"{table.path}, line {table.lines[swapped[0]]}: x2 < x1 or y2 < y1; expected corners x1,y1,x2,y2"
+            )
+    rows = table.rows_by_picture()
+    marks = {}
+    for picture in pictures:
+        own = rows.get(picture, np.zeros(0, np.int64))
+        own_names = [names[i] for i in own]
+        if len(columns) == 4:
+            marks[picture] = Marks(boxes=values[own], box_names=own_names)
+        else:
+            marks[picture] = Marks(points=values[own], point_names=own_names)
+    return marks
+
+
+def _count_table(table: Table, unnamed: str) -> dict[str, Marks]:
+    counts, names = table.floats(("count",))[:, 0], table.names(unnamed)
+    bad = np.flatnonzero(counts < 0)
+    if len(bad):
+        raise InputError(f"{table.path}, line {table.lines[bad[0]]}: count is {counts[bad[0]]:g}; expected 0 or more")
+    marks: dict[str, Marks] = {}
+    for picture, rows in table.rows_by_picture().items():
+        found: dict[str, float] = {}
+        for i in rows:
+            if names[i] in found:
+                raise InputError(f"{table.path}, line {table.lines[i]}: a second count of {names[i]!r} for {picture}")
+            found[names[i]] = float(counts[i])
+        marks[picture] = Marks(counts=found)
+    return marks
+
+
+def _point_json(path: Path, content: Any, unnamed: str) -> dict[str, Marks]:
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InputError(f'{path}: expected COCO\'s layout or {{"a.png": [[x, y], ...]}}, found a {kind}')
+    marks = {}
+    for picture, found in content.items():
+        groups = found if isinstance(found, dict) else {unnamed: found}
+        arrays = [as_points(points, f"{path}: {picture}") for points in groups.values()]
+        names = [name for name, points in zip(groups, arrays, strict=True) for _ in range(len(points))]
+        marks[picture] = Marks(points=np.concatenate([np.zeros((0, 2), np.float32), *arrays]), point_names=names)
+    return marks
+
+
+def _coco(path: Path, content: dict[str, Any]) -> dict[str, Marks]:
+    """COCO's detection layout; crowd regions have no number of objects and are left out, with a warning."""
+    try:
+        names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
+        pictures = {image["id"]: image for image in content["images"]}
+        found: dict[Any, list[tuple[Any, str]]] = {key: [] for key in pictures}
+        crowds = 0
+        for annotation in content["annotations"]:
+            if annotation.get("iscrowd"):
+                crowds += 1
+            else:
+                found[annotation["image_id"]].append((annotation["bbox"], names[annotation["category_id"]]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not in COCO's layout: {type(error).__name__} {error}; expected images (id, file_name), "
+            "annotations (image_id of a listed image, category_id of a listed category, bbox) and categories (id, name)"
+        ) from error
+    if crowds:
+        log.warning("%s: %d crowd regions (iscrowd) are left out: they say no number of objects", path, crowds)
+    marks = {}
+    for key, items in found.items():
+        picture = str(pictures[key].get("file_name"))
+        try:
+            boxes = np.array([box for box, _ in items], np.float64).reshape(-1, 4)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: a bbox of {picture} is not four numbers [x, y, width, height]") from error
+        if not np.isfinite(boxes).all() or (boxes[:, 2:] < 0).any():
+            raise InputError(f"{path}: a bbox of {picture} is not finite or has a negative width or height")
+        boxes[:, 2:] += boxes[:, :2]
+        size = (pictures[key].get("height"), pictures[key].get("width"))
+        marks[picture] = Marks(
+            boxes=boxes.astype(np.float32),
+            box_names=[name for _, name in items],
+            size=(int(size[0]), int(size[1])) if all(isinstance(side, int) for side in size) else None,  # type: ignore[arg-type]
+        )
+    return marks
+
+
+__all__ = ["Marks", "Table", "read_dots", "read_json", "read_marks", "read_mat_points", "read_table"]

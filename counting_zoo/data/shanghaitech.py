@@ -1,0 +1,102 @@
+"""ShanghaiTech: crowds from the web (part A) and from streets (part B), a point on every head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from counting_zoo.data.annotation_files import read_mat_points
+from counting_zoo.data.base import CountingDataModule
+from counting_zoo.data.picture_folder import list_pictures
+from counting_zoo.data.records import Record, Split
+from counting_zoo.data.splits import draw
+from counting_zoo.errors import InputError
+
+
+class ShanghaiTech(CountingDataModule):
+    """ShanghaiTech A or B in the layout of either release (``part_A_final`` or ``part_A``).
+
+    Zhang et al., "Single-Image Crowd Counting via Multi-Column Convolutional Neural Network", CVPR 2016 (not the set
+    of the same name for video anomalies). The release has no validation split.
+
+    Args:
+        root: the folder that holds the parts, or the part itself.
+        part: ``A`` or ``B``.
+        name: what the people are called.
+        val_split: validate on pictures ``drawn`` from the training folder, or on the official ``test`` folder.
+        val_fraction: how much of the training folder is drawn.
+        split_seed: seeds the draw.
+        outside: what happens to points outside their picture; the release has some.
+        options: those of :class:`CountingDataModule`.
+    """
+
+    layout: ClassVar[str] = """\
+  root/
+    part_A_final/ (or part_A/; B likewise)
+      train_data/images/IMG_1.jpg ...
+      train_data/ground_truth/GT_IMG_1.mat ... (or ground-truth/)
+      test_data/..."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        part: Literal["A", "B"] = "A",
+        name: str = "people",
+        val_split: Literal["drawn", "test"] = "drawn",
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        outside: Literal["error", "clamp", "drop"] = "clamp",
+        **options: Any,
+    ) -> None:
+        super().__init__(root, outside=outside, **options)
+        self.part = part
+        self.name = name
+        self.val_split = val_split
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+
+    def read_split(self, split: Split) -> list[Record]:
+        """Every picture of a split; ``predict`` takes the test folder without its annotation."""
+        official = split in ("test", "predict") or (split == "val" and self.val_split == "test")
+        folder = "test_data" if official else "train_data"
+        part = self._find_part(folder)
+        names = list_pictures(part / folder / "images")
+        if not official and self.val_split == "drawn":
+            held_out = set(draw(names, {"val": self.val_fraction}, self.split_seed)["val"])
+            names = [name for name in names if (name in held_out) == (split == "val")]
+        return [self._record(part, folder, name, annotated=split != "predict") for name in names]
+
+    def _find_part(self, folder: str) -> Path:
+        variants = (f"part_{self.part}_final", f"part_{self.part}", f"ShanghaiTech/part_{self.part}")
+        part = self.find_root(*variants, holding=f"{folder}/images")
+        other = "B" if self.part == "A" else "A"
+        if part.resolve().name in (f"part_{other}_final", f"part_{other}"):
+            raise InputError(f"ShanghaiTech: data.root is {str(part)!r}, but data.part is {self.part!r}")
+        return part
+
+    def _record(self, part: Path, folder: str, name: str, annotated: bool) -> Record:
+        image_id, path = f"{folder}/images/{name}", part / folder / "images" / name
+        if not annotated:
+            return Record(image_id, path, classes=[self.name])
+        candidates = [
+            part / folder / truth / f"GT_{Path(name).stem}.mat"
+            for truth in ("ground_truth", "ground-truth", "ground_truth_mat")
+        ]
+        mat = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if mat is None:
+            raise InputError(f"{path}: has no annotation; expected {candidates[0]}")
+        points = read_mat_points(mat)
+        return Record(
+            image_id,
+            path,
+            classes=[self.name],
+            points=points,
+            labels=np.zeros(len(points), np.int64),
+            counts=np.array([len(points)], np.float32),
+        )
+
+
+__all__ = ["ShanghaiTech"]

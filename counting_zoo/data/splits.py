@@ -1,0 +1,103 @@
+"""Dealing pictures to splits: by ranges of the sorted names, by a file, or drawn by seed and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from counting_zoo.data.annotation_files import read_json, read_table
+from counting_zoo.errors import InputError
+
+SPLITS = ("train", "val", "test")
+
+
+def draw(names: Sequence[str], sizes: Mapping[str, float], seed: int) -> dict[str, list[str]]:
+    """Draw disjoint splits by seed; the order of the names is kept within each.
+
+    Args:
+        names: what to draw from.
+        sizes: for each split a number of pictures, or below 1 a fraction of them (rounded down, at least one).
+        seed: the same seed draws the same pictures.
+
+    Raises:
+        InputError: a size is not positive, or more pictures are asked for than there are.
+
+    Example:
+        >>> drawn = draw([f"{i}.png" for i in range(10)], {"train": 6, "val": 0.2}, seed=0)
+        >>> len(drawn["train"]), len(drawn["val"])
+        (6, 2)
+    """
+    numbers = {}
+    for split, size in sizes.items():
+        if split not in SPLITS or not size > 0 or (size > 1 and size != int(size)):
+            raise InputError(
+                f"data.sizes has {split}: {size}; expected train, val or test with a number of pictures, "
+                "or a fraction between 0 and 1"
+            )
+        numbers[split] = int(size) if size >= 1 else max(1, int(size * len(names) + 1e-9))
+    if sum(numbers.values()) > len(names):
+        raise InputError(f"data.sizes asks for {numbers}, {sum(numbers.values())} pictures, of only {len(names)}")
+    order = np.random.default_rng(seed).permutation(len(names))
+    ends = np.cumsum([0, *numbers.values()])
+    return {
+        split: [names[i] for i in sorted(order[start:end])]
+        for split, start, end in zip(numbers, ends, ends[1:], strict=False)
+    }
+
+
+def take_ranges(names: Sequence[str], ranges: Mapping[str, Sequence[int | None]]) -> dict[str, list[str]]:
+    """Pictures ``start`` (counted from 0) to before ``stop`` of each split; ``null`` is an open end.
+
+    Raises:
+        InputError: a range is no pair, reaches beyond the pictures, is empty, or shares pictures with another.
+
+    Example:
+        >>> take_ranges(["a", "b", "c"], {"train": [0, 2], "test": [2, None]})
+        {'train': ['a', 'b'], 'test': ['c']}
+    """
+    taken: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for split, pair in ranges.items():
+        start, stop = [*pair, None, None][:2]
+        start, stop = start or 0, len(names) if stop is None else stop
+        if split not in SPLITS or len(pair) != 2 or not 0 <= start < stop <= len(names):
+            raise InputError(
+                f"data.splits has {split}: {list(pair)}; expected train, val or test with [start, stop] "
+                f"within the {len(names)} pictures, 0 <= start < stop"
+            )
+        taken[split] = list(names[start:stop])
+        for name in taken[split]:
+            if owner.setdefault(name, split) != split:
+                raise InputError(f"data.splits gives {name} to both {owner[name]} and {split}; ranges must not overlap")
+    return taken
+
+
+def read_splits(path: Path) -> dict[str, list[str]]:
+    """Splits from a file: JSON ``{"train": ["a.png", ...], ...}`` or CSV with the columns ``image,split``.
+
+    Raises:
+        InputError: the file cannot be read, has another structure, or names a picture in two splits.
+    """
+    if path.suffix.lower() == ".json":
+        found = read_json(path)
+        if not isinstance(found, dict) or not all(
+            isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values()
+        ):
+            raise InputError(f'{path}: expected {{"train": ["a.png", ...], "val": [...], "test": [...]}}')
+        splits: dict[str, list[str]] = found
+    else:
+        columns = read_table(path, ("image", "split")).columns
+        splits = {}
+        for name, split in zip(columns["image"], columns["split"], strict=True):
+            splits.setdefault(split.strip(), []).append(name)
+    owner: dict[str, str] = {}
+    for split in SPLITS:
+        for name in splits.get(split, []):
+            if owner.setdefault(name, split) != split:
+                raise InputError(f"{path}: {name} is in both {owner[name]} and {split}; each picture has one split")
+    return splits
+
+
+__all__ = ["SPLITS", "draw", "read_splits", "take_ranges"]
