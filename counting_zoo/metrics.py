@@ -173,11 +173,6 @@ class PictureRows(Metric):
             for i in range(len(lengths))
         ]
 
-    def reset(self) -> None:
-        """Forget all rows."""
-        super().reset()
-        self.names = {}
-
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the rows of all processes.
 
@@ -345,7 +340,7 @@ class PromptErrors(PictureRows):
         self.append(image_ids, **{name: value.reshape(-1, 1) for name, value in columns.items()})
 
     def compute(self) -> dict[str, float]:
-        """The figures of the class docstring and ``n``; one without pictures or with nothing to divide by is left out."""
+        """The figures of the class docstring and ``n``; those that nothing was asked for are left out."""
         rows = self.rows()
         result: dict[str, float] = {"n": len(rows["picture"])}
         for name in ("absent", "hard_absent"):
@@ -355,7 +350,7 @@ class PromptErrors(PictureRows):
                 result[f"{name}_ratio"] = rows[name][asked].sum().item() / right
         asked = ~rows["absent"].isnan()
         if bool(asked.any()):
-            result["wrong_over_right"] = (rows["absent"] > rows["predicted"])[asked].double().mean().item()
+            result["wrong_over_right"] = (rows["absent"] > rows["predicted"])[asked].float().mean().item()
         for key, name in (("mae", "predicted"), ("shuffled_mae", "shuffled")):
             asked = ~rows[name].isnan()
             if bool(asked.any()):
