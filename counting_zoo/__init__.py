@@ -1,0 +1,62 @@
+"""counting_zoo: counting models that share their data, training, evaluation and prediction.
+
+Names are imported when they are first used, so ``import counting_zoo`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from counting_zoo.version import __version__
+
+_HOME = {
+    "Batch": "counting_zoo.types",
+    "CountOutput": "counting_zoo.types",
+    "Prediction": "counting_zoo.types",
+    "Preprocess": "counting_zoo.geometry",
+    "CountingModule": "counting_zoo.module",
+    "CountingDataModule": "counting_zoo.data.base",
+    "CLIPCount": "counting_zoo.models.clip_count",
+    "SyntheticScenes": "counting_zoo.data.synthetic",
+    "FSC147": "counting_zoo.data.fsc147",
+    "CARPK": "counting_zoo.data.carpk",
+    "ShanghaiTech": "counting_zoo.data.shanghaitech",
+    "ImageFolder": "counting_zoo.data.folder",
+    "PackedCounts": "counting_zoo.data.pack",
+    "pack": "counting_zoo.data.pack",
+    "load": "counting_zoo.loading",
+    "load_official": "counting_zoo.loading",
+    "save": "counting_zoo.loading",
+}
+
+if TYPE_CHECKING:
+    from counting_zoo.data.base import CountingDataModule
+    from counting_zoo.data.carpk import CARPK
+    from counting_zoo.data.folder import ImageFolder
+    from counting_zoo.data.fsc147 import FSC147
+    from counting_zoo.data.pack import PackedCounts, pack
+    from counting_zoo.data.shanghaitech import ShanghaiTech
+    from counting_zoo.data.synthetic import SyntheticScenes
+    from counting_zoo.geometry import Preprocess
+    from counting_zoo.loading import load, load_official, save
+    from counting_zoo.models.clip_count import CLIPCount
+    from counting_zoo.module import CountingModule
+    from counting_zoo.types import Batch, CountOutput, Prediction
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"counting_zoo has no {name!r}; it has {sorted(_HOME)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+__all__ = [
+    "CARPK", "FSC147", "Batch", "CLIPCount", "CountOutput", "CountingDataModule", "CountingModule", "ImageFolder",
+    "PackedCounts", "Prediction", "Preprocess", "ShanghaiTech", "SyntheticScenes", "__version__", "load",
+    "load_official", "pack", "save",
+]  # fmt: skip

@@ -62,7 +62,10 @@ class Prediction:
         boxes: K tensors ``(M_k, 4)`` where the model detects, else ``None``.
         interval: ``(K, 2)`` lower and upper bound where the model is calibrated, else ``None``.
         image_id: the file name, or what the caller called the picture.
-        image: ``(H, W, 3)`` uint8 RGB picture, kept for :meth:`plot`; ``None`` where it was not kept.
+        image: uint8 RGB picture ``(h, w, 3)`` as the model saw it, kept for :meth:`plot`; ``None`` where it was not.
+        size: ``(H, W)`` of the picture given, whose pixels ``points`` and ``boxes`` are in.
+        extent: height and width of the picture in density cells, where its last cells reach beyond it (tiles whose
+            cells do not divide the picture); ``None`` where the density covers exactly the picture.
     """
 
     counts: Tensor
@@ -73,6 +76,8 @@ class Prediction:
     interval: Tensor | None = None
     image_id: str = ""
     image: np.ndarray | None = None
+    size: tuple[int, int] | None = None
+    extent: tuple[float, float] | None = None
 
     def __getitem__(self, name: str) -> float:
         """The count of one name.

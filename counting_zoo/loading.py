@@ -1,0 +1,176 @@
+"""Loading models: the zoo's own checkpoints, and weights of the reference implementations."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from counting_zoo.errors import CheckpointError, InputError
+from counting_zoo.module import CountingModule
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint file as plain data and tensors on the CPU; pickled code is refused, never executed.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it holds more than plain data.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {str(path)!r}; expected a file such as best.ckpt")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return dict(load_file(path))
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{str(path)!r} holds Python objects beside plain data and tensors, and loading those could run code; "
+            f"refused. If you trust the file, save its state_dict alone with torch.save. ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint: {_first_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}; expected a checkpoint (a mapping)")
+    return loaded
+
+
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", tokenizer: Any = None, **overrides: Any
+) -> CountingModule:
+    """The model of a zoo checkpoint, of whichever class it is, ready to count.
+
+    Args:
+        path: a checkpoint that training, ``convert`` or ``save`` wrote.
+        device: where it should live.
+        tokenizer: replaces the stored one.
+        overrides: hyper-parameters that should differ from the stored ones, such as ``window_batch_size``.
+
+    Raises:
+        CheckpointError: not a zoo checkpoint, damaged, of a class from elsewhere, or weights that do not fit.
+
+    Example:
+        >>> load("missing.ckpt")
+        Traceback (most recent call last):
+        ...
+        counting_zoo.errors.CheckpointError: no checkpoint at 'missing.ckpt'; expected a file such as best.ckpt
+    """
+    checkpoint = read_checkpoint(path)
+    if "counting_zoo" not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"{str(path)!r} is not a checkpoint of counting_zoo (its keys: {sorted(map(str, checkpoint))[:6]}); for "
+            "weights of a reference implementation use load_official or 'counting-zoo convert'"
+        )
+    kind = model_class(checkpoint["counting_zoo"]["class"])
+    module = kind(**{**checkpoint["hyper_parameters"], **overrides})
+    if tokenizer is not None:
+        module.set_tokenizer(tokenizer)  # type: ignore[operator]
+    module.on_load_checkpoint(checkpoint)
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {str(path)!r} do not fit its own settings: {error}") from error
+    return module.to(device).eval()
+
+
+def save(module: CountingModule, path: str | Path) -> Path:
+    """Write a model as a zoo checkpoint with its whole recipe, without a trainer."""
+    path = Path(path).expanduser()
+    checkpoint: dict[str, Any] = {
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+        "pytorch-lightning_version": _lightning_version(),
+        "epoch": 0,
+        "global_step": 0,
+        "loops": {},
+    }
+    module.on_save_checkpoint(checkpoint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    torch.save(checkpoint, temporary)
+    temporary.replace(path)
+    return path
+
+
+def model_class(name: str) -> type[CountingModule]:
+    """The class a checkpoint names, if it is the zoo's or the caller has already imported it.
+
+    Raises:
+        CheckpointError: importing it could run code of somebody else's choice, or it is no model.
+    """
+    module_name, _, class_name = name.rpartition(".")
+    if module_name.split(".")[0] != "counting_zoo" and module_name not in sys.modules:
+        raise CheckpointError(
+            f"the checkpoint is of {name!r}, from outside counting_zoo; import that module yourself first if you trust it"
+        )
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"the checkpoint is of {name!r}, which this version of counting_zoo does not have; update counting_zoo"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, CountingModule)):
+        raise CheckpointError(f"the checkpoint names {name!r}, which is no model of counting_zoo")
+    return kind
+
+
+def load_official(
+    name: str,
+    source: str | Path | Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    clip: Any = None,
+    tokenizer: Any = None,
+) -> CountingModule:
+    """A zoo model with the weights of a reference implementation, which predicts as the reference does.
+
+    Args:
+        name: ``clip_count``.
+        source: the reference's checkpoint as a file or a mapping: a Lightning checkpoint with ``state_dict`` and
+            ``hyper_parameters``, or a bare state dict, with or without ``model.`` / ``module.`` prefixes.
+        config: the reference's settings under its own names, over those the file carries.
+        clip: frozen CLIP weights where the file has none: hub name, folder, or OpenAI-layout state dict.
+        tokenizer: a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids.
+
+    Raises:
+        InputError: no such model.
+        CheckpointError: the file cannot be read, or would run code.
+        WeightsError: a key of the file is unknown, or one of the model's is missing; lists them.
+    """
+    if name != "clip_count":
+        raise InputError(f"load_official knows no {name!r}; expected 'clip_count'")
+    from counting_zoo.models.clip_count.weights import from_official
+
+    content = dict(source) if isinstance(source, Mapping) else read_checkpoint(source)
+    settings = dict(content.get("hyper_parameters") or {}) if "state_dict" in content else {}
+    state = content.get("state_dict", content)
+    tensors = {_bare(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"no tensors in {source if isinstance(source, str | Path) else 'the mapping'!r}")
+    return from_official(tensors, {**settings, **(config or {})}, clip, tokenizer)
+
+
+def _bare(key: str) -> str:
+    while key.startswith(("model.", "module.")):
+        key = key.split(".", 1)[1]
+    return key
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _lightning_version() -> str:
+    import lightning
+
+    return lightning.__version__
+
+
+__all__ = ["load", "load_official", "model_class", "read_checkpoint", "save"]

@@ -1,0 +1,208 @@
+"""How CLIP-Count lets patches and text interact, and decodes the result into density."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, interpolate
+
+from counting_zoo.nn.attention import MLP, DropPath, SelfAttention, TextAttention, TextBias
+
+TextKeys = Literal["pooled", "tokens"]
+
+
+@lru_cache(maxsize=16)
+def position_table(n: int, dim: int) -> Tensor:
+    """``(n, dim)`` fixed sinusoids over patches in reading order, sine and cosine interleaved.
+
+    Example:
+        >>> position_table(2, 4)[0]
+        tensor([0., 1., 0., 1.])
+    """
+    rate = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64) * (-math.log(10000.0) / dim))
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).float()
+
+
+class InteractionBlock(nn.Module):
+    """Self-attention over patches, the text, and an MLP, each as a residual; optionally at twice the resolution.
+
+    Args:
+        dim: width of patches and text.
+        heads: attention heads.
+        text_keys: ``pooled`` or ``tokens``.
+        upsample: convolve and double the grid first.
+    """
+
+    def __init__(self, dim: int, heads: int, text_keys: TextKeys, *, upsample: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1) if upsample else None
+        self.norm_self = nn.LayerNorm(dim)
+        self.self_attn = SelfAttention(dim, heads)
+        self.norm_cross = nn.LayerNorm(dim) if text_keys == "tokens" else None
+        self.cross_attn: nn.Module = TextAttention(dim, heads) if text_keys == "tokens" else TextBias(dim)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.mlp = MLP(dim)
+        self.drop_path = DropPath()
+
+    def forward(self, x: Tensor, text: Tensor, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """One step for ``(B, N, D)`` patches that no text has met yet, or ``(B K, N, D)`` that have.
+
+        Args:
+            x: patches in reading order.
+            text: ``(B, K, D)``.
+            tokens: ``(B, K, L, D)``.
+            grid: (gh, gw) of the patches.
+
+        Returns:
+            ``(B K, N', D)`` patches and their grid.
+        """
+        b, k, _ = text.shape
+        if self.conv is not None:
+            plane = x.transpose(1, 2).unflatten(2, grid)
+            plane = plane + gelu(self.conv(plane))
+            grid = (2 * grid[0], 2 * grid[1])
+            x = interpolate(plane, grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+        # The first self-attention sees no text: it runs once a picture, however many prompts are asked.
+        x = x + self.drop_path(self.self_attn(self.norm_self(x)))
+        if len(x) != b * k:
+            x = x.repeat_interleave(k, 0)
+        if self.norm_cross is not None:
+            attended = self.cross_attn(self.norm_cross(x), tokens.flatten(0, 1))
+        else:
+            attended = self.cross_attn(text.flatten(0, 1)[:, None])
+        x = x + self.drop_path(attended)
+        return x + self.drop_path(self.mlp(self.norm_mlp(x))), grid
+
+
+class HierarchicalInteraction(nn.Module):
+    """Two interaction blocks, the second at twice the resolution (paper, section 3.4).
+
+    Shape:
+        patches ``(B, D, gh, gw)``, text ``(B, K, D)`` -> maps ``(B, K, D, gh, gw)`` and ``(B, K, D, 2 gh, 2 gw)``.
+    """
+
+    def __init__(self, dim: int, heads: int, text_keys: TextKeys) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([InteractionBlock(dim, heads, text_keys, upsample=i > 0) for i in range(2)])
+
+    def forward(self, patches: Tensor, text: Tensor, tokens: Tensor) -> list[Tensor]:
+        return _run_blocks(self.blocks, patches, text, tokens)
+
+
+class PlainInteraction(nn.Module):
+    """``depth`` interaction blocks at one resolution; with depth 0 the text is simply added."""
+
+    def __init__(self, dim: int, heads: int, depth: int, text_keys: TextKeys) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([InteractionBlock(dim, heads, text_keys) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, patches: Tensor, text: Tensor, tokens: Tensor) -> list[Tensor]:
+        if len(self.blocks):
+            mixed = _run_blocks(self.blocks, patches, text, tokens)[-1]
+        else:
+            mixed = patches[:, None] + text[..., None, None]
+        return [self.norm(mixed.movedim(2, -1)).movedim(-1, 2)]
+
+
+def _run_blocks(blocks: nn.ModuleList, patches: Tensor, text: Tensor, tokens: Tensor) -> list[Tensor]:
+    b, k, dim = text.shape
+    grid = (patches.shape[-2], patches.shape[-1])
+    x = patches.flatten(2).transpose(1, 2)
+    x = x + position_table(x.shape[1], dim).to(x)
+    maps = []
+    for block in blocks:
+        x, grid = block(x, text, tokens, grid)
+        maps.append(x.transpose(1, 2).unflatten(2, grid).unflatten(0, (b, k)))  # (B, K, D, h, w)
+    return maps
+
+
+class ConvStage(nn.Module):
+    """Convolution, group norm, GELU."""
+
+    def __init__(self, inside: int, out: int, kernel: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inside, out, kernel, padding=kernel // 2)
+        if kernel > 1:
+            nn.init.xavier_normal_(self.conv.weight)
+        self.norm = nn.GroupNorm(8, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(self.norm(self.conv(x)))
+
+
+def _double(x: Tensor) -> Tensor:
+    return interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+class HierarchicalDecoder(nn.Module):
+    """Four stages that halve the channels; the finer map joins through a 1x1 convolution before the second.
+
+    Shape:
+        ``[(B, K, D, gh, gw), (B, K, D, 2 gh, 2 gw)]`` -> logits ``(B, K, 8 gh, 8 gw)``.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        widths = [dim, dim // 2, dim // 4, dim // 8, dim // 16]
+        self.stages = nn.ModuleList([ConvStage(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+        self.lateral = ConvStage(dim, dim // 2, kernel=1)
+        self.out = nn.Conv2d(widths[-1], 1, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        b, k = maps[0].shape[:2]
+        coarse, fine = (m.flatten(0, 1) for m in maps)
+        x = _double(self.stages[0](coarse))
+        x = _double(self.stages[1](x + self.lateral(fine)))
+        x = _double(self.stages[2](x))
+        return self.out(self.stages[3](x)).unflatten(0, (b, k))[:, :, 0]
+
+
+class PlainDecoder(nn.Module):
+    """Two stages for one map: ``[(B, K, D, gh, gw)]`` -> logits ``(B, K, 2 gh, 2 gw)``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([ConvStage(dim, dim // 2), ConvStage(dim // 2, dim // 4)])
+        self.out = nn.Conv2d(dim // 4, 1, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        b, k = maps[0].shape[:2]
+        x = _double(self.stages[0](maps[0].flatten(0, 1)))
+        return self.out(self.stages[1](x)).unflatten(0, (b, k))[:, :, 0]
+
+
+class FiLMHead(nn.Module):
+    """Density from features scaled and shifted by the text, beside their similarity to it.
+
+    Late fusion: a further prompt costs one small head, so training asks for several names in each picture.
+
+    Shape:
+        features ``(B, D, h, w)``, text ``(B, K, D)``, similarity ``(B, K, h, w)`` -> logits ``(B, K, h, w)``.
+    """
+
+    def __init__(self, dim: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.similarity_scale = nn.Parameter(torch.tensor(5.0))
+        self.mix = nn.Conv2d(dim + 1, hidden, 1)
+        self.out = nn.Conv2d(hidden, 1, 3, padding=1)
+
+    def forward(self, features: Tensor, text: Tensor, similarity: Tensor) -> Tensor:
+        b, k, _ = text.shape
+        gain, shift = self.modulation(text)[..., None, None].chunk(2, 2)  # (B, K, D, 1, 1)
+        x = features[:, None] * (1 + gain) + shift
+        x = torch.cat([x, (similarity * self.similarity_scale)[:, :, None].to(x.dtype)], 2).flatten(0, 1)
+        x = self.mix(x.contiguous(memory_format=torch.channels_last).relu()).relu()
+        return self.out(x).unflatten(0, (b, k))[:, :, 0]
+
+
+__all__ = [
+    "ConvStage", "FiLMHead", "HierarchicalDecoder", "HierarchicalInteraction", "InteractionBlock", "PlainDecoder",
+    "PlainInteraction", "position_table",
+]  # fmt: skip

@@ -1,0 +1,99 @@
+"""CLIP-Count's losses as pure functions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy, grid_sample, normalize
+
+DensityMask = Literal["none", "pixel", "official"]
+
+
+def patch_text_contrastive(
+    patches: Tensor, text: Tensor, positive: Tensor, *, temperature: float = 0.07, normalize_positives: bool = False
+) -> Tensor:
+    """Patches that hold an object are pulled to the prompt, the others pushed away (paper, section 3.3).
+
+    ``mean(-log((P + 1e-5) / (P + N + 2e-5)))`` with P and N the sums of ``exp(cos / temperature)`` over positive and
+    negative patches (reference: models/contrastive_loss.py). A prompt without any positive patch only pushes.
+
+    Args:
+        patches: ``(B, N, D)``.
+        text: ``(B, K, D)``.
+        positive: ``(B, K, N)`` bool.
+        temperature: of the similarities.
+        normalize_positives: divide each row by its number of positive patches.
+    """
+    cosine = cosine_similarity(patches[:, None].float(), text[:, :, None].float(), dim=-1)  # (B, K, N)
+    similarity = (cosine / temperature).exp()
+    inside = (similarity * positive).sum(-1)
+    outside = (similarity * ~positive).sum(-1)
+    loss = -((inside + 1e-5) / (inside + outside + 2e-5)).log()
+    if normalize_positives:
+        loss = loss / positive.sum(-1).clamp(min=1)
+    return loss.mean()
+
+
+def region_text(
+    features: Tensor, points: list[Tensor], targets: list[Tensor], text: Tensor, size: tuple[int, int], *,
+    scale: float = 14.0, cap: int = 12,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy of the features at object centres against the texts of all training classes.
+
+    The density loss alone learns to ignore the text; this one makes it name what it sees.
+
+    Args:
+        features: ``(B, D, h, w)``.
+        points: B x ``(N_i, 2)`` x, y in pixels of a picture of ``size``.
+        targets: B x ``(N_i,)`` index of each object's class in ``text``.
+        text: ``(C, D)``.
+        size: (H, W) of the picture.
+        scale: of the cosine similarities.
+        cap: a class with more objects than this in one picture weighs as much as this many.
+
+    Returns:
+        The weighted mean; 0 (with a gradient of 0) where no picture has an object.
+    """
+    counts = torch.tensor([len(p) for p in points], device=features.device)
+    if int(counts.sum()) == 0:
+        return features.sum() * 0.0
+    batch = torch.arange(len(points), device=features.device).repeat_interleave(counts)
+    target = torch.cat(targets)
+    where = torch.cat(points) / features.new_tensor([size[1], size[0]], dtype=torch.float32) * 2 - 1
+    width = int(counts.max())
+    padded = where.new_zeros(len(points), width, 1, 2)
+    slot = torch.arange(len(target), device=features.device) - (counts.cumsum(0) - counts)[batch]
+    padded[batch, slot, 0] = where
+    sampled = grid_sample(features.float(), padded, align_corners=False, padding_mode="border")  # (B, D, width, 1)
+    found = sampled[batch, :, slot, 0]  # (N, D)
+    logits = scale * normalize(found, dim=-1) @ normalize(text.float(), dim=-1).T  # (N, C)
+    group = batch * len(text) + target
+    members = torch.zeros(len(points) * len(text), device=features.device).index_add_(
+        0, group, torch.ones_like(group, dtype=torch.float32)
+    )[group]
+    weight = members.clamp(max=cap) / members
+    return (cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+
+
+def density_mse(raw: Tensor, target: Tensor, mask: DensityMask = "none", keep: float = 0.8) -> Tensor:
+    """Mean squared error of density maps in the reference's scale.
+
+    Args:
+        raw: ``(B, K, h, w)`` predicted.
+        target: ``(B, K, h, w)``.
+        mask: ``pixel`` drops a random fifth of the pixels of each map, as CounTR does. ``official`` reproduces the
+            reference, whose mask multiplies an already reduced scalar and so only scales the loss by about ``keep``
+            (run.py:164-166). ``none`` keeps all.
+        keep: share of pixels kept.
+    """
+    if mask == "none":
+        return (raw - target).square().mean()
+    kept = (torch.rand(raw.shape[-2:] if mask == "official" else raw.shape, device=raw.device) < keep).float()
+    if mask == "official":
+        return (raw - target).square().mean() * kept.mean()
+    return ((raw - target).square() * kept).sum() / kept.sum().clamp(min=1)
+
+
+__all__ = ["DensityMask", "density_mse", "patch_text_contrastive", "region_text"]

@@ -1,0 +1,262 @@
+"""CLIP-Count as a Lightning module: stages, losses, facts taken from data, and the recipe in its checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from counting_zoo.errors import InputError
+from counting_zoo.models.clip_count.loss import DensityMask, density_mse, patch_text_contrastive, region_text
+from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction
+from counting_zoo.module import CountingModule
+from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config
+from counting_zoo.nn.text import TextPool
+from counting_zoo.nn.tokenizer import TokenizerLike, word_tokenizer
+from counting_zoo.nn.vision import PromptIndexing, Stem
+from counting_zoo.ops import points_to_density, positive_patches, positive_patches_of_density
+from counting_zoo.types import Batch, CountOutput
+
+
+class CLIPCount(CountingModule):
+    """Text-guided zero-shot counting (Jiang et al., "CLIP-Count", ACM MM 2023, arXiv 2305.07304).
+
+    The defaults are the published model with the reference's faults mended; ``load_official`` chooses the reference's
+    behaviour where it differs. ``configs/model/clip_count_small.yaml`` is a variant that trains from scratch.
+
+    Args:
+        clip: CLIP weights: hub name, folder, or a config mapping for random weights.
+        tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from the
+            class names of its training data.
+        prompt_template: ``{}`` is replaced by the name asked about; the same in training, test and prediction.
+        input_size, antialias, prompt_width, prompt_depth, prompt_indexing, n_context, text_pool, text_keys,
+            interaction, depth, heads, activation, density_scale, stem, train_vision, train_text:
+            see :class:`~counting_zoo.models.clip_count.network.CLIPCountNet`.
+        contrast: ``patch`` is the paper's patch-text loss, ``region`` compares features at object centres with the
+            texts of all training classes, ``none`` trains on density alone.
+        contrast_epochs: epochs of contrast alone before density training begins. The reference's 20 are 21, because
+            it compares with ``<=`` (run.py:167).
+        contrast_weight: weight of the contrastive loss in its stage.
+        contrast_weight_after: its weight once density training has begun; 0 in the paper.
+        normalize_contrast: divide each prompt's contrastive loss by its number of positive patches.
+        positives: which patches hold an object: ``points`` for those with an object's point, ``official`` for those
+            the blurred target reaches, sampled to the nearest pixel.
+        sigma: of the Gaussian on each point, in density cells.
+        splat: a point falls into one cell (``nearest``) or is shared by four (``bilinear``), for coarse grids.
+        unique_points: count several points in one pixel once, as the reference does.
+        density_mask: see :func:`~counting_zoo.models.clip_count.loss.density_mse`.
+        count_weight: weight of the absolute count error of a picture.
+    """
+
+    requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "labels"}),)
+    text_guided: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        clip: CLIPSource = "openai/clip-vit-base-patch16",
+        *,
+        tokenizer: str | None = None,
+        prompt_template: str = "{}",
+        window: int = 384,
+        input_size: int | None = None,
+        antialias: bool = True,
+        prompt_width: int = 20,
+        prompt_depth: int = 10,
+        prompt_indexing: PromptIndexing = "layer",
+        n_context: int = 2,
+        text_pool: TextPool = "eot",
+        text_keys: Literal["pooled", "tokens"] = "pooled",
+        interaction: Interaction = "hierarchical",
+        depth: int = 4,
+        heads: int = 8,
+        activation: Activation = "softplus",
+        density_scale: float = 60.0,
+        stem: Stem = "patch",
+        train_vision: bool = False,
+        train_text: bool = False,
+        contrast: Literal["patch", "region", "none"] = "patch",
+        contrast_epochs: int = 20,
+        contrast_weight: float = 1.0,
+        contrast_weight_after: float = 0.0,
+        normalize_contrast: bool = False,
+        positives: Literal["points", "official"] = "points",
+        sigma: float = 1.0,
+        splat: Literal["nearest", "bilinear"] = "nearest",
+        unique_points: bool = False,
+        density_mask: DensityMask = "none",
+        count_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(window=window, **kwargs)
+        if "{}" not in prompt_template:
+            raise InputError(f"prompt_template is {prompt_template!r}; expected a text with {{}} for the name")
+        if contrast not in ("patch", "region", "none"):
+            raise InputError(f"contrast is {contrast!r}; expected 'patch', 'region' or 'none'")
+        towers = build_clip(clip)
+        # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
+        self.hparams["clip"] = clip_config(towers)
+        self.network = CLIPCountNet(
+            towers,
+            window=window,
+            input_size=input_size,
+            antialias=antialias,
+            prompt_width=prompt_width,
+            prompt_depth=prompt_depth,
+            prompt_indexing=prompt_indexing,
+            n_context=n_context,
+            text_pool=text_pool,
+            text_keys=text_keys,
+            interaction=interaction,
+            depth=depth,
+            heads=heads,
+            activation=activation,
+            density_scale=density_scale,
+            stem=stem,
+            train_vision=train_vision,
+            train_text=train_text,
+            contrast_proj=contrast != "none",
+        )
+        if tokenizer is not None or isinstance(clip, str):
+            self.set_tokenizer(tokenizer or str(clip))
+        self.prompt_template = prompt_template
+        self.contrast, self.contrast_epochs = contrast, contrast_epochs if contrast != "none" else 0
+        self.contrast_weight, self.contrast_weight_after = contrast_weight, contrast_weight_after
+        self.normalize_contrast, self.positives = normalize_contrast, positives
+        self.sigma, self.splat, self.unique_points = sigma, splat, unique_points
+        self.density_mask, self.count_weight = density_mask, count_weight
+        self.train_classes: list[str] = []
+
+    @property
+    def cell(self) -> int:
+        return self.network.cell
+
+    def set_tokenizer(self, source: TokenizerLike) -> None:
+        """Use a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids."""
+        self.network.text.set_tokenizer(source)
+
+    def forward(self, image: Tensor, classes: list[list[str]]) -> CLIPCountOutput:
+        return self.network(image, self._prompts(classes))
+
+    def _prompts(self, classes: list[list[str]]) -> list[list[str]]:
+        if any(not name.strip() for names in classes for name in names):
+            raise InputError(f"an empty prompt in {classes[:3]}; name what is to be counted")
+        return [[self.prompt_template.format(name) for name in names] for names in classes]
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    @property
+    def contrasting(self) -> bool:
+        """Whether training is in its contrastive stage."""
+        return self._trainer is not None and self.current_epoch < self.contrast_epochs
+
+    def read_facts(self, datamodule: Any) -> None:
+        self.train_classes = list(datamodule.class_names("train")) if hasattr(datamodule, "class_names") else []
+        if self.network.text.tokenizer is None:
+            texts = [self.prompt_template.format(name) for name in self.train_classes]
+            vocab_size = self.network.text.model.embeddings.token_embedding.num_embeddings
+            self.set_tokenizer(word_tokenizer(texts, vocab_size))
+
+    def training_losses(self, batch: Batch) -> dict[str, Tensor]:
+        if not self.contrasting:
+            return super().training_losses(batch)
+        images = batch["image"]
+        assert isinstance(images, Tensor), "training pictures come as one tensor"
+        seen = self.network.embed(images, self._prompts(batch["classes"]))
+        size = (images.shape[-2], images.shape[-1])
+        return {"contrast": self.contrast_weight * self._contrast(seen.contrast, seen.text, batch, size)}
+
+    def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(output, CLIPCountOutput), f"losses of a {type(output).__name__}"
+        images = batch["image"]
+        size = (int(images[0].shape[-2]), int(images[0].shape[-1]))
+        target = self._target(batch, size, output.density.shape[-2:])
+        terms = {"density": density_mse(output.raw_density, target * self.network.density_scale, self.density_mask)}
+        if self.count_weight:
+            error = output.counts - target.sum((-2, -1))
+            terms["count"] = self.count_weight * error.abs().mean()
+        if self.contrast_weight_after and self.contrast != "none":
+            features = output.contrast_embeds.transpose(1, 2).unflatten(2, output.grid)
+            loss = self._contrast(features, output.text_embeds, batch, size)
+            terms["contrast"] = self.contrast_weight_after * loss
+        return terms
+
+    def _target(self, batch: Batch, size: tuple[int, int], cells: torch.Size) -> Tensor:
+        """``(B, K, h, w)`` objects per cell."""
+        return points_to_density(
+            batch["points"],
+            size,
+            labels=batch["labels"],
+            num_classes=len(batch["classes"][0]),
+            stride=size[0] // cells[0],
+            sigma=self.sigma,
+            splat=self.splat,
+            unique=self.unique_points,
+        )
+
+    def _contrast(self, features: Tensor, text: Tensor, batch: Batch, size: tuple[int, int]) -> Tensor:
+        """The contrastive loss of ``(B, D, gh, gw)`` features and ``(B, K, D)`` texts."""
+        if self.contrast == "region":
+            return self._region_text(features, batch, size)
+        k = len(batch["classes"][0])
+        grid = (int(features.shape[-2]), int(features.shape[-1]))
+        if self.positives == "official":
+            inner = (grid[0] * self.network.vision.patch, grid[1] * self.network.vision.patch)
+            target = self._target(batch, size, torch.Size(size))
+            positive = positive_patches_of_density(target, inner, self.network.vision.patch)
+        else:
+            positive = positive_patches(batch["points"], size, grid, labels=batch["labels"], num_classes=k)
+        return patch_text_contrastive(
+            features.flatten(2).transpose(1, 2),
+            text,
+            positive.flatten(2).to(features.device),
+            normalize_positives=self.normalize_contrast,
+        )
+
+    def _region_text(self, features: Tensor, batch: Batch, size: tuple[int, int]) -> Tensor:
+        names = list(dict.fromkeys([*self.train_classes, *(n for asked in batch["classes"] for n in asked)]))
+        text = self.network.text([self.prompt_template.format(name) for name in names])
+        place = {name: i for i, name in enumerate(names)}
+        targets = [
+            torch.tensor([place[n] for n in asked], device=features.device)[labels]
+            for asked, labels in zip(batch["classes"], batch["labels"], strict=True)
+        ]
+        return region_text(features, batch["points"], targets, text, size)
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        network = self.network
+        idle: list[nn.Module] = []
+        if self.contrasting:
+            idle = [network.interaction, network.decoder]
+            if network.contrast_proj is not None:
+                idle.append(network.patch_proj)
+        elif network.contrast_proj is not None and not self.contrast_weight_after and not self._density_uses_contrast:
+            idle = [network.contrast_proj]
+        return [p for module in idle for p in module.parameters() if p.requires_grad]
+
+    @property
+    def _density_uses_contrast(self) -> bool:
+        return isinstance(self.network.interaction, nn.Identity)
+
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
+        """AdamW and a drop to a third every 100 epochs (reference: run.py)."""
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=100, gamma=0.33)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def recipe(self) -> dict[str, Any]:
+        tokenizer = self.network.text.tokenizer
+        return {
+            "tokenizer": None if tokenizer is None else tokenizer.to_json(),
+            "train_classes": self.train_classes,
+        }
+
+    def restore_recipe(self, recipe: dict[str, Any]) -> None:
+        # A tokenizer given by the caller wins over the one that was saved.
+        if self.network.text.tokenizer is None and recipe["tokenizer"] is not None:
+            self.set_tokenizer(recipe["tokenizer"])
+        self.train_classes = list(recipe["train_classes"])
+
+
+__all__ = ["CLIPCount"]

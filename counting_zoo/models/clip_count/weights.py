@@ -1,0 +1,232 @@
+"""Weights of the CLIP-Count reference (songrise/CLIP-Count) in the zoo's CLIPCount."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from counting_zoo.errors import WeightsError
+from counting_zoo.geometry import Preprocess
+from counting_zoo.models.clip_count.heads import position_table
+from counting_zoo.models.clip_count.module import CLIPCount
+from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, load_openai_clip, openai_to_huggingface
+from counting_zoo.nn.tokenizer import TokenizerLike
+
+# What a name of the reference begins with, and what stands there in the zoo; None is dropped, with its reason.
+_KEYS: dict[str, str | None] = {
+    "patch_emb_pos_embed": None,  # a fixed sinusoid, compared with ours below
+    "img_encoder.visual_prompt": "vision.prompts.embeddings",
+    "img_encoder.vpt_norm.": "vision.norm.",
+    "img_encoder.vpt_proj.": "vision.prompts.proj.",
+    "text_encoder.learnable_context": "text.context",
+    "patch_feat_proj_contrast.": "contrast_proj.",
+    "patch_feat_proj.": "patch_proj.",
+    "decoder_ln_pre.": None,  # never called
+    "decoder_norm.": None,  # feeds only a map nobody reads
+    "fim_blocks.0.conv0.": None,  # the first block does not convolve
+    "fim_blocks.1.conv0.": "interaction.blocks.1.conv.",
+    "density_decoder.pyradim_conv.0.": "decoder.lateral.conv.",
+    "density_decoder.pyradim_conv.1.": "decoder.lateral.norm.",
+    "density_decoder.final_conv.0.": "decoder.out.",
+}
+_PATTERNS: list[tuple[str, str | None]] = [
+    (r"fim_blocks\.(\d)\.norm0\.(.*)", r"interaction.blocks.\1.norm_self.\2"),
+    (r"fim_blocks\.(\d)\.norm1\.(.*)", None),  # with one text vector the softmax is 1: norm, query and key are inert
+    (r"fim_blocks\.(\d)\.attn\.w[qk]\.(.*)", None),
+    (r"fim_blocks\.(\d)\.attn\.(wv|proj)\.(.*)", r"interaction.blocks.\1.cross_attn.\2.\3"),
+    (r"fim_blocks\.(\d)\.selfattn\.(qkv|proj)\.(.*)", r"interaction.blocks.\1.self_attn.\2.\3"),
+    (r"fim_blocks\.(\d)\.norm2\.(.*)", r"interaction.blocks.\1.norm_mlp.\2"),
+    (r"fim_blocks\.(\d)\.mlp\.(fc1|fc2)\.(.*)", r"interaction.blocks.\1.mlp.\2.\3"),
+    (r"density_decoder\.convs\.(\d)\.0\.(.*)", r"decoder.stages.\1.conv.\2"),
+    (r"density_decoder\.convs\.(\d)\.1\.(.*)", r"decoder.stages.\1.norm.\2"),
+]
+_CLIP_ALIASES = ("clip.", "text_encoder.clip_model.", "img_encoder.clip.", "img_encoder.vit.")
+_BACKBONES = {
+    "b16": "openai/clip-vit-base-patch16",
+    "b32": "openai/clip-vit-base-patch32",
+    "l14": "openai/clip-vit-large-patch14",
+}
+# Settings of the reference that change a prediction, with its defaults (run.py); all others concern training only.
+_DEFAULTS: dict[str, Any] = {
+    "backbone": "b16", "use_mixed_fim": True, "use_fim": False, "use_vpt": True, "vpt_width": 20, "vpt_depth": 10,
+    "use_coop": True, "coop_width": 2, "use_contrast": True, "decoder_head": 8, "unfreeze_vit": False,
+    "contrast_pre_epoch": 20, "w_contrast": 1.0, "normalize_contrast": False,
+}  # fmt: skip
+_TRAINING_ONLY = {
+    "mode", "exp_name", "batch_size", "epochs", "accum_iter", "decoder_depth", "coop_require_grad",
+    "noise_text_ratio", "contrast_pos", "weight_decay", "lr", "min_lr", "data_path", "dataset_type", "output_dir",
+    "seed", "ckpt", "start_epoch", "num_workers", "pin_mem", "log_dir", "log_test_img", "dont_log", "val_freq",
+    "exp_note", "aug_prompt", "contrast_type", "mask_ratio", "gpus", "warmup_epochs",
+}  # fmt: skip
+
+
+def from_official(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    clip: CLIPSource | Mapping[str, Tensor] | None = None,
+    tokenizer: TokenizerLike | None = None,
+) -> CLIPCount:
+    """The zoo's CLIPCount with the reference's weights, predicting as the reference does.
+
+    Args:
+        state: the reference's state dict, without ``model.`` prefixes; with or without frozen CLIP weights, which
+            win over ``clip``.
+        config: the reference's settings under its own names; those that are missing are its defaults.
+        clip: frozen CLIP weights where ``state`` has none: hub name, folder, config mapping, or an OpenAI-layout
+            state dict; the reference's backbone on the hub if ``None``.
+        tokenizer: where ``clip`` brings none.
+
+    Raises:
+        WeightsError: keys are unknown, missing or of another shape (listed), or a variant that the zoo lacks.
+    """
+    settings = {**_DEFAULTS, **{k: v for k, v in config.items() if k in _DEFAULTS}}
+    unknown = sorted(set(config) - set(_DEFAULTS) - _TRAINING_ONLY)
+    if unknown:
+        warnings.warn(f"settings of the reference that the zoo does not know are ignored: {unknown}", stacklevel=3)
+    if not settings["use_mixed_fim"] or settings["use_fim"]:
+        raise WeightsError(
+            "use_mixed_fim=False / use_fim=True is a variant of the reference whose weights the zoo cannot load; "
+            "expected the published hierarchical model (use_mixed_fim=True, use_fim=False)"
+        )
+    frozen = {k: v for k, v in state.items() if k.startswith(_CLIP_ALIASES)}
+    own = {k: v for k, v in state.items() if k not in frozen}
+    towers = _towers(frozen, clip, str(settings["backbone"]))
+    if tokenizer is None:
+        tokenizer = clip if isinstance(clip, str) else _BACKBONES.get(str(settings["backbone"]))
+    module = CLIPCount(
+        clip_config(towers),
+        window=384,
+        input_size=towers.config.vision_config.image_size,
+        stride=128,
+        blend="official",
+        pad="official",
+        preprocess=Preprocess("short", 384, multiple=16),
+        antialias=False,
+        prompt_width=settings["vpt_width"] if settings["use_vpt"] else 0,
+        prompt_depth=settings["vpt_depth"] if settings["use_vpt"] else 0,
+        prompt_indexing="official",
+        n_context=settings["coop_width"] if settings["use_coop"] else 0,
+        text_pool="official",
+        interaction="hierarchical",
+        heads=int(settings["decoder_head"]),
+        activation="sigmoid",
+        density_scale=60.0,
+        contrast="patch" if settings["use_contrast"] else "none",
+        contrast_epochs=int(settings["contrast_pre_epoch"]) + 1,
+        contrast_weight=float(settings["w_contrast"]),
+        normalize_contrast=bool(settings["normalize_contrast"]),
+        positives="official",
+        unique_points=True,
+        density_mask="official",
+        decay="all",
+        train_vision=bool(settings["unfreeze_vit"]),
+    )
+    module.set_tokenizer(tokenizer)
+    network = module.network
+    target = network.state_dict()
+    expected = {k for k in target if not _is_clip(k) and k not in ("mean", "std")}
+    converted = _rename(own, expected)
+    missing = sorted(expected - set(converted))
+    wrong = sorted(
+        f"{k} {tuple(converted[k].shape)} instead of {tuple(target[k].shape)}"
+        for k in converted
+        if k in expected and converted[k].shape != target[k].shape
+    )
+    if missing or wrong:
+        raise WeightsError(
+            f"not a CLIP-Count checkpoint of these settings ({settings}): {len(missing)} weights are missing "
+            f"({_reference_names(missing)}) and {len(wrong)} have another shape ({wrong[:5]})"
+        )
+    clip_state = {f"vision.model.{k.removeprefix('vision_model.')}": v for k, v in towers.state_dict().items()
+                  if k.startswith("vision_model.") and "post_layernorm" not in k}  # fmt: skip
+    clip_state |= {f"text.model.{k.removeprefix('text_model.')}": v for k, v in towers.state_dict().items()
+                   if k.startswith("text_model.")}  # fmt: skip
+    clip_state["text.projection.weight"] = towers.text_projection.weight
+    buffers = {"mean": network.mean, "std": network.std}
+    network.load_state_dict({**converted, **clip_state, **buffers}, strict=True)
+    return module.eval()
+
+
+def _is_clip(key: str) -> bool:
+    return key.startswith(("vision.model.", "text.model.", "text.projection."))
+
+
+def _towers(frozen: Mapping[str, Tensor], clip: Any, backbone: str) -> Any:
+    """CLIP from the file itself, or else from where the caller says."""
+    parts: dict[str, Tensor] = {}
+    for key, value in frozen.items():
+        for alias in _CLIP_ALIASES:
+            if key.startswith(alias):
+                name = key.removeprefix(alias)
+                parts[f"visual.{name}" if alias == "img_encoder.vit." else name] = value
+                break
+    if "token_embedding.weight" in parts and "visual.conv1.weight" in parts:
+        return load_openai_clip(parts)
+    if isinstance(clip, Mapping) and clip and all(isinstance(v, Tensor) for v in clip.values()):
+        clip = {k.removeprefix("model.").removeprefix("clip."): v for k, v in clip.items()}
+        towers = load_openai_clip({**clip, **parts})
+    else:
+        if clip is None and backbone not in _BACKBONES:
+            raise WeightsError(f"backbone is {backbone!r}; expected one of {sorted(_BACKBONES)}, or give clip=...")
+        towers = build_clip(_BACKBONES[backbone] if clip is None else clip)
+    if parts:
+        # unfreeze_vit stores the trained image tower alone
+        result = towers.load_state_dict(openai_to_huggingface(parts), strict=False)
+        if result.unexpected_keys:
+            raise WeightsError(f"CLIP weights in the checkpoint do not fit clip={clip!r}: {result.unexpected_keys[:5]}")
+    return towers
+
+
+def _rename(own: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    """The reference's own tensors under the zoo's names; every key is mapped or knowingly dropped."""
+    converted: dict[str, Tensor] = {}
+    unknown = []
+    for key, value in own.items():
+        name, known = _new_name(key)
+        if not known:
+            unknown.append(key)
+        elif key == "patch_emb_pos_embed":
+            table = position_table(value.shape[-2], value.shape[-1])
+            if not torch.allclose(value.float().reshape(table.shape), table, atol=1e-4):
+                raise WeightsError("patch_emb_pos_embed is not the reference's fixed sinusoid; this file was altered")
+        elif name is not None:
+            converted[name] = value.float()
+    if unknown:
+        raise WeightsError(f"no place in CLIPCount for {len(unknown)} keys of this file: {sorted(unknown)[:8]}")
+    if "vision.prompts.embeddings" in converted:
+        rows = converted["vision.prompts.embeddings"]
+        # The reference never reads its last row (models/clip_count.py:308).
+        converted["vision.prompts.embeddings"] = rows[: max(1, len(rows) - 1)].clone()
+    # A checkpoint may carry prompts, context or contrast weights that its settings switch off.
+    optional = ("vision.prompts.", "vision.norm.", "text.context", "contrast_proj.")
+    return {k: v for k, v in converted.items() if k in expected or not k.startswith(optional)}
+
+
+def _new_name(key: str) -> tuple[str | None, bool]:
+    """The zoo's name (``None`` for dropped) and whether the key is known at all."""
+    for prefix, name in _KEYS.items():
+        if key == prefix or (prefix.endswith(".") and key.startswith(prefix)):
+            return (None if name is None else name + key[len(prefix) :]), True
+    for pattern, template in _PATTERNS:
+        match = re.fullmatch(pattern, key)
+        if match:
+            return (None if template is None else match.expand(template)), True
+    return None, False
+
+
+def _reference_names(missing: list[str], at_most: int = 8) -> list[str]:
+    """Missing weights under the names the reference's file would have them by."""
+    back = {new: old for old, new in _KEYS.items() if new is not None}
+    names = []
+    for key in missing[:at_most]:
+        prefix = next((p for p in back if key.startswith(p)), None)
+        names.append(back[prefix] + key[len(prefix) :] if prefix else key)
+    return names
+
+
+__all__ = ["from_official"]

@@ -1,0 +1,453 @@
+"""The only training loop of the zoo: every model is a subclass that says how it counts and what it loses."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from counting_zoo.errors import CheckpointError, InputError, SupervisionError
+from counting_zoo.geometry import Preprocess
+from counting_zoo.inference import count_tiled
+from counting_zoo.metrics import GAME, CountErrors, PromptErrors
+from counting_zoo.ops import peak_points
+from counting_zoo.pictures import as_picture
+from counting_zoo.prompts import wrong_prompts
+from counting_zoo.types import Batch, CountOutput, Prediction
+from counting_zoo.version import __version__
+
+
+class CountingModule(L.LightningModule, ABC):
+    """Trains, scores and counts; subclasses implement :meth:`forward` and :meth:`losses`.
+
+    Args:
+        preprocess: geometry of whole pictures before the model sees them; stored in the checkpoint.
+        window: side of the square tiles a picture is counted in; ``None`` counts it in one piece.
+        stride: distance of neighbouring tiles; the window if ``None``.
+        window_batch_size: tiles that go through the network together.
+        blend: how overlapping tiles are mixed, ``average`` or the ``official`` sigmoid ramp of CLIP-Count.
+        pad: ``minimal`` pads only pictures smaller than a tile; ``official`` pads a stride on the right.
+        default_classes: names to count where nobody names any; the training classes where there are few.
+        non_finite: a loss that is not finite stops training with an error naming the pictures (``raise``), or its
+            step is left out and counted (``skip``).
+        decay: weight decay for ``matrices`` only, or for ``all`` parameters.
+        optimizer: called with parameter groups; the model's own default if ``None``.
+        scheduler: called with the optimizer; the model's own default if ``None``.
+    """
+
+    #: Any one of these sets of batch keys is enough to train.
+    requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points"}),)
+    #: Whether the count depends on the name asked about.
+    text_guided: ClassVar[bool] = False
+    #: Whether the model counts without names: K is 1 and it is scored on the sum over all names.
+    class_blind: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        preprocess: Preprocess | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+        window_batch_size: int = 16,
+        blend: Literal["average", "official"] = "average",
+        pad: Literal["minimal", "official"] = "minimal",
+        default_classes: list[str] | None = None,
+        non_finite: Literal["raise", "skip"] = "raise",
+        decay: Literal["matrices", "all"] = "matrices",
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "scheduler", "_class_path", "_instantiator"])
+        for name, value in self.hparams.items():
+            self.hparams[name] = _plain(value)
+        if stride is not None and (window is None or not 0 < stride <= window):
+            raise InputError(f"stride is {stride} with window {window}; expected 0 < stride <= window")
+        if non_finite not in ("raise", "skip"):
+            raise InputError(f"non_finite is {non_finite!r}; expected 'raise' or 'skip'")
+        self.preprocess = Preprocess.of(preprocess)
+        self.window, self.stride, self.window_batch_size = window, stride, window_batch_size
+        self.blend, self.pad = blend, pad
+        self.default_classes = default_classes
+        self.non_finite, self.decay = non_finite, decay
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.skipped_steps = 0
+        self.val_errors, self.test_errors = CountErrors(), CountErrors()
+        self.val_game, self.test_game = GAME(), GAME()
+        self.val_prompts, self.test_prompts = PromptErrors(), PromptErrors()
+
+    # -- what a model implements ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
+        """Count ``classes`` in ``(B, 3, H, W)`` pictures in [0, 1]; normalises inside."""
+
+    @abstractmethod
+    def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
+        """Named, weighted terms of the loss; their sum is what is minimised."""
+
+    def training_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of one step; override where a stage needs only part of the network."""
+        images = batch["image"]
+        assert isinstance(images, Tensor), "training pictures come as one tensor"
+        return self.losses(self(images, batch["classes"]), batch)
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters that the current stage of training does not reach."""
+        return []
+
+    def read_facts(self, datamodule: Any) -> None:
+        """Take what the model must know of the training data, once, before the first step."""
+
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
+        """The model's published optimizer and scheduler (or ``None``)."""
+        return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.05), None
+
+    @property
+    def cell(self) -> int:
+        """Pixels along one side of a density cell, which tiles must be multiples of."""
+        return 1
+
+    # -- counting -------------------------------------------------------------------------------------------------
+
+    def count_batch(
+        self,
+        images: Tensor | Sequence[Tensor],
+        classes: list[list[str]],
+        window: int | None = None,
+        stride: int | None = None,
+    ) -> CountOutput | list[CountOutput]:
+        """Count whole pictures, in tiles where the recipe or the arguments say so.
+
+        Args:
+            images: ``(B, 3, H, W)``, or B pictures ``(3, H_i, W_i)`` of any size, uint8 or float in [0, 1].
+            classes: B x K names.
+            window: overrides the recipe's window; 0 for none.
+            stride: overrides the recipe's stride.
+
+        Returns:
+            One output for a tensor; for a list one output (of batch 1) for each picture.
+        """
+        pictures = [_as_float(image).to(self.device) for image in images]
+        side = (self.window or 0) if window is None else window
+        step = (self.stride if window is None else None) if stride is None else stride
+        if side:
+            found = count_tiled(
+                lambda tiles, names: self(tiles, names).density,
+                pictures,
+                classes=classes,
+                window=side,
+                stride=step or side,
+                cell=self.cell,
+                window_batch_size=self.window_batch_size,
+                blend=self.blend,
+                pad=self.pad,
+            )
+            outputs = [CountOutput(density[None]) for density in found]
+        elif len({p.shape for p in pictures}) == 1:
+            together = self(torch.stack(pictures), classes)
+            if isinstance(images, Tensor):
+                return together
+            outputs = [CountOutput(density[None]) for density in together.density]
+        else:
+            outputs = [self(p[None], [names]) for p, names in zip(pictures, classes, strict=True)]
+        if isinstance(images, Tensor):
+            return CountOutput(torch.cat([o.density for o in outputs]))
+        return outputs
+
+    @torch.inference_mode()
+    def count(
+        self,
+        pictures: Any,
+        names: str | Sequence[str] | None = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+    ) -> Prediction | list[Prediction]:
+        """Count in pictures as they come.
+
+        Args:
+            pictures: a path, PIL image, ``(H, W[, C])`` array or ``(3, H, W)`` tensor, or a list of these.
+            names: what to count; the model's default classes if ``None``.
+            window: overrides the recipe's window; 0 for none.
+            stride: overrides the recipe's stride.
+
+        Returns:
+            One :class:`Prediction`, or a list for a list.
+
+        Raises:
+            InputError: no name, an empty name, or something that is no picture.
+            ImageError: a file that cannot be read.
+        """
+        asked = [names] if isinstance(names, str) else list(names) if names is not None else self.default_classes
+        if not asked:
+            raise InputError("no name to count: count(picture, ['apples', ...]); this model has no default classes")
+        if len(set(asked)) != len(asked):
+            raise InputError(f"a name is asked about twice: {asked}")
+        many = isinstance(pictures, list | tuple)
+        training = self.training
+        self.eval()
+        try:
+            found = [self._count_one(p, asked, window, stride) for p in (pictures if many else [pictures])]
+        finally:
+            self.train(training)
+        return found if many else found[0]
+
+    def _count_one(self, source: Any, names: list[str], window: int | None, stride: int | None) -> Prediction:
+        picture, image_id = as_picture(source)  # (3, H, W) uint8
+        seen = self.preprocess(picture)
+        output = self.count_batch([seen], [names], window, stride)
+        assert isinstance(output, list)
+        tiled = bool(self.window if window is None else window)
+        return self.to_prediction(output[0], names, (picture.shape[1], picture.shape[2]), image_id, seen, tiled=tiled)
+
+    def to_prediction(
+        self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor, *, tiled: bool
+    ) -> Prediction:
+        """One picture's output as plain data on the CPU; points are density peaks.
+
+        Args:
+            output: of batch 1.
+            names: the names asked about.
+            size: (H, W) of the picture given, which the points are in pixels of.
+            image_id: what the picture is called.
+            seen: ``(3, h, w)`` picture as the model saw it.
+            tiled: whether it was counted in tiles, whose cells may reach beyond it.
+        """
+        density = output.density[0].float()
+        extent = (seen.shape[1] / self.cell, seen.shape[2] / self.cell) if tiled else None
+        return Prediction(
+            counts=output.counts[0].cpu(),
+            names=list(names) if len(density) == len(names) else [" + ".join(names)],
+            density=density.cpu(),
+            points=[p.cpu() for p in peak_points(density, size, extent=extent)],
+            image_id=image_id,
+            image=_as_uint8(seen),
+            size=size,
+            extent=extent,
+        )
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        terms = self.training_losses(batch)
+        loss = torch.stack(list(terms.values())).sum()
+        if self.non_finite == "raise" and not torch.isfinite(loss):
+            bad = {name: float(value) for name, value in terms.items()}
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.global_step} ({bad}) on the pictures {batch['image_id']}; "
+                "weights are still those of the step before and the last checkpoint is good. Look at these pictures, "
+                "lower the learning rate, clip gradients, or leave such steps out with model.non_finite: skip"
+            )
+        log = {f"train/{name}": value.detach() for name, value in terms.items()}
+        self.log_dict(log | {"train/loss": loss.detach()}, batch_size=len(batch["image_id"]), prog_bar=False)
+        if self._distributed():
+            # DDP waits for a gradient of every parameter; those of another stage get a zero, removed below.
+            loss = loss + sum(0.0 * p.sum() for p in self.idle_parameters())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._distributed():
+            for p in self.idle_parameters():
+                p.grad = None
+        if self.non_finite == "skip":
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            # Gradients are the same on every rank, so all ranks leave out the same steps.
+            if gradients and not torch.isfinite(torch.stack([g.float().norm() for g in gradients])).all():
+                optimizer.zero_grad(set_to_none=True)
+                self.skipped_steps += 1
+        self.log("train/skipped_steps", float(self.skipped_steps)) if self.skipped_steps else None
+
+    def on_train_epoch_start(self) -> None:
+        # Each epoch's dropout is a function of (seed, epoch, rank), so a run resumed at an epoch is the same run.
+        if "PL_GLOBAL_SEED" in os.environ:
+            base = int(os.environ["PL_GLOBAL_SEED"])
+            torch.manual_seed((base * 1_000_003 + self.current_epoch) * 4099 + self.global_rank)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score(batch, self.val_errors, self.val_game, self.val_prompts, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score(batch, self.test_errors, self.test_game, self.test_prompts, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores(self.val_errors, self.val_game, self.val_prompts, "val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores(self.test_errors, self.test_game, self.test_prompts, "test")
+
+    def _score(self, batch: Batch, errors: CountErrors, game: GAME, prompts: PromptErrors, split: str) -> None:
+        if "counts" not in batch:
+            raise InputError(f"the {split} data of {batch['image_id'][:3]} carry no counts, so nothing can be scored")
+        asked, k = batch["classes"], len(batch["classes"][0])
+        extra = wrong_prompts(batch, self._datamodule_names(split)) if self.text_guided and k == 1 else None
+        names = asked if extra is None else [a + e for a, e in zip(asked, extra, strict=True)]
+        images = batch["image"]
+        outputs = self.count_batch(list(images), names)
+        assert isinstance(outputs, list)
+        counts = torch.cat([o.counts for o in outputs])  # (B, K [+ 3])
+        target = batch["counts"].sum(1, keepdim=True) if self.class_blind else batch["counts"]
+        errors.update(counts[:, : target.shape[1]], target, batch["image_id"])
+        if "points" in batch and "labels" in batch:
+            density = [o.density[0, : target.shape[1]] for o in outputs]
+            sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
+            labels = None if self.class_blind else batch["labels"]
+            cell = self.cell if self.window else None
+            game.update(density, batch["points"], sizes, batch["image_id"], labels=labels, cell=cell)
+        if extra is not None:
+            prompts.update(batch["image_id"], counts[:, 0], batch["counts"][:, 0], *counts[:, 1:4].unbind(1))
+
+    def _log_scores(self, errors: CountErrors, game: GAME, prompts: PromptErrors, split: str) -> None:
+        constants = getattr(getattr(self.trainer, "datamodule", None), "constant_predictors", dict)()
+        errors.constants = {f"train_{name}": value for name, value in constants.items()}
+        with warnings.catch_warnings():
+            # A rank without pictures computes too, or the others would wait for it for ever.
+            warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
+            scores = prompts.compute() | game.compute() | errors.compute()
+        self.log_dict({f"{split}/{name}": float(value) for name, value in scores.items() if not name.startswith("n_")})
+        for metric in (errors, game, prompts):
+            metric.reset()
+
+    def _datamodule_names(self, split: str) -> list[str]:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return list(datamodule.class_names(split)) if hasattr(datamodule, "class_names") else []
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
+        if not batch["image_id"]:
+            return []
+        names = [asked or self.default_classes or [] for asked in batch["classes"]]
+        if not all(names):
+            raise InputError(
+                f"no name to count in {batch['image_id'][0]!r}: name it with --data.classes '[apples]'; this model "
+                "has no default classes"
+            )
+        images = list(batch["image"])
+        outputs = self.count_batch(images, names)
+        assert isinstance(outputs, list)
+        sizes = batch.get("original_size") or [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
+        return [
+            self.to_prediction(o, n, s, i, picture, tiled=bool(self.window))
+            for o, n, s, i, picture in zip(outputs, names, sizes, batch["image_id"], images, strict=True)
+        ]
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and not precision.startswith(("32", "64")):
+            raise InputError(
+                f"trainer.precision is {precision!r}: counts summed in it are off by about one; "
+                "use 'bf16-mixed', '16-mixed' or '32-true'"
+            )
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage != "fit" or datamodule is None:
+            return
+        provides = getattr(datamodule, "provides", None)
+        if provides is not None and not any(keys <= provides for keys in self.requires):
+            needs = " or ".join(" and ".join(sorted(keys)) for keys in self.requires)
+            raise SupervisionError(
+                f"{type(self).__name__} trains on {needs}, which {type(datamodule).__name__} does not give (it gives "
+                f"{', '.join(sorted(provides)) or 'nothing'}); choose data with {needs}, or test and predict only"
+            )
+        if hasattr(datamodule, "class_names") and self.default_classes is None:
+            known = datamodule.class_names("train")
+            if self.class_blind or not self.text_guided or len(known) == 1:
+                self.default_classes = self.hparams["default_classes"] = list(known)
+        self.read_facts(datamodule)
+
+    def configure_optimizers(self) -> Any:
+        trainable = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        if self.decay == "all":
+            groups: list[dict[str, Any]] = [{"params": [p for _, p in trainable]}]
+        else:
+            plain = [p for n, p in trainable if p.ndim < 2 or "embedding" in n or n.endswith("context")]
+            chosen = {id(p) for p in plain}
+            groups = [
+                {"params": [p for _, p in trainable if id(p) not in chosen]},
+                {"params": plain, "weight_decay": 0.0},
+            ]
+        groups = [group for group in groups if group["params"]]
+        if self.optimizer is None:
+            optimizer, scheduler = self.default_optimizer(groups)
+        else:
+            optimizer, scheduler = self.optimizer(groups), None
+        if self.scheduler is not None:
+            scheduler = self.scheduler(optimizer)
+        if scheduler is None:
+            return optimizer
+        if getattr(scheduler, "total_steps", 0) is None:
+            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+        interval = getattr(scheduler, "interval", "epoch")
+        monitor = {"monitor": "val/mae"} if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else {}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval, **monitor}}
+
+    def _distributed(self) -> bool:
+        return self._trainer is not None and self.trainer.world_size > 1
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def recipe(self) -> dict[str, Any]:
+        """What, beside weights and hyper-parameters, a checkpoint needs to give the same numbers (plain data)."""
+        return {}
+
+    def restore_recipe(self, recipe: dict[str, Any]) -> None:
+        """Take back what :meth:`recipe` gave."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kind = type(self)
+        checkpoint["counting_zoo"] = {
+            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "version": __version__,
+            "recipe": self.recipe(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stored = checkpoint.get("counting_zoo")
+        if stored is None:
+            raise CheckpointError(
+                "this is not a checkpoint of counting_zoo (it has no 'counting_zoo' entry); for weights of a "
+                "reference implementation use counting_zoo.load_official or 'counting-zoo convert'"
+            )
+        own = f"{type(self).__module__}.{type(self).__qualname__}"
+        if stored["class"] != own:
+            raise CheckpointError(
+                f"the checkpoint holds a {stored['class']}, not a {own}; leave the model to the checkpoint "
+                "(counting_zoo.load, or test --ckpt_path without --config for a model)"
+            )
+        self.restore_recipe(stored["recipe"])
+
+
+def _as_float(image: Tensor) -> Tensor:
+    return image if torch.is_floating_point(image) else image.float() / 255
+
+
+def _as_uint8(image: Tensor) -> Any:
+    """``(H, W, 3)`` uint8 array of a ``(3, H, W)`` picture."""
+    if torch.is_floating_point(image):
+        image = (image * 255).round().clamp(0, 255).to(torch.uint8)
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
+def _plain(value: Any) -> Any:
+    """Hyper-parameters as plain data, which checkpoints load without executing anything."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if hasattr(value, "as_dict"):
+        return value.as_dict()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+__all__ = ["CountingModule"]

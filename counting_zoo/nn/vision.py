@@ -1,0 +1,199 @@
+"""The dense image tower: a CLIP ViT with deep visual prompts, or a small one behind a convolutional stem."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from counting_zoo.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+PromptIndexing = Literal["layer", "official"]
+Stem = Literal["patch", "conv"]
+
+
+class VisualPrompts(nn.Module):
+    """Learnable tokens put behind the class token and replaced before each of the first ``depth`` layers (deep VPT).
+
+    Args:
+        width: tokens in each layer.
+        depth: layers that get prompts.
+        dim: token width.
+        patch: patch size, which sets the initial range.
+        indexing: ``layer`` gives layer i its own row. ``official`` gives layer i row i - 1 and layers 0 and 1 both
+            row 0 (models/clip_count.py:308), so the reference's last row is never used and does not exist here.
+        dropout: of the projected prompts, in training.
+    """
+
+    def __init__(
+        self, *, width: int, depth: int, dim: int, patch: int, indexing: PromptIndexing, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        if indexing not in ("layer", "official"):
+            raise InputError(f"prompt_indexing is {indexing!r}; expected 'layer' or 'official'")
+        self.depth, self.indexing = depth, indexing
+        rows = depth if indexing == "layer" else max(1, depth - 1)
+        bound = (6 / (3 * patch * patch + dim)) ** 0.5  # Xavier range of the patch embedding (VPT, arXiv 2203.12119)
+        self.embeddings = nn.Parameter(torch.empty(rows, width, dim).uniform_(-bound, bound))
+        self.proj = nn.Linear(dim, dim)
+        nn.init.kaiming_normal_(self.proj.weight, a=0, mode="fan_out")
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, layer: int) -> Tensor:
+        """``(width, dim)`` prompts of one layer."""
+        row = layer if self.indexing == "layer" else max(0, layer - 1)
+        return self.dropout(self.proj(self.embeddings[row]))
+
+
+class ConvStem(nn.Module):
+    """Pixels to patch tokens by small convolutions, which learn shapes from few pictures.
+
+    Args:
+        dim: token width.
+        width: channels of the stem.
+
+    Shape:
+        ``(B, 3, H, W)`` -> tokens ``(B, dim, H/16, W/16)`` and skip ``(B, 2 width, H/8, W/8)``.
+    """
+
+    def __init__(self, dim: int, width: int = 64) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            _conv(48, width), _conv(width, width), _conv(width, 2 * width, stride=2), ResidualBlock(2 * width),
+        )  # fmt: skip
+        self.to_tokens = nn.Conv2d(2 * width, dim, 2, stride=2)
+        self.out_channels = 2 * width
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # bfloat16 convolutions on a CPU are several times slower in the default memory format
+        skip = self.body(x.contiguous(memory_format=torch.channels_last))
+        return self.to_tokens(skip), skip
+
+
+class ResidualBlock(nn.Module):
+    """``x + conv(conv(x))`` with batch norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(width, width)
+        self.conv2 = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.conv2(self.conv1(x)))
+
+
+def _conv(inside: int, out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inside, out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
+    )
+
+
+class DenseViT(nn.Module):
+    """Patch features of a CLIP ViT at any size that is a multiple of the patch, with or without visual prompts.
+
+    Args:
+        clip: gives the vision transformer.
+        prompt_width: visual prompts in each layer; 0 for none.
+        prompt_depth: how many layers get prompts; 0 for none, all layers at most.
+        prompt_indexing: see :class:`VisualPrompts`.
+        stem: ``patch`` is CLIP's patch embedding; ``conv`` a :class:`ConvStem` whose stride-8 features join the
+            transformer's at the end, so that the grid is twice as fine.
+        train: whether the transformer trains. A ``conv`` stem always does.
+
+    Shape:
+        ``(B, 3, H, W)`` normalised -> ``(B, dim, H / stride, W / stride)``.
+
+    Raises:
+        InputError: prompts deeper than the transformer.
+    """
+
+    def __init__(
+        self,
+        clip: CLIPModel,
+        *,
+        prompt_width: int = 0,
+        prompt_depth: int = 0,
+        prompt_indexing: PromptIndexing = "layer",
+        stem: Stem = "patch",
+        train: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = clip.vision_model
+        config = self.model.config
+        layers, dim, self.patch = config.num_hidden_layers, config.hidden_size, config.patch_size
+        self.native_size: int = config.image_size
+        if prompt_width and prompt_depth > layers:
+            raise InputError(f"prompt_depth is {prompt_depth}, but the vision transformer has {layers} layers")
+        # Neither is on the way to the patches, and a parameter that never gets a gradient stops DDP.
+        self.model.post_layernorm = nn.Identity()
+        for p in self.model.parameters():
+            p.requires_grad_(train)
+        self.prompts = None
+        if prompt_width and prompt_depth:
+            self.prompts = VisualPrompts(
+                width=prompt_width, depth=prompt_depth, dim=dim, patch=self.patch, indexing=prompt_indexing
+            )
+            # The reference normalises its prompted tokens once more, with timm's epsilon.
+            self.norm: nn.Module = nn.LayerNorm(dim, eps=1e-6)
+        else:
+            self.norm = nn.Identity()
+        self.stem: ConvStem | None = None
+        if stem == "conv":
+            if self.patch != 16:
+                raise InputError(f"stem='conv' makes patches of 16 pixels; vision_config.patch_size is {self.patch}")
+            self.stem = ConvStem(dim)
+            self.model.embeddings.patch_embedding = nn.Identity()
+            self.lateral = nn.Conv2d(dim, self.stem.out_channels, 1)
+            self.fuse = ResidualBlock(self.stem.out_channels)
+        elif stem != "patch":
+            raise InputError(f"stem is {stem!r}; expected 'patch' or 'conv'")
+        self.dim: int = dim if self.stem is None else self.stem.out_channels
+        self.stride: int = self.patch if self.stem is None else self.patch // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise InputError(f"input of {height} x {width} pixels; expected multiples of the patch, {self.patch}")
+        embeddings = self.model.embeddings
+        if self.stem is None:
+            patches, skip = embeddings.patch_embedding(x), None
+        else:
+            patches, skip = self.stem(x)
+        grid = patches.shape[-2:]
+        tokens = patches.flatten(2).transpose(1, 2)  # (B, N, dim)
+        tokens = torch.cat([embeddings.class_embedding.to(tokens.dtype).expand(len(x), 1, -1), tokens], 1)
+        tokens = tokens + embeddings.interpolate_pos_encoding(tokens, height, width)
+        tokens = self._transform(tokens)[:, 1:]
+        features = tokens.transpose(1, 2).unflatten(2, grid)  # (B, dim, h, w)
+        if self.stem is None or skip is None:
+            return features
+        lateral = self.lateral(features.contiguous(memory_format=torch.channels_last))
+        return self.fuse(skip + interpolate(lateral, scale_factor=2.0, mode="nearest"))
+
+    def _transform(self, tokens: Tensor) -> Tensor:
+        """``(B, 1 + N, dim)`` through the transformer; prompts come and go inside."""
+        width, depth, batch = 0, 0, len(tokens)
+        if self.prompts is not None:
+            depth, width = self.prompts.depth, self.prompts.embeddings.shape[1]
+            first = self.prompts(0).to(tokens.dtype).expand(batch, -1, -1)
+            tokens = torch.cat([tokens[:, :1], first, tokens[:, 1:]], 1)
+        hidden = self.model.pre_layrnorm(tokens)
+        for i, layer in enumerate(self.model.encoder.layers):
+            if self.prompts is not None and 0 < i < depth:
+                fresh = self.prompts(i).to(hidden.dtype).expand(batch, -1, -1)
+                hidden = torch.cat([hidden[:, :1], fresh, hidden[:, 1 + width :]], 1)
+            elif i == depth and width:
+                hidden = torch.cat([hidden[:, :1], hidden[:, 1 + width :]], 1)
+            hidden = layer(hidden, None)
+        if width and depth == len(self.model.encoder.layers):
+            hidden = torch.cat([hidden[:, :1], hidden[:, 1 + width :]], 1)
+        return self.norm(hidden)
+
+
+__all__ = ["ConvStem", "DenseViT", "PromptIndexing", "ResidualBlock", "Stem", "VisualPrompts"]
