@@ -58,7 +58,7 @@ class SyntheticScenes(CountingDataModule):
             **kwargs,
         )
         self.processes = processes
-        self._pictures: dict[str, list[dict[str, Any]]] = {}
+        self._split_names = {split: [c.name for c in classes] for split, classes in self.scenes.class_splits().items()}
 
     def prepare_data(self) -> None:
         """Write the scenes; Lightning calls this in one process of each node."""
@@ -69,31 +69,26 @@ class SyntheticScenes(CountingDataModule):
         """The names of the split's classes, also of those that no picture shows; ``data.classes`` if given."""
         if self.classes is not None:
             return list(self.classes)
-        return [c.name for c in self.scenes.class_splits()["test" if split == "predict" else split]]
+        return list(self._split_names["test" if split == "predict" else split])
 
     def read_split(self, split: Split) -> list[Record]:
         """Scenes with everything in them; ``predict`` gives the test pictures with names but without annotation."""
-        pictures = self._read()["test" if split == "predict" else split]
+        self.prepare_data()
+        assert self.root is not None
+        wanted = "test" if split == "predict" else split
+        pictures = [p for p in read_json(self.root / ANNOTATION)["pictures"] if p["split"] == wanted]
         if split == "predict":
             return [self._without_annotation(picture) for picture in pictures]
-        return [self._record(picture, split) for picture in pictures]
+        return [self._record(picture) for picture in pictures]
 
-    def _read(self) -> dict[str, list[dict[str, Any]]]:
-        if not self._pictures:
-            self.prepare_data()
-            assert self.root is not None
-            for picture in read_json(self.root / ANNOTATION)["pictures"]:
-                self._pictures.setdefault(picture["split"], []).append(picture)
-        return self._pictures
-
-    def _record(self, picture: dict[str, Any], split: Split) -> Record:
+    def _record(self, picture: dict[str, Any]) -> Record:
         name = f"{ANNOTATION}: {picture['file']}"
         labels = np.array(picture["labels"], np.int64)
         classes = picture["classes"]
         exemplars: np.ndarray | None = as_boxes(picture["exemplars"], name)
         if self.fixed_list:
             # Every picture answers for the whole list, in its order; there is no target to show examples of.
-            names = [c.name for c in self.scenes.class_splits()[split]]
+            names = self._split_names[picture["split"]]
             labels = np.array([names.index(c) for c in classes], np.int64)[labels]
             classes, exemplars = names, None
         return Record(
@@ -111,7 +106,7 @@ class SyntheticScenes(CountingDataModule):
         )
 
     def _without_annotation(self, picture: dict[str, Any]) -> Record:
-        names = self.class_names("predict") if self.fixed_list else picture["classes"]
+        names = self._split_names["test"] if self.fixed_list else picture["classes"]
         return Record(
             image_id=picture["file"],
             path=self._path(picture),
