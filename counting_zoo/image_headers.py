@@ -45,7 +45,12 @@ class BrokenError(Exception):
 
 
 def read_header(data: Data) -> Header:
-    """Parse the header of any format that can be read."""
+    """Parse the header of any format that can be read.
+
+    Raises:
+        ShortError: the data end within the header.
+        BrokenError: another format, or a header that contradicts itself; says which.
+    """
     try:
         if data[:3] == b"\xff\xd8\xff":
             return _jpeg_header(data)

@@ -72,10 +72,10 @@ def check_records(
         raise InputError(f"data.missing is {missing!r}; expected 'error' or 'skip'")
     where = f"{source}, {split} split"
     records = list(records)
-    _check_unique(records, where)
     for record in records:
         _check_consistent(record)
     records = _existing(records, missing, where)
+    _check_unique(records, where)
     return _with_sizes(records, split, outside, where)
 
 
@@ -201,8 +201,8 @@ def _existing(records: list[Record], missing: str, where: str) -> list[Record]:
     if missing == "error":
         raise InputError(f"{message}. Complete the folder, or set data.missing to 'skip'")
     warnings.warn(f"{message}; skipped (data.missing=skip)", stacklevel=3)
-    gone = {record.image_id for record in absent}
-    return [record for record in records if record.image_id not in gone]
+    gone = {id(record) for record in absent}
+    return [record for record in records if id(record) not in gone]
 
 
 def _describe(record: Record) -> str:

@@ -121,7 +121,7 @@ def keep_inside(record: Record, size: tuple[int, int], outside: str) -> tuple[Re
     outlying, removed = {}, {}
     for name, rows in values.items():
         check_finite(rows, f"{record.image_id}: {name}")
-        corners = rows.reshape(len(rows), -1, 2)
+        corners = rows.reshape(len(rows), rows.shape[1] // 2, 2)
         outlying[name] = ((corners < 0) | (corners > limits)).any((1, 2))
         removed[name] = ((corners[:, -1] < 0) | (corners[:, 0] > limits)).any(1)
         if outside == "error" and outlying[name].any():
