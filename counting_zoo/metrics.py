@@ -239,6 +239,11 @@ class CountErrors(PictureRows):
             result |= {f"sum_{key}": value for key, value in count_errors(total["predicted"], total["target"]).items()}
         for name, value in self.constants.items():
             constant = torch.as_tensor(value, dtype=rows["target"].dtype, device=self.device)
+            if constant.ndim and len(picture) and len(constant) != int(rows["kind"].max()) + 1:
+                raise InputError(
+                    f"the constant {name!r} has {len(constant)} entries for {int(rows['kind'].max()) + 1} classes; "
+                    "give one number, or one for each class"
+                )
             each = constant[rows["kind"]] if constant.ndim else constant.expand_as(rows["target"])
             errors = count_errors(each, rows["target"])
             result |= {f"{name}_{key}": errors[key] for key in ("mae", "rmse") if key in errors}

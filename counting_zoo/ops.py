@@ -168,7 +168,12 @@ def blur_density(density: Tensor, sigma: float, truncate: float = 4.0) -> Tensor
 
     Returns:
         ``(..., h, w)`` float32, or float64 if ``density`` is.
+
+    Raises:
+        InputError: ``sigma`` below 0.
     """
+    if not sigma >= 0:
+        raise InputError(f"sigma is {sigma}; expected 0 (no blur) or a positive number of cells")
     if sigma == 0:
         return density
     density = density if density.dtype == torch.float64 else density.float()

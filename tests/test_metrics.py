@@ -116,6 +116,10 @@ def test_shapes_that_do_not_fit_raise():
         CountErrors().update(torch.zeros(2, 1), torch.zeros(2, 1), ["a", "b", "c"])
     with pytest.raises(InputError, match=r"\(2, 1\).*\(2, 3\)"):
         CountErrors().update(torch.zeros(2, 1), torch.zeros(2, 3), ["a", "b"])
+    metric = CountErrors({"mean": [1.0, 2.0]})
+    metric.update(torch.zeros(1, 3), torch.zeros(1, 3), ["a"])
+    with pytest.raises(InputError, match="2 entries for 3 classes"):
+        metric.compute()
     with pytest.raises(InputError, match="2 densities, 1 point sets"):
         GAME().update(torch.zeros(2, 1, 4, 4), [torch.zeros(0, 2)], [(4, 4)] * 2, ["a", "b"])
 

@@ -135,6 +135,26 @@ def test_density_sums_to_the_number_of_points(size, stride, sigma, splat, n, see
     assert density.sum((-2, -1)).flatten().tolist() == pytest.approx([n, 3], rel=1e-5, abs=1e-6)
 
 
+def test_a_negative_or_undefined_sigma_raises():
+    for sigma in (-1.0, float("nan")):
+        with pytest.raises(InputError, match="sigma"):
+            ops.blur_density(torch.ones(1, 1, 3, 3), sigma)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_density_is_exact_on_cuda_with_tf32_and_autocast():
+    points = [random_points((384, 384), 500, seed) for seed in range(4)]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            density = ops.points_to_density([p.cuda() for p in points], (384, 384))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(density.cpu(), ops.points_to_density(points, (384, 384)))
+
+
 def test_density_of_one_point_in_closed_form():
     density = ops.points_to_density([torch.tensor([[20.5, 20.5]])], (41, 41))[0, 0]
     kernel = torch.exp(-0.5 * torch.arange(-4.0, 5.0) ** 2)
