@@ -196,9 +196,7 @@ def read_mat_points(path: Path) -> np.ndarray:
     keys = sorted(key for key in content if not key.startswith("__"))
     if "annPoints" in content:
         return as_points(content["annPoints"], f"{path}: annPoints")
-    info = content.get("image_info")
-    while isinstance(info, np.ndarray) and info.size == 1 and info.dtype == object:
-        info = info.reshape(-1)[0]
+    info = _unwrapped(content.get("image_info"))
     if not isinstance(info, np.ndarray) or info.size != 1 or "location" not in (info.dtype.names or ()):
         fields = "" if info is None else f" (image_info: {getattr(getattr(info, 'dtype', None), 'names', None)})"
         raise InputError(f"{path}: found {keys}{fields}; expected image_info with location and number, or annPoints")

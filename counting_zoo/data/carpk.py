@@ -23,7 +23,7 @@ class CARPK(CountingDataModule):
 
     Args:
         root: ``CARPK_devkit``, the folder above it, or its ``data`` folder.
-        name: what the cars are called.
+        class_name: what the cars are called.
         val_split: validate on pictures ``drawn`` from the training list, or on the official ``test`` list.
         val_fraction: how much of the training list is drawn.
         split_seed: seeds the draw.
@@ -41,7 +41,7 @@ class CARPK(CountingDataModule):
         self,
         root: str | Path,
         *,
-        name: str = "cars",
+        class_name: str = "cars",
         val_split: Literal["drawn", "test"] = "drawn",
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -49,7 +49,7 @@ class CARPK(CountingDataModule):
         **options: Any,
     ) -> None:
         super().__init__(root, outside=outside, **options)
-        self.name = name
+        self.class_name = class_name
         self.val_split = val_split
         self.val_fraction = val_fraction
         self.split_seed = split_seed
@@ -75,7 +75,7 @@ class CARPK(CountingDataModule):
     def _record(self, root: Path, name: str, annotated: bool) -> Record:
         image = inside_root(root, f"Images/{name}.png", f"{root}/ImageSets")
         if not annotated:
-            return Record(f"{name}.png", image, classes=[self.name])
+            return Record(f"{name}.png", image, classes=[self.class_name])
         path = inside_root(root, f"Annotations/{name}.txt", f"{root}/ImageSets")
         try:
             rows = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -85,7 +85,7 @@ class CARPK(CountingDataModule):
         return Record(
             f"{name}.png",
             image,
-            classes=[self.name],
+            classes=[self.class_name],
             points=(boxes[:, :2] + boxes[:, 2:]) / 2,
             labels=np.zeros(len(boxes), np.int64),
             boxes=boxes,

@@ -157,7 +157,7 @@ class PictureFolder:
 
     def _read_files(self, annotation: str | None) -> None:
         if annotation is not None:
-            paths = [inside_root(self.folder, annotation, "data.annotation")]
+            paths = [self.folder / annotation]
             if not paths[0].is_file():
                 raise InputError(f"{paths[0]}: there is no such file; correct data.annotation")
         else:

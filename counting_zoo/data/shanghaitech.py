@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,10 @@ from counting_zoo.data.records import Record, Split
 from counting_zoo.data.splits import draw
 from counting_zoo.errors import InputError
 
+log = logging.getLogger(__name__)
+
+TRUTH_FOLDERS = ("ground_truth", "ground-truth")
+
 
 class ShanghaiTech(CountingDataModule):
     """ShanghaiTech A or B in the layout of either release (``part_A_final`` or ``part_A``).
@@ -24,7 +29,7 @@ class ShanghaiTech(CountingDataModule):
     Args:
         root: the folder that holds the parts, or the part itself.
         part: ``A`` or ``B``.
-        name: what the people are called.
+        class_name: what the people are called.
         val_split: validate on pictures ``drawn`` from the training folder, or on the official ``test`` folder.
         val_fraction: how much of the training folder is drawn.
         split_seed: seeds the draw.
@@ -44,7 +49,7 @@ class ShanghaiTech(CountingDataModule):
         root: str | Path,
         *,
         part: Literal["A", "B"] = "A",
-        name: str = "people",
+        class_name: str = "people",
         val_split: Literal["drawn", "test"] = "drawn",
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -53,7 +58,7 @@ class ShanghaiTech(CountingDataModule):
     ) -> None:
         super().__init__(root, outside=outside, **options)
         self.part = part
-        self.name = name
+        self.class_name = class_name
         self.val_split = val_split
         self.val_fraction = val_fraction
         self.split_seed = split_seed
@@ -67,7 +72,23 @@ class ShanghaiTech(CountingDataModule):
         if not official and self.val_split == "drawn":
             held_out = set(draw(names, {"val": self.val_fraction}, self.split_seed)["val"])
             names = [name for name in names if (name in held_out) == (split == "val")]
+        self._check_orphans(part / folder)
         return [self._record(part, folder, name, annotated=split != "predict") for name in names]
+
+    def _check_orphans(self, folder: Path) -> None:
+        """Every annotation needs its picture."""
+        pictures = {Path(name).stem for name in list_pictures(folder / "images")}
+        orphans = [
+            path
+            for truth in TRUTH_FOLDERS
+            for path in sorted((folder / truth).glob("GT_*.mat"))
+            if path.stem.removeprefix("GT_") not in pictures
+        ]
+        if orphans:
+            message = f"ShanghaiTech: {len(orphans)} annotations have no picture in {folder / 'images'}: {orphans[0]}"
+            if self.missing == "error":
+                raise InputError(f"{message}; complete the folder, or set data.missing to 'skip'")
+            log.warning("%s; skipped (data.missing=skip)", message)
 
     def _find_part(self, folder: str) -> Path:
         variants = (f"part_{self.part}_final", f"part_{self.part}", f"ShanghaiTech/part_{self.part}")
@@ -80,11 +101,8 @@ class ShanghaiTech(CountingDataModule):
     def _record(self, part: Path, folder: str, name: str, annotated: bool) -> Record:
         image_id, path = f"{folder}/images/{name}", part / folder / "images" / name
         if not annotated:
-            return Record(image_id, path, classes=[self.name])
-        candidates = [
-            part / folder / truth / f"GT_{Path(name).stem}.mat"
-            for truth in ("ground_truth", "ground-truth", "ground_truth_mat")
-        ]
+            return Record(image_id, path, classes=[self.class_name])
+        candidates = [part / folder / truth / f"GT_{Path(name).stem}.mat" for truth in TRUTH_FOLDERS]
         mat = next((candidate for candidate in candidates if candidate.is_file()), None)
         if mat is None:
             raise InputError(f"{path}: has no annotation; expected {candidates[0]}")
@@ -92,7 +110,7 @@ class ShanghaiTech(CountingDataModule):
         return Record(
             image_id,
             path,
-            classes=[self.name],
+            classes=[self.class_name],
             points=points,
             labels=np.zeros(len(points), np.int64),
             counts=np.array([len(points)], np.float32),

@@ -1,0 +1,131 @@
+"""Small copies of public data sets in their real layouts, with pictures of dots made here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+
+def shared_data(*parts: str) -> Path:
+    """A place in the data beside the project; skips the test where it is absent."""
+    beside = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    place = Path(os.environ.get("COUNTING_ZOO_DATA", beside)).joinpath(*parts)
+    if not place.exists():
+        pytest.skip(f"no data at {place}; set COUNTING_ZOO_DATA")
+    return place
+
+
+def draw_points(n: int, height: int, width: int, seed: int) -> np.ndarray:
+    """``(n, 2)`` float32 x, y inside the picture."""
+    return np.random.default_rng(seed).uniform(2, [width - 2, height - 2], (n, 2)).astype(np.float32)
+
+
+def write_picture(path: Path, points: np.ndarray, height: int = 48, width: int = 64, seed: int = 0) -> None:
+    """A noisy picture with a bright disc at every point."""
+    image = np.random.default_rng(seed).integers(0, 60, (height, width, 3), dtype=np.uint8)
+    for x, y in points:
+        cv2.circle(image, (int(x), int(y)), 2, (255, 255, 255), -1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix, image)[1].tobytes())
+
+
+def fsc147(root: Path, *, official_spelling: bool = True, ratio: float | None = None) -> dict[str, np.ndarray]:
+    """FSC-147 with 4 training, 2 validation and 3 test pictures; returns the points by picture."""
+    names = {"train": ["1", "2", "3", "4"], "val": ["5", "6"], "test": ["7", "8", "9"]}
+    classes = {"train": "apples", "val": "sea shells", "test": "hot air balloons"}
+    splits: dict[str, list[str]] = {split: [f"{n}.jpg" for n in found] for split, found in names.items()}
+    splits["val_coco"], splits["test_coco"] = splits["val"][:1], splits["test"][:1]
+    annotation, texts, sentences, truth = {}, [], {}, {}
+    for split in names:
+        for name in splits[split]:
+            number = int(name[:-4])
+            points = draw_points(number, 48, 64, number)
+            write_picture(root / "images_384_VarV2" / name, points, seed=number)
+            box = [[1, 2], [1, 12], [11, 12], [11, 2]]
+            entry: dict[str, Any] = {"points": points.tolist(), "box_examples_coordinates": [box]}
+            if ratio is not None:
+                entry |= {"H": round(48 / ratio), "W": round(64 / ratio), "ratio_h": ratio, "ratio_w": ratio}
+            annotation[name], truth[name] = entry, points
+            texts.append(f"{name}\t{classes[split]}\n")
+            sentences[name] = {"data_split": split, "text_description": f"the {classes[split]}"}
+    stem = "FSC147" if official_spelling else "FSC_147"
+    (root / f"annotation_{stem}_384.json").write_text(json.dumps(annotation))
+    (root / f"ImageClasses_{stem}.txt").write_text("".join(texts))
+    (root / "Train_Test_Val_FSC_147.json").write_text(json.dumps(splits))
+    (root / "FSC-147-D.json").write_text(json.dumps(sentences))
+    return truth
+
+
+def carpk(root: Path) -> dict[str, np.ndarray]:
+    """The CARPK development kit with 10 training and 2 test pictures; returns the boxes by picture."""
+    data, truth = root / "CARPK_devkit" / "data", {}
+    for folder in ("ImageSets", "Annotations"):
+        (data / folder).mkdir(parents=True)
+    names = [f"2016{i:04d}_GF1" for i in range(12)]
+    for i, name in enumerate(names):
+        corners = draw_points(i + 1, 38, 54, i).astype(int)
+        boxes = np.concatenate([corners, corners + np.array([8, 6])], 1)
+        write_picture(data / "Images" / f"{name}.png", corners + 3, seed=i)
+        (data / "Annotations" / f"{name}.txt").write_text("".join(f"{a} {b} {c} {d} 1\n" for a, b, c, d in boxes))
+        truth[f"{name}.png"] = boxes.astype(np.float32)
+    (data / "ImageSets" / "train.txt").write_text("\n".join(names[:10]) + "\n")
+    (data / "ImageSets" / "test.txt").write_text("\n".join(names[10:]) + "\n")
+    return truth
+
+
+def write_shanghai_mat(path: Path, points: np.ndarray, number: int | None = None, cell: bool = True) -> None:
+    """The ground truth of one picture, with its structure inside a cell (as released) or not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    inner = {"location": points.astype(np.float64), "number": float(len(points) if number is None else number)}
+    if cell:
+        outer = np.empty((1, 1), object)
+        outer[0, 0] = inner
+        savemat(path, {"image_info": outer})
+    else:
+        savemat(path, {"image_info": inner})
+
+
+def shanghaitech(root: Path, part: str = "part_A_final", truth_folder: str = "ground_truth") -> dict[str, np.ndarray]:
+    """A part of ShanghaiTech with 10 training and 3 test pictures; returns the points by picture."""
+    truth = {}
+    for folder, numbers in (("train_data", range(1, 11)), ("test_data", range(1, 4))):
+        for n in numbers:
+            points = draw_points(n, 48, 64, n)
+            write_picture(root / part / folder / "images" / f"IMG_{n}.jpg", points, seed=n + len(folder))
+            write_shanghai_mat(root / part / folder / truth_folder / f"GT_IMG_{n}.mat", points, cell=n % 2 == 0)
+            truth[f"{folder}/images/IMG_{n}.jpg"] = points
+    return truth
+
+
+def dot_pairs(root: Path, n: int = 10) -> dict[str, int]:
+    """Pictures with dot pictures beside them, named as VGG cells are; returns the number of objects."""
+    counts = {}
+    for i in range(1, n + 1):
+        places = np.random.default_rng(i).choice(48 * 64, size=i, replace=False)
+        dots = np.zeros((48, 64, 3), np.uint8)
+        dots[places // 64, places % 64, 2] = 255
+        points = np.stack([places % 64, places // 64], 1)
+        write_picture(root / f"{i:03d}cell.png", points, seed=i)
+        (root / f"{i:03d}dots.png").write_bytes(cv2.imencode(".png", dots)[1].tobytes())
+        counts[f"{i:03d}cell.png"] = i
+    return counts
+
+
+def folder(
+    root: Path, rows: dict[str, list[tuple[Any, ...]]], header: str = "image,x,y", name: str = "points.csv"
+) -> None:
+    """``images/`` with a picture for every key, and an annotation table with a line for every row."""
+    for i, picture in enumerate(rows):
+        write_picture(root / "images" / picture, np.zeros((0, 2)), seed=i)
+    with (root / name).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header.split(","))
+        writer.writerows((picture, *row) for picture, found in rows.items() for row in found)
