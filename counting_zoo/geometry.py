@@ -47,6 +47,10 @@ class Preprocess:
                 f"preprocess.resize={self.resize!r} with preprocess.size={self.size!r}: "
                 "every rule but 'none' needs a size, and 'none' takes none"
             )
+        for name in ("size", "multiple", "max_long"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"preprocess.{name} is {value}; expected at least 1 pixel")
 
     @classmethod
     def of(cls, value: Preprocess | dict[str, Any] | None) -> Preprocess:
@@ -92,7 +96,9 @@ def scale_points(points: Tensor, old: tuple[int, int], new: tuple[int, int]) -> 
         >>> scale_points(torch.tensor([[10.0, 4.0]]), (4, 10), (8, 5))
         tensor([[5., 8.]])
     """
-    return points * points.new_tensor([new[1] / old[1], new[0] / old[0]])
+    # Multiplied before dividing, in float64: the border then maps to the border exactly and nothing leaves the frame.
+    moved = points.double() * points.new_tensor(new[::-1], dtype=torch.float64)
+    return (moved / points.new_tensor(old[::-1], dtype=torch.float64)).to(points.dtype)
 
 
 def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from counting_zoo.images import decode_image
 from counting_zoo.data.points import check_inside
 from counting_zoo.data.records import Record, Sample, ask
 from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.geometry import Preprocess, scale_boxes, scale_points
+from counting_zoo.images import decode_image
 from counting_zoo.types import Batch
 
 ChooseNames = Callable[[Record, np.random.Generator | None], list[str]]
@@ -111,7 +111,7 @@ class CountingDataset(Dataset):
             "image": picture.float() / 255 if self.training else picture.contiguous(),
             "classes": asked.classes,
             "image_id": record.image_id,
-            "present": list(record.classes),
+            "present": _present(record),
             "original_size": original_size,
         }
         if counts is not None:
@@ -127,6 +127,16 @@ class CountingDataset(Dataset):
         if asked.captions is not None:
             item["captions"] = list(asked.captions)
         return item
+
+
+def _present(record: Record) -> list[str]:
+    """The names that the annotation does not say are absent."""
+    counts = record.counts
+    if record.labels is not None:
+        counts = np.bincount(record.labels, minlength=len(record.classes))
+    if counts is None:
+        return list(record.classes)
+    return [name for name, count in zip(record.classes, counts, strict=True) if count > 0]
 
 
 def _moved(

@@ -1,0 +1,100 @@
+"""Resizing a picture and its annotation by one rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from counting_zoo.errors import InputError
+from counting_zoo.geometry import Preprocess, resize_image, scale_boxes, scale_points
+
+side = st.integers(1, 5000)
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "expected"),
+    [
+        (Preprocess(), (300, 200), (300, 200)),
+        (Preprocess("short", 384), (720, 1280), (384, 683)),
+        (Preprocess("short", 384), (1280, 720), (683, 384)),
+        (Preprocess("long", 384), (720, 1280), (216, 384)),
+        (Preprocess("height", 384), (768, 1000), (384, 500)),
+        (Preprocess("warp", 224), (720, 1280), (224, 224)),
+        (Preprocess("short", 384, multiple=16), (720, 1280), (384, 672)),
+        (Preprocess(multiple=16), (10, 47), (16, 32)),
+        (Preprocess(max_long=640), (720, 1280), (360, 640)),
+        (Preprocess("short", 384, max_long=512), (100, 1000), (51, 512)),
+        (Preprocess("long", 10), (1, 3000), (1, 10)),
+    ],
+)
+def test_rules(rule: Preprocess, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert rule.target_size(*size) == expected
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    assert rule(image).shape == (3, *expected)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "said"),
+    [
+        ({"resize": "short"}, "needs a size"),
+        ({"size": 10}, "takes none"),
+        ({"resize": "wide", "size": 10}, "'wide'; expected one of"),
+        ({"multiple": 0}, "preprocess.multiple is 0"),
+        ({"resize": "long", "size": -1}, "preprocess.size is -1"),
+        ({"max_long": 0}, "preprocess.max_long is 0"),
+    ],
+)
+def test_wrong_settings_are_named(settings_: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Preprocess(**settings_)
+
+
+def test_round_trip_through_plain_data() -> None:
+    rule = Preprocess("short", 384, multiple=16, antialias=False)
+    assert Preprocess.of(rule.to_dict()) == rule
+    assert Preprocess.of(rule) is rule
+    assert Preprocess.of(None) == Preprocess()
+
+
+@settings(max_examples=30, deadline=None)
+@given(side, side, side, side, st.integers(0, 99))
+def test_points_and_boxes_stay_in_the_closed_frame(h: int, w: int, new_h: int, new_w: int, seed: int) -> None:
+    points = torch.rand(20, 2, generator=torch.Generator().manual_seed(seed)) * torch.tensor([w, h])
+    points = torch.cat([points, torch.tensor([[0.0, 0.0], [w, h], [w, 0.0]])])
+    moved = scale_points(points, (h, w), (new_h, new_w))
+    assert moved.dtype == torch.float32
+    assert (moved >= 0).all()
+    assert (moved <= torch.tensor([new_w, new_h])).all()
+    assert moved[-3:].tolist() == [[0, 0], [new_w, new_h], [new_w, 0]]  # the border maps to the border
+    torch.testing.assert_close(scale_points(moved, (new_h, new_w), (h, w)), points, rtol=1e-5, atol=1e-5)
+    boxes = torch.tensor([[0.0, 0.0, w, h]])
+    assert scale_boxes(boxes, (h, w), (new_h, new_w)).tolist() == [[0, 0, new_w, new_h]]
+
+
+def test_no_points_and_no_boxes() -> None:
+    assert scale_points(torch.zeros(0, 2), (3, 4), (5, 6)).shape == (0, 2)
+    assert scale_boxes(torch.zeros(0, 4), (3, 4), (5, 6)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("size", [(20, 24), (80, 96), (33, 71)])
+def test_picture_and_point_move_together(size: tuple[int, int]) -> None:
+    y, x = torch.meshgrid(torch.arange(40) + 0.5, torch.arange(48) + 0.5, indexing="ij")
+    centre = torch.tensor([[29.0, 17.5]])
+    blob = 255 * torch.exp(-((x - centre[0, 0]) ** 2 + (y - centre[0, 1]) ** 2) / (2 * 4**2))
+    image = blob.round().to(torch.uint8).repeat(3, 1, 1)
+    resized = resize_image(image, size, antialias=True)
+    assert resized.dtype == torch.uint8
+    mass = resized[0].double()
+    ys, xs = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+    found = torch.stack([(xs * mass).sum(), (ys * mass).sum()]) / mass.sum()
+    torch.testing.assert_close(found.float(), scale_points(centre, (40, 48), size)[0], atol=0.05, rtol=0)
+
+
+def test_float_pictures_stay_float_and_equal_size_is_untouched() -> None:
+    image = torch.rand(3, 8, 8)
+    assert resize_image(image, (8, 8), True) is image
+    assert resize_image(image, (4, 4), True).dtype == torch.float32
