@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+import jsonargparse
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -283,6 +287,39 @@ def test_crop_only_branch_is_a_plain_crop() -> None:
     after = augmentation(sample, np.random.default_rng(1))
     found = [x for x in range(31) if np.array_equal(sample.image[:, x : x + 40], after.image)]
     assert len(found) == 1
+
+
+def test_pipelines_come_from_configuration() -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--augmentation", type=Augmentation | None)
+    config = parser.parse_args(["--augmentation=PlainAugmentation", "--augmentation.crop=[32, 48]"])
+    made = parser.instantiate(config).augmentation
+    assert isinstance(made, PlainAugmentation)
+    assert made.crop == (32, 48)
+    made = parser.instantiate(parser.parse_args(["--augmentation=CLIPCountAugmentation"])).augmentation
+    assert (made.crop, made.mosaic, made.augment) == (384, 0.3, 0.2)
+    assert parser.instantiate(parser.parse_args(["--augmentation=null"])).augmentation is None
+
+
+def test_importing_and_plain_use_leave_albumentations_alone() -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from counting_zoo.data.records import Sample\n"
+        "from counting_zoo.data.transforms import CLIPCountAugmentation, PlainAugmentation\n"
+        "CLIPCountAugmentation(); PlainAugmentation()\n"
+        "assert 'albumentations' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_pipelines_survive_pickling_with_their_workers() -> None:
+    sample = random_sample(0, 60, 80)
+    for augmentation in PIPELINES.values():
+        augmentation(sample, np.random.default_rng(0))  # the lazy parts exist now
+        copy = pickle.loads(pickle.dumps(augmentation))
+        for seed in range(3):
+            images = [a(sample, np.random.default_rng(seed)).image for a in (augmentation, copy)]
+            assert np.array_equal(*images)
 
 
 @pytest.mark.parametrize(

@@ -162,12 +162,15 @@ def check_inside(record: Record, size: tuple[int, int], outside: str) -> Record:
 def pairs_up(
     points: np.ndarray | None, labels: np.ndarray | None, boxes: np.ndarray | None, box_labels: np.ndarray | None
 ) -> bool:
-    """Whether row i of the points and row i of the boxes are the same object: same labels, each point in its box."""
+    """Whether row i of the points and row i of the boxes are the same object: same labels, each point in its box.
+
+    A hundredth of a pixel is allowed for the rounding of moved coordinates.
+    """
     if points is None or boxes is None or labels is None or box_labels is None:
         return False
     if len(points) != len(boxes) or not np.array_equal(labels, box_labels):
         return False
-    return bool(((points >= boxes[:, :2]) & (points <= boxes[:, 2:])).all())
+    return bool(((points >= boxes[:, :2] - 0.01) & (points <= boxes[:, 2:] + 0.01)).all())
 
 
 def _outside_error(image_id: str, name: str, corners: np.ndarray, bad: np.ndarray, size: tuple[int, int]) -> InputError:
