@@ -3,7 +3,8 @@
 Layout (schema 1); ``offset`` has one more row than there are items, item ``i`` lies in ``offset[i]:offset[i + 1]``::
 
     image/bytes  u1 (total,)     image/offset  i8 (I + 1,)       encoded pictures, each stored once
-    record/image i8 (R,)         record/split  i8 (R,)           index into image, and into the attribute "splits"
+    class_names  u1                                              JSON {split: names} in UTF-8
+    record/image i8 (R,)         record/split  i8 (R,)           index into image, and into the keys of class_names
     record/size  i8 (R, 2)       record/text, record/offset      height, width; JSON [id, classes, captions] in UTF-8
     points, boxes, exemplars, counts: values, offset, and known u1 (R,), 0 where a record has none
     points/labels, boxes/labels  i8                              index into the record's classes
@@ -85,11 +86,11 @@ def pack(
             if not packed:
                 raise InputError(f"no picture of {', '.join(splits)} can be decoded; nothing to pack")
             _write_records(file, packed, list(splits))
+            names = {split: datamodule.class_names(split) for split in splits}
+            _dataset(file, "class_names", np.frombuffer(json.dumps(names).encode(), np.uint8))
             file.attrs.update(
                 schema=SCHEMA,
                 source=f"{type(datamodule).__name__}({str(datamodule.root)!r})",
-                splits=json.dumps(list(splits)),
-                class_names=json.dumps({split: datamodule.class_names(split) for split in splits}),
                 pictures=len(packed),
                 image_sha256=digest,
                 annotation_sha256=fingerprint(item.record for item in packed)["sha256"],
@@ -297,7 +298,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise InputError(
             f"{path}: damaged or no pack ({type(error).__name__}: {error}); restore the file or pack the data again"
         ) from error
@@ -308,7 +309,8 @@ def _read_records(file: h5py.File, path: Path) -> _Contents:
     schema = file.attrs.get("schema")
     if schema != SCHEMA:
         raise InputError(f"{path}: pack schema is {schema}; expected {SCHEMA}: pack the data again with this version")
-    splits = json.loads(file.attrs["splits"])
+    class_names = json.loads(file["class_names"][:].tobytes())
+    splits = list(class_names)
     images, codes, sizes = (file[f"record/{name}"][:] for name in ("image", "split", "size"))
     texts, ends = file["record/text"][:].tobytes(), file["record/offset"][:]
     parts = {part: _read_part(file, part, labels) for part, (_, labels) in _PARTS.items()}
@@ -325,7 +327,7 @@ def _read_records(file: h5py.File, path: Path) -> _Contents:
         rows[image_id] = int(images[i])
     if fingerprint(every)["sha256"] != file.attrs["annotation_sha256"]:
         raise InputError(f"{path}: the annotation differs from its checksum; restore the file or pack the data again")
-    return _Contents(records, json.loads(file.attrs["class_names"]), rows, file["image/offset"][:])
+    return _Contents(records, class_names, rows, file["image/offset"][:])
 
 
 def _read_part(file: h5py.File, part: str, labels: str | None) -> dict[str, list[np.ndarray | None]]:
