@@ -316,7 +316,7 @@ def test_split_folders_and_drawn_validation(tmp_path: Path) -> None:
     assert data.records("test")[0].image_id == "test/images/test0.png"
     with pytest.raises(InputError, match=r"none for val.*data\.sizes"):
         data.records("val")
-    drawn = ImageFolder(tmp_path, sizes={"train": 0.8, "val": 0.2})
+    drawn = ImageFolder(tmp_path, sizes={"train": 0.7, "val": 0.2, "test": 0.1})
     assert [len(drawn.records(split)) for split in ("train", "val", "test")] == [4, 1, 2]
 
 

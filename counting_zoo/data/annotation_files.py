@@ -216,14 +216,14 @@ def read_dots(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
     A pixel in column x, row y is the point (x + 0.5, y + 0.5). An alpha channel is not looked at.
 
     Raises:
-        ImageError: the picture is missing, truncated or no picture.
+        InputError: the picture is missing, truncated or no picture.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: the dot picture cannot be read ({error})") from error
     decode_image(data, str(path))  # raises on damage; its 8 bits could round a faint 16-bit dot to black
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    image = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
     channels = image.reshape(*image.shape[:2], -1)  # (H, W, C)
     colour = channels[..., : 1 if channels.shape[2] <= 2 else 3]
     y, x = np.nonzero(colour.any(-1))

@@ -28,6 +28,7 @@ class CARPK(CountingDataModule):
         val_fraction: how much of the training list is drawn.
         split_seed: seeds the draw.
         outside: what happens to boxes that reach over the border.
+        duplicates: what happens to the same file in two splits.
         options: those of :class:`CountingDataModule`.
     """
 
@@ -46,9 +47,10 @@ class CARPK(CountingDataModule):
         val_fraction: float = 0.1,
         split_seed: int = 0,
         outside: Literal["error", "clamp", "drop"] = "clamp",
+        duplicates: Literal["error", "warn", "ignore"] = "warn",
         **options: Any,
     ) -> None:
-        super().__init__(root, outside=outside, **options)
+        super().__init__(root, outside=outside, duplicates=duplicates, **options)
         self.class_name = class_name
         self.val_split = val_split
         self.val_fraction = val_fraction

@@ -41,8 +41,9 @@ class ImageFolder(CountingDataModule):
     - ``sizes`` alone: drawn from all pictures;
     - nothing: all pictures are the test split.
 
-    With ``sizes``, the pictures of ``train`` (of the whole folder, where no ``train`` is given) are a pool that the
-    splits named in ``sizes`` are drawn from. The VGG cells protocol, 64 to train and 36 to validate drawn from
+    Beside ``splits``, ``sizes`` draws from the pictures that ``splits`` gives to ``train`` (from all that it gives to
+    no split, where it does not name ``train``). Beside split folders, it draws only the splits that have no folder,
+    from ``train``, which keeps the rest. The VGG cells protocol, 64 to train and 36 to validate drawn from
     pictures 1-100, and 101-200 to test, is ``splits={"train": [0, 100], "test": [100, 200]}, sizes={"train": 64,
     "val": 36}`` with one ``split_seed`` a draw.
 
@@ -130,15 +131,19 @@ class ImageFolder(CountingDataModule):
             if (root / variant).is_dir()
         }
         if folders and self.splits is None:
-            pool = "train" if self.sizes and split in self.sizes and "train" in folders else split
-            if pool not in folders:
+            drawn = {name: size for name, size in (self.sizes or {}).items() if name not in folders}
+            if split not in folders and (split not in drawn or "train" not in folders):
                 raise InputError(
                     f"{root}: has the folders {sorted(folders)} but none for {split}; add it, or set data.sizes "
-                    f"(such as {{train: 0.9, {split}: 0.1}}) to draw {split} from train"
+                    f"(such as {{{split}: 0.1}}) to draw {split} from train"
                 )
-            names = self._folder(folders[pool]).names
-            drawn = draw(names, self.sizes, self.split_seed) if self.sizes and pool == "train" else {split: names}
-            return folders[pool], drawn[split]
+            folder = folders.get(split, folders.get("train", root))
+            names = self._folder(folder).names
+            if drawn and folder == folders.get("train"):
+                dealt = draw(names, drawn, self.split_seed)
+                taken = {name for found in dealt.values() for name in found}
+                names = dealt[split] if split in dealt else [name for name in names if name not in taken]
+            return folder, names
         splits = self._dealt(root)
         if split not in splits:
             raise InputError(

@@ -29,8 +29,9 @@ class FSC147(CountingDataModule):
     """FSC-147 in its official layout; both spellings of the file names are known.
 
     Ranjan et al., "Learning To Count Everything", CVPR 2021. The name of the one class annotated in a picture is its
-    prompt. The example boxes mark a few of the objects, so they are ``exemplars`` and never ``boxes``. Public
-    annotations hold points outside their picture: ``outside`` is ``clamp`` unless told otherwise.
+    prompt. The example boxes mark a few of the objects, so they are ``exemplars`` and never ``boxes``. The release
+    has points outside their pictures, and pictures that are in two splits (Hobley & Prisacariu, "Learning to Count
+    Anything", 2022), so ``outside`` is ``clamp`` and ``duplicates`` is ``warn`` unless told otherwise.
 
     Args:
         root: the folder that holds the annotation and the pictures.
@@ -42,6 +43,7 @@ class FSC147(CountingDataModule):
         val_split: the split of the release that validation uses.
         test_split: the split of the release that test uses.
         outside: what happens to points outside their picture.
+        duplicates: what happens to the same file in two splits.
         options: those of :class:`CountingDataModule`.
 
     Raises:
@@ -66,9 +68,10 @@ class FSC147(CountingDataModule):
         val_split: FSCSplit = "val",
         test_split: FSCSplit = "test",
         outside: Literal["error", "clamp", "drop"] = "clamp",
+        duplicates: Literal["error", "warn", "ignore"] = "warn",
         **options: Any,
     ) -> None:
-        super().__init__(root, outside=outside, **options)
+        super().__init__(root, outside=outside, duplicates=duplicates, **options)
         if frame == "original" and images is None:
             raise InputError("data.frame is 'original': set data.images to the folder of the full-size pictures")
         self.annotation = annotation

@@ -34,6 +34,7 @@ class ShanghaiTech(CountingDataModule):
         val_fraction: how much of the training folder is drawn.
         split_seed: seeds the draw.
         outside: what happens to points outside their picture; the release has some.
+        duplicates: what happens to the same file in two splits.
         options: those of :class:`CountingDataModule`.
     """
 
@@ -54,9 +55,10 @@ class ShanghaiTech(CountingDataModule):
         val_fraction: float = 0.1,
         split_seed: int = 0,
         outside: Literal["error", "clamp", "drop"] = "clamp",
+        duplicates: Literal["error", "warn", "ignore"] = "warn",
         **options: Any,
     ) -> None:
-        super().__init__(root, outside=outside, **options)
+        super().__init__(root, outside=outside, duplicates=duplicates, **options)
         self.part = part
         self.class_name = class_name
         self.val_split = val_split

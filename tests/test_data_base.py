@@ -1,0 +1,281 @@
+"""What every data module has from its base: choice of prompts, samplers, checks, constant predictors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fakes
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from counting_zoo.data.base import CountingDataModule, target_count
+from counting_zoo.data.records import Record, Split
+from counting_zoo.data.transforms import PlainAugmentation
+from counting_zoo.errors import InputError
+
+CLASSES = ["red cups", "blue cups", "red plates", "forks", "spoons"]
+
+
+class Pictures(CountingDataModule):
+    """``n`` pictures a split; picture i holds i + 1 objects of a target, and in multi-class data one of another."""
+
+    layout = "  root/0.png ..."
+
+    def __init__(self, root: Path, n: int = 5, *, multi: bool = False, **options: Any) -> None:
+        super().__init__(root, num_workers=0, **options)
+        self.n = n
+        self.multi = multi
+
+    def read_split(self, split: Split) -> list[Record]:
+        assert self.root is not None
+        records = []
+        for i in range(self.n):
+            path = self.root / f"{split}{i}.png"
+            points = fakes.draw_points(i + 1, 48, 64, i)
+            if not path.exists():
+                fakes.write_picture(path, points, seed=["train", "val", "test", "predict"].index(split) * 100 + i)
+            if split == "predict":
+                records.append(Record(path.name, path))
+                continue
+            labels = np.zeros(i + 1, np.int64)
+            classes = [CLASSES[i % 5]]
+            if self.multi:
+                classes.append(CLASSES[(i + 1) % 5])
+                points = np.concatenate([points, [[5, 5]]]).astype(np.float32)
+                labels = np.append(labels, 1)
+            records.append(Record(path.name, path, classes=classes, points=points, labels=labels))
+        return records
+
+
+class Absent(Pictures):
+    def read_split(self, split: Split) -> list[Record]:
+        if split == "train":
+            self.find_root("deeper", holding="train.txt")
+        return super().read_split(split)
+
+
+def _items(data: CountingDataModule, split: str) -> list[dict[str, Any]]:
+    loader = getattr(data, f"{split}_dataloader")()
+    return list(loader)
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"eval_batch_size": 0},
+        {"prompts": 0},
+        {"prompts": "everything"},
+        {"outside": "ignore"},
+        {"missing": "ignore"},
+        {"duplicates": "drop"},
+        {"classes": [""]},
+        {"classes": ["a", "a"]},
+        {"constants": {"mean": float("nan")}},
+    ],
+)
+def test_settings_out_of_range(tmp_path: Path, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(InputError, match=rf"data\.{name} is"):
+        Pictures(tmp_path, **options)
+
+
+def test_find_root(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(InputError, match=r"(?s)Absent: data\.root is .*holds pictures/; expected\n  root/0\.png"):
+        Absent(tmp_path).records("train")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "train.txt").touch()
+    data = Absent(tmp_path)
+    assert data.find_root("deeper", holding="train.txt") == tmp_path / "deeper"
+    (tmp_path / "train.txt").touch()
+    assert data.find_root("deeper", holding="train.txt") == tmp_path
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def test_provides_points_and_counts(tmp_path: Path) -> None:
+    data = Pictures(tmp_path)
+    assert data.provides == {"points", "labels", "counts"}
+    assert [len(points) for points in data.train_points()] == [1, 2, 3, 4, 5]
+    assert data.class_names() == sorted(CLASSES)
+    assert Pictures(tmp_path, classes=["x"]).class_names() == ["x"]
+
+
+def test_constant_predictors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert Pictures(tmp_path, 4).constant_predictors() == {"mean": 2.5, "median": 2.5}
+    assert Pictures(tmp_path, constants={"mean": 49.96, "median": 25}).constant_predictors()["mean"] == 49.96
+    caplog.set_level("INFO")
+    assert Absent(tmp_path).constant_predictors() == {}
+    assert "train.txt" in caplog.text or "root/0.png" in caplog.text
+
+
+def test_target_count_of_points_counts_and_nothing() -> None:
+    points = Record("a", classes=["x", "y"], points=np.ones((3, 2), np.float32), labels=np.array([0, 1, 0]))
+    assert target_count(points) == 2
+    assert target_count(Record("a", classes=["x", "y"], counts=np.float32([7, 1]))) == 7
+    assert np.isnan(target_count(Record("a")))
+
+
+def test_empty_split_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no picture in its 'train' split"):
+        Pictures(tmp_path, 0).setup("fit")
+
+
+def test_the_same_picture_in_two_splits(tmp_path: Path) -> None:
+    data = Pictures(tmp_path)
+    for split in ("train", "val"):
+        data.read_split(split)  # type: ignore[arg-type]
+    (tmp_path / "val0.png").write_bytes((tmp_path / "train3.png").read_bytes())
+    with pytest.raises(InputError, match=r"train3\.png \(train\) = val0\.png \(val\)"):
+        Pictures(tmp_path).setup("fit")
+    with pytest.warns(UserWarning, match="1 pairs"):
+        Pictures(tmp_path, duplicates="warn").setup("fit")
+    Pictures(tmp_path, duplicates="ignore").setup("fit")
+
+
+def test_a_training_picture_in_the_test_split(tmp_path: Path) -> None:
+    data = Pictures(tmp_path)
+    data.setup("predict")
+    data.setup("fit")  # the predict split may hold any picture
+    (tmp_path / "test1.png").write_bytes((tmp_path / "train2.png").read_bytes())
+    with pytest.raises(InputError, match=r"train2\.png \(train\) = test1\.png \(test\)"):
+        Pictures(tmp_path).setup("fit")
+
+
+def test_validating_on_the_test_split_is_no_duplicate(tmp_path: Path) -> None:
+    class Official(Pictures):
+        def read_split(self, split: Split) -> list[Record]:
+            return super().read_split("test" if split == "val" else split)
+
+    data = Official(tmp_path)
+    data.setup("fit")
+    data.setup("test")
+    data.setup("fit")
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_target_prompts(tmp_path: Path) -> None:
+    data = Pictures(tmp_path, multi=True)
+    for batch in _items(data, "test"):
+        (names,) = batch["classes"]
+        assert len(names) == 1
+        assert batch["counts"].item() == len(batch["points"][0])
+        assert batch["present"][0][0] == names[0]
+
+
+def test_all_prompts_count_absent_names_as_zero(tmp_path: Path) -> None:
+    data = Pictures(tmp_path, multi=True, prompts="all", eval_batch_size=5)
+    (batch,) = _items(data, "test")
+    assert batch["classes"] == [sorted(CLASSES)] * 5
+    assert batch["counts"].shape == (5, 5)
+    assert batch["counts"].sum() == sum(range(2, 7))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_number_of_prompts(tmp_path: Path, n: int, multi: bool) -> None:
+    data = Pictures(tmp_path, multi=multi, prompts=n, batch_size=5)
+    data.setup("fit")
+    for epoch in range(3):
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        (batch,) = loader
+        for names, present, counts in zip(batch["classes"], batch["present"], batch["counts"], strict=True):
+            assert len(set(names)) == n
+            assert names[0] == present[0]
+            absent = [k for k, name in enumerate(names) if name not in present]
+            assert absent
+            assert (counts[absent] == 0).all()
+            assert counts[0] > 0
+    assert all(len(batch["classes"][0]) == 1 for batch in _items(data, "val"))
+
+
+def test_pictures_of_every_class_still_get_n_prompts(tmp_path: Path) -> None:
+    data = Pictures(tmp_path, 2, multi=True, prompts=3, batch_size=2)  # three names, two in each picture
+    (batch,) = _items(data, "train")
+    assert [len(names) for names in batch["classes"]] == [3, 3]
+    with pytest.raises(InputError, match=r"data\.prompts is 4, but training knows only"):
+        Pictures(tmp_path, 2, multi=True, prompts=4).setup("fit")
+
+
+def test_predict_asks_for_the_names_given(tmp_path: Path) -> None:
+    batches = _items(Pictures(tmp_path, classes=["a", "b"]), "predict")
+    assert all(batch["classes"] == [["a", "b"]] and "counts" not in batch for batch in batches)
+
+
+# -- loaders ----------------------------------------------------------------------------------------------------------
+
+
+class Ids(L.LightningModule):
+    """Remembers what it was shown."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+        self.images: list[torch.Tensor] = []
+
+    def configure_optimizers(self) -> None:
+        return None
+
+    def training_step(self, batch: Any, index: int) -> None:
+        self.seen["train"] += batch["image_id"]
+        self.images.append(batch["image"])
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.seen["val"] += batch["image_id"]
+
+    def test_step(self, batch: Any, index: int) -> None:
+        self.seen["test"] += batch["image_id"]
+
+
+def _fit(data: CountingDataModule, folder: Path) -> Ids:
+    model = Ids()
+    trainer = L.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    trainer.fit(model, data)
+    trainer.test(model, data, verbose=False)
+    return model
+
+
+def test_a_trainer_sees_every_picture_once_an_epoch(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "augmentation": PlainAugmentation(crop=32, flip=True)}
+    model = _fit(Pictures(tmp_path, **options, seed=1), tmp_path)
+    expected = sorted(f"train{i}.png" for i in range(5))
+    first, second = model.seen["train"][:5], model.seen["train"][5:]
+    assert sorted(first) == sorted(second) == expected
+    assert first != second  # shuffled anew
+    assert model.seen["val"] == [f"val{i}.png" for i in range(5)] * 2
+    assert model.seen["test"] == [f"test{i}.png" for i in range(5)]
+    again = _fit(Pictures(tmp_path, **options, seed=1), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.images, again.images, strict=True))
+    other = _fit(Pictures(tmp_path, **options, seed=2), tmp_path)
+    assert other.seen["train"] != model.seen["train"]
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    def images(workers: int) -> list[torch.Tensor]:
+        data = Pictures(tmp_path, batch_size=2, augmentation=PlainAugmentation(crop=32, scale=(0.8, 1.2)))
+        data.num_workers = workers
+        return [batch["image"] for batch in data.train_dataloader()]
+
+    assert all(torch.equal(a, b) for a, b in zip(images(0), images(2), strict=True))
