@@ -57,8 +57,8 @@ def read_header(data: Data) -> Header:
         if data[:8] == b"\x89PNG\r\n\x1a\n":
             return _png_header(data)
         if data[:4] in (b"II*\0", b"MM\0*"):
-            tags = _tiff_tags(data)
-            stored = Header(tags[257][0], tags[256][0], _valid_orientation(tags.get(274, (1,))[0]))
+            tags = _tiff_tags(data, _TIFF_TAGS)
+            stored = Header(tags[_HEIGHT][0], tags[_WIDTH][0], _orientation(tags))
             return Header(*stored.size)  # OpenCV turns a TIFF itself, even when told not to
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return _webp_header(data)
@@ -149,53 +149,48 @@ def _png_header(data: Data) -> Header:
     orientation = 1
     for kind, start, end in _png_chunks(data):  # EXIF may stand behind the pixels too
         if kind == b"eXIf":
-            orientation = _exif_orientation(data[start:end]) or 1
+            orientation = _exif_orientation(data[start:end])
     return Header(height, width, orientation)
 
 
 # -- TIFF and EXIF, which is a TIFF directory -------------------------------------------------------------------------
 
 _TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
+_WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274
+_PLACES = ((273, 279), (324, 325))  # offsets and lengths of strips, and of tiles
+_TIFF_TAGS = frozenset({_WIDTH, _HEIGHT, _ORIENTATION, *_PLACES[0], *_PLACES[1]})
 
 
-def _tiff_tags(data: Data) -> dict[int, tuple[int, ...]]:
-    """The whole-number tags of the first directory."""
+def _tiff_tags(data: Data, wanted: frozenset[int]) -> dict[int, tuple[int, ...]]:
+    """The values of some whole-number tags of the first directory."""
     order = "<" if data[:2] == b"II" else ">"
     (at,) = struct.unpack_from(order + "I", data, 4)
     (n,) = struct.unpack_from(order + "H", data, at)
     tags = {}
-    for i in range(n):
-        tag, kind, count = struct.unpack_from(order + "HHI", data, at + 2 + 12 * i)
-        if kind not in _TIFF_TYPES or count < 1:
+    for entry in range(at + 2, at + 2 + 12 * n, 12):
+        tag, kind, count = struct.unpack_from(order + "HHI", data, entry)
+        if tag not in wanted or kind not in _TIFF_TYPES or not 0 < count <= len(data):
             continue
-        layout = struct.Struct(f"{order}{count}{_TIFF_TYPES[kind]}") if count < 1 << 24 else None
-        if layout is None:
-            raise BrokenError(f"TIFF tag {tag} claims {count} values")
-        where = at + 10 + 12 * i
-        if layout.size > 4:
+        layout = f"{order}{count}{_TIFF_TYPES[kind]}"
+        where = entry + 8  # short values stand in the entry itself
+        if struct.calcsize(layout) > 4:
             (where,) = struct.unpack_from(order + "I", data, where)
-        tags[tag] = layout.unpack_from(data, where)
+        tags[tag] = struct.unpack_from(layout, data, where)
     return tags
 
 
-def _exif_orientation(exif: bytes) -> int | None:
-    """The orientation in EXIF data; ``None`` where it is absent or the data are damaged."""
+def _exif_orientation(exif: bytes) -> int:
+    """The orientation in EXIF data; 1, upright, where it is absent or the data are damaged."""
     if exif[:4] not in (b"II*\0", b"MM\0*"):
-        return None
-    order = "<" if exif[:2] == b"II" else ">"
+        return 1
     try:
-        (at,) = struct.unpack_from(order + "I", exif, 4)
-        (n,) = struct.unpack_from(order + "H", exif, at)
-        for i in range(n):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", exif, at + 2 + 12 * i)
-            if tag == 274 and kind == 3:
-                return _valid_orientation(value)
+        return _orientation(_tiff_tags(exif, frozenset({_ORIENTATION})))
     except struct.error:
-        return None
-    return None
+        return 1
 
 
-def _valid_orientation(value: int) -> int:
+def _orientation(tags: dict[int, tuple[int, ...]]) -> int:
+    value = tags.get(_ORIENTATION, (1,))[0]
     return value if 1 <= value <= 8 else 1
 
 
@@ -232,8 +227,7 @@ def _webp_header(data: Data) -> Header:
             (bits,) = struct.unpack_from("<I", data, start + 1)
             size = (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
         elif kind == b"EXIF":
-            exif = data[start:end]
-            orientation = _exif_orientation(exif.removeprefix(b"Exif\0\0")) or 1
+            orientation = _exif_orientation(data[start:end].removeprefix(b"Exif\0\0"))
     if size is None:
         raise ShortError("a WebP without its picture chunk")
     return Header(*size, orientation)
@@ -276,8 +270,8 @@ def _check_complete(data: Data) -> None:
     elif data[:2] == b"BM":
         _check_bmp(data)
     else:
-        tags = _tiff_tags(data)
-        for offsets, lengths in ((273, 279), (324, 325)):
+        tags = _tiff_tags(data, _TIFF_TAGS)
+        for offsets, lengths in _PLACES:
             ends = [at + n for at, n in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)]
             if ends and max(ends) > len(data):
                 raise ShortError(f"the TIFF's pixels go on to byte {max(ends)}")
