@@ -79,12 +79,13 @@ class TextTower(nn.Module):
         keep = not torch.is_grad_enabled()
         new = [p for p in distinct if not (keep and p in self._cache)]
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        if new:
-            pooled, tokens, ends = self._run(new)
-            for i, prompt in enumerate(new):
+        # In evaluation one prompt at a time: then its bits do not depend on what else was asked, now or before.
+        for group in [[p] for p in new] if keep else [new] if new else []:
+            pooled, tokens, ends = self._run(group)
+            for i, prompt in enumerate(group):
                 found[prompt] = (pooled[i], tokens[i, : int(ends[i]) + 1])
-            if keep:
-                self._cache.update(found)
+        if keep:
+            self._cache.update(found)
         rows = [found[p] if p in found else self._cache[p] for p in distinct]
         index = torch.tensor([distinct.index(p) for p in prompts], device=rows[0][0].device)
         padded = nn.utils.rnn.pad_sequence([tokens for _, tokens in rows], batch_first=True)

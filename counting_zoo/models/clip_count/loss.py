@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy, grid_sample, normalize
+from torch.nn.functional import cross_entropy, grid_sample, normalize
 
 DensityMask = Literal["none", "pixel", "official"]
 
@@ -26,7 +26,7 @@ def patch_text_contrastive(
         temperature: of the similarities.
         normalize_positives: divide each row by its number of positive patches.
     """
-    cosine = cosine_similarity(patches[:, None].float(), text[:, :, None].float(), dim=-1)  # (B, K, N)
+    cosine = normalize(text.float(), dim=-1) @ normalize(patches.float(), dim=-1).mT  # (B, K, N)
     similarity = (cosine / temperature).exp()
     inside = (similarity * positive).sum(-1)
     outside = (similarity * ~positive).sum(-1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, interpolate, softplus
+from torch.nn.functional import interpolate, normalize, softplus
 
 from counting_zoo.errors import InputError
 from counting_zoo.models.clip_count.heads import (
@@ -151,9 +151,10 @@ class CLIPCountNet(nn.Module):
         elif interaction == "film":
             self.interaction, self.decoder = nn.Identity(), FiLMHead(dim)
         else:
-            raise InputError(
-                f"interaction is {interaction!r}; expected 'hierarchical', 'plain', 'none' or 'film'"
-            )
+            raise InputError(f"interaction is {interaction!r}; expected 'hierarchical', 'plain', 'none' or 'film'")
+        if activation == "softplus" and interaction != "film":
+            # A fresh softplus would count over a thousand objects in an empty window.
+            nn.init.constant_(self.decoder.out.bias, -5.0)
 
     @property
     def cell(self) -> int:
@@ -193,8 +194,8 @@ class CLIPCountNet(nn.Module):
         patches, text = embeddings.patches, embeddings.text
         grid = (patches.shape[-2], patches.shape[-1])
         if isinstance(self.decoder, FiLMHead):
-            similarity = cosine_similarity(
-                embeddings.contrast[:, None].float(), text[..., None, None].float(), dim=2
+            similarity = torch.einsum(
+                "bdhw,bkd->bkhw", normalize(embeddings.contrast, dim=1), normalize(text, dim=-1)
             )  # (B, K, gh, gw)
             logits = self.decoder(patches, text, similarity)
         else:
