@@ -36,7 +36,8 @@ from counting_zoo.errors import ImageError, InputError
 from counting_zoo.images import decode_image
 
 SCHEMA = 1
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16  # what is read, and checked, to get at one picture
+BLOCK_BYTES = 1 << 22  # what is written or read at once where all of it is
 
 # What a record may have: its fields, the columns of its values, and the field with their labels.
 _PARTS: dict[str, tuple[int, str | None]] = {
@@ -151,7 +152,7 @@ def _write_pictures(
             digest.update(encoded)
             buffer += encoded
             offsets.append(offsets[-1] + len(encoded))
-            flush(CHUNK_BYTES)
+            flush(BLOCK_BYTES)
         packed.append(_Packed(split, record, row))
     flush(1)
     _dataset(file, "image/offset", np.array(offsets, np.int64))
@@ -198,8 +199,8 @@ def _verify(path: Path, digest: str) -> None:
         _read_records(file, path)
         flat = file["image/bytes"]
         found = hashlib.sha256()
-        for start in range(0, flat.shape[0], 16 * CHUNK_BYTES):
-            found.update(flat[start : start + 16 * CHUNK_BYTES].tobytes())
+        for start in range(0, flat.shape[0], BLOCK_BYTES):
+            found.update(flat[start : start + BLOCK_BYTES].tobytes())
     if found.hexdigest() != digest:
         raise InputError(f"{path}: reads back other bytes than were written; check the disk")
 
