@@ -146,7 +146,7 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
     scale = _drawn_scale(frame)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     canvas = _background(prediction, (h, w))
-    canvas = _blend(canvas, resize_density(prediction.density[k], (h, w)).numpy())
+    canvas = _blend(canvas, resize_density(prediction.density[k], (h, w), prediction.extent).numpy())
     ratio = np.array([w / width, h / height], np.float32)
     if prediction.boxes is not None:
         for x1, y1, x2, y2 in np.rint(prediction.boxes[k].numpy().reshape(-1, 4) * np.tile(ratio, 2)).astype(int):
@@ -192,13 +192,16 @@ def plot_prediction(prediction: Prediction, ax: Any = None) -> Any:
     if len(axes) != len(names):
         raise InputError(f"plot() got {len(axes)} axes for {len(names)} names {names}; expected one for each")
     height, width = _frame(prediction)
-    extent = (0, width, height, 0)
+    rows, columns = prediction.density.shape[-2:]
+    cells_high, cells_wide = prediction.extent or (rows, columns)
+    whole = (0, width, height, 0)
+    covered = (0, width * columns / cells_wide, height * rows / cells_high, 0)  # the last cells may reach beyond
     for k, (panel, name) in enumerate(zip(axes, names, strict=True)):
         if prediction.image is not None:
-            panel.imshow(prediction.image, extent=extent)
+            panel.imshow(prediction.image, extent=whole)
         density = prediction.density[k].clamp(min=0).numpy()
         alpha = _opacity(density) if prediction.image is not None else None
-        panel.imshow(density, extent=extent, cmap="turbo", alpha=alpha, interpolation="nearest")
+        panel.imshow(density, extent=covered, cmap="turbo", alpha=alpha, interpolation="nearest")
         if prediction.points:
             x, y = prediction.points[k].numpy().reshape(-1, 2).T
             panel.plot(x, y, "o", markersize=4, color="red", markeredgecolor="white", markeredgewidth=0.8)

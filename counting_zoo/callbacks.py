@@ -1,0 +1,263 @@
+"""What is written while a trainer runs: predictions, density pictures, and the report of a test."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import cv2
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from counting_zoo.errors import ImageError, InputError
+from counting_zoo.evaluation.prediction_files import PartWriter, merge_parts
+from counting_zoo.evaluation.report import CountRow, Picture, read_curve, write_report
+from counting_zoo.evaluation.tables import replacing, write_table
+from counting_zoo.module import CountingModule
+from counting_zoo.prompts import wrong_prompts
+from counting_zoo.types import Batch, Prediction
+
+log = logging.getLogger(__name__)
+
+
+class PredictionWriter(L.Callback):
+    """Writes what ``predict`` finds: ``counts.csv``, ``points.csv``, ``errors.csv``, ``densities.h5``, ``pictures/``.
+
+    Every process writes its part as it goes; at the end the first one joins them, ordered by picture and each picture
+    once, so that the files do not depend on the number of processes. Files appear complete or not at all. On several
+    machines ``dir`` must lie on a disk they share. See :mod:`counting_zoo.evaluation.prediction_files` for columns.
+
+    Args:
+        dir: the folder; files of an earlier run in it are replaced.
+        pictures: draw overlays.
+        densities: write density maps.
+        max_pictures: how many pictures to draw at most, the first of the data; ``None`` for all.
+        fail_on_error: raise at the very end, after everything is written, if a picture could not be read.
+    """
+
+    def __init__(
+        self,
+        dir: str = "predictions",
+        pictures: bool = True,
+        densities: bool = True,
+        max_pictures: int | None = 1000,
+        fail_on_error: bool = False,
+    ) -> None:
+        if max_pictures is not None and max_pictures < 0:
+            raise InputError(f"predictions.max_pictures is {max_pictures}; expected at least 0, or null for all")
+        self.dir = Path(dir).expanduser()
+        self.pictures = pictures
+        self.densities = densities
+        self.max_pictures = max_pictures
+        self.fail_on_error = fail_on_error
+        self._part: PartWriter | None = None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        limit = self.max_pictures if self.pictures else 0
+        self._part = PartWriter(self.dir, trainer.global_rank, densities=self.densities, max_pictures=limit)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        assert self._part is not None  # opened in on_predict_start
+        for image_id, reason in batch.get("failed", []):
+            log.error("%s could not be read and has no prediction: %s", image_id, reason)
+            self._part.fail(image_id, reason)
+        for prediction in outputs or []:
+            self._part.add(prediction)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._part is not None  # opened in on_predict_start
+        self._part.close()
+        self._part = None
+        trainer.strategy.barrier("predictions written")
+        done = merge_parts(self.dir, trainer.world_size, self.max_pictures) if trainer.is_global_zero else None
+        done = trainer.strategy.broadcast(done)
+        assert done is not None  # the first process has made it
+        if trainer.is_global_zero:
+            rank_zero_info(f"{done.pictures} pictures counted, {done.errors} could not be read: see {self.dir}")
+        if done.errors and self.fail_on_error:
+            raise ImageError(
+                f"{done.errors} of {done.pictures + done.errors} pictures could not be read; the others are in "
+                f"{str(self.dir)!r}, the reasons in errors.csv"
+            )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+
+class DensityPictures(L.Callback):
+    """Draws the first validation pictures, always the same ones, to see where the model counts.
+
+    They go to TensorBoard where that logs pictures, and else into ``pictures/`` of the log folder. The first process
+    draws; each picture costs one more prediction.
+
+    Args:
+        every_n_epochs: how often.
+        max_pictures: how many.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, max_pictures: int = 4) -> None:
+        if every_n_epochs < 1 or max_pictures < 0:
+            raise InputError(
+                f"DensityPictures: every_n_epochs={every_n_epochs}, max_pictures={max_pictures}; "
+                "expected at least 1 and at least 0"
+            )
+        self.every_n_epochs = every_n_epochs
+        self.max_pictures = max_pictures
+        self._drawn = 0
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._drawn = 0
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        if not trainer.is_global_zero or trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs:
+            return
+        assert isinstance(pl_module, CountingModule)
+        for i in range(min(self.max_pictures - self._drawn, len(batch["image_id"]))):
+            prediction = count_again(pl_module, batch, i, batch["classes"][i])
+            name = prediction.names[0]
+            tag = f"val_pictures/{self._drawn:02d}"
+            _show(trainer, tag, prediction.overlay(name), f"{batch['image_id'][i]}: {name}")
+            self._drawn += 1
+
+
+class TestReport(L.Callback):
+    """Leaves ``test_counts.csv`` (every picture) and ``report.html`` (one file, with pictures) in the log folder.
+
+    Args:
+        pictures: how many pictures the report shows, spread evenly over the test data; each costs one more
+            prediction, and for text-guided models the report shows the same picture asked about an absent name.
+        title: of the report; model and data if ``None``.
+    """
+
+    __test__ = False  # not a test class, whatever its name says to pytest
+
+    def __init__(self, pictures: int = 8, title: str | None = None) -> None:
+        if pictures < 0:
+            raise InputError(f"report.pictures is {pictures}; expected at least 0")
+        self.pictures = pictures
+        self.title = title
+        self._names: dict[str, list[str]] = {}
+        self._shown: list[Picture] = []
+        self._rows: list[CountRow] = []
+        self._batches: dict[int, int] = {}
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._names, self._shown, self._rows = {}, [], []
+        n_batches = int(trainer.num_test_batches[0]) if np.isfinite(trainer.num_test_batches[0]) else 1
+        chosen = np.linspace(0, n_batches - 1, self.pictures).round().astype(int).tolist() if n_batches else []
+        self._batches = {batch: chosen.count(batch) for batch in chosen}
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        assert isinstance(pl_module, CountingModule)
+        self._names.update(zip(batch["image_id"], batch["classes"], strict=True))
+        if not trainer.is_global_zero:
+            return
+        for i in range(min(self._batches.get(batch_idx, 0), len(batch["image_id"]))):
+            asked = list(batch["classes"][i])
+            absent = _absent_name(pl_module, trainer, batch, i)
+            names = asked[:1] if absent is None else [asked[0], absent]
+            if pl_module.class_blind or not pl_module.text_guided:
+                names = asked
+            prediction = count_again(pl_module, batch, i, names)
+            true = batch["counts"][i]
+            for k, name in enumerate(prediction.names[:2]):
+                if len(prediction.names) == 1 and len(asked) > 1:
+                    target = float(true.sum())
+                else:
+                    target = float(true[k]) if k < len(asked) and name == asked[k] else 0.0
+                text = f"{name}: {float(prediction.counts[k]):.1f} counted, {target:g} true"
+                self._shown.append(Picture(prediction.overlay(name), batch["image_id"][i], text))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, CountingModule)
+        rows = {row["image_id"]: row for row in pl_module.test_errors.per_image()}  # the module forgets them next
+        mine = (rows, self._names)
+        everyone: list[Any] = [mine]
+        if trainer.world_size > 1:
+            everyone = [None] * trainer.world_size
+            torch.distributed.all_gather_object(everyone, mine)
+        counted = {image_id: (row, names[image_id]) for rows, names in everyone for image_id, row in rows.items()}
+        for image_id, (row, names) in sorted(counted.items()):
+            labels = names if len(names) == len(row["predicted"]) else [" + ".join(names)]
+            for name, target, predicted in zip(labels, row["target"], row["predicted"], strict=True):
+                self._rows.append(CountRow(image_id, name, target, predicted))
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of all processes: it is broadcast
+        if not trainer.is_global_zero:
+            return
+        table = [(row.image_id, row.name, row.target, row.predicted) for row in self._rows]
+        write_table(folder / "test_counts.csv", ("image", "name", "true", "predicted"), table)
+        datamodule = type(getattr(trainer, "datamodule", None)).__name__
+        path = write_report(
+            folder / "report.html",
+            title=self.title or f"{type(pl_module).__name__} on {datamodule}",
+            scores={name: float(value) for name, value in trainer.callback_metrics.items()},
+            rows=self._rows,
+            pictures=self._shown,
+            curve=read_curve(getattr(trainer, "ckpt_path", None)),
+            settings={
+                "checkpoint": str(getattr(trainer, "ckpt_path", None) or "none: weights as initialised"),
+                "precision": str(trainer.precision),
+                "processes": trainer.world_size,
+                **{f"model.{name}": value for name, value in sorted(pl_module.hparams.items())},
+            },
+        )
+        rank_zero_info(f"report: {path}")
+
+
+@torch.no_grad()
+def count_again(module: CountingModule, batch: Batch, index: int, names: list[str]) -> Prediction:
+    """One picture of an evaluation batch, counted once more, with what drawing needs."""
+    image = batch["image"][index]
+    output = module.count_batch([image], [names])
+    assert isinstance(output, list)  # as for every list of pictures
+    size = (int(image.shape[-2]), int(image.shape[-1]))
+    return module.to_prediction(output[0], names, size, batch["image_id"][index], image, tiled=bool(module.window))
+
+
+def _absent_name(module: CountingModule, trainer: L.Trainer, batch: Batch, index: int) -> str | None:
+    """A name that is not in the picture, for models that read names."""
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None or not module.text_guided or len(batch["classes"][index]) != 1:
+        return None
+    one: dict[str, Any] = {key: batch[key][index : index + 1] for key in ("image_id", "classes")}  # type: ignore[literal-required]
+    if "present" in batch:
+        one["present"] = batch["present"][index : index + 1]
+    wrong = wrong_prompts(one, list(datamodule.class_names("test")))  # type: ignore[arg-type]
+    return None if wrong is None else wrong[0][0]
+
+
+def _show(trainer: L.Trainer, tag: str, drawing: np.ndarray, caption: str) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            try:
+                logger.experiment.add_image(tag, drawing, trainer.global_step, dataformats="HWC")
+            except ImportError:
+                log.debug("TensorBoard needs Pillow to log pictures; they are written as files")
+                continue
+            logger.experiment.add_text(f"{tag}/name", caption, trainer.global_step)
+            return
+    folder = trainer.loggers[0].log_dir if trainer.loggers else None
+    name = f"{Path(tag).name}_epoch{trainer.current_epoch:04d}.png"
+    path = Path(folder or trainer.default_root_dir) / "pictures" / name
+    with replacing(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR))[1].tobytes())
+
+
+__all__ = ["DensityPictures", "PredictionWriter", "TestReport", "count_again"]

@@ -1,0 +1,143 @@
+"""The command line's front: answers help and mistakes at once, and imports torch only for a command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from counting_zoo.config_safety import ALLOW_FLAG, restrict_imports, take_allowed_packages
+from counting_zoo.errors import InputError
+from counting_zoo.version import __version__
+
+RUNS = ("fit", "validate", "test", "predict")
+
+HELP = f"""\
+usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all options
+
+  fit        train a model
+  validate   score a model on the validation pictures of a data set
+  test       score a model on the test pictures, with a report
+  predict    count in pictures: tables, densities and overlays
+  pack       write a data set into one HDF5 file
+  convert    turn weights of a reference implementation into a checkpoint
+
+  counting-zoo fit --config configs/trainer/cpu.yaml --config configs/model/clip_count_small.yaml \\
+                   --config configs/data/scenes_easy.yaml
+  counting-zoo test --ckpt_path best.ckpt --config configs/data/scenes_easy.yaml
+  counting-zoo predict --ckpt_path best.ckpt --data ImageFolder --data.root photos --data.classes '[apples]' \\
+                       --predictions.dir out
+  counting-zoo pack --config configs/data/scenes_easy.yaml --out scenes.h5
+  counting-zoo convert clip_count official.ckpt converted.ckpt --clip openai/clip-vit-base-patch16
+
+Later files and options win over earlier ones; --print_config shows the result. validate, test and predict take the
+model from the checkpoint. {ALLOW_FLAG} NAME lets configurations name classes of a package of yours.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        args: the words behind ``counting-zoo``; those of the process if ``None``.
+
+    Returns:
+        The exit code: 0, or 2 with one line on standard error for an unusable setting, file or picture. With
+        ``COUNTING_ZOO_DEBUG=1`` the error is raised instead.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"counting-zoo {__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    commands: dict[str, Callable[[list[str]], int]] = {"pack": _pack, "convert": _convert}
+    commands |= {name: lambda words, name=name: _run(name, words) for name in RUNS}  # type: ignore[misc]
+    if command not in commands:
+        close = difflib.get_close_matches(command, commands, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(sorted(commands))}"
+        print(f"error: counting-zoo has no command {command!r}{hint}", file=sys.stderr)
+        return 2
+    try:
+        return commands[command](rest)
+    except (InputError, FloatingPointError) as error:
+        if os.environ.get("COUNTING_ZOO_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"error: {plain_message(error)}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # how argument parsers end
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+
+
+def plain_message(error: Exception) -> str:
+    """The message alone; data loader workers wrap a whole traceback around it."""
+    text = str(error)
+    if not re.match(r"Caught \w+ in ", text):
+        return text
+    return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    arguments, extra = take_allowed_packages(arguments)
+    restrict_imports(extra)
+    from counting_zoo.training_cli import run
+
+    return run(command, arguments)
+
+
+def _pack(arguments: list[str]) -> int:
+    arguments, extra = take_allowed_packages(arguments)
+    restrict_imports(extra)
+    from counting_zoo.training_cli import run_pack
+
+    return run_pack(arguments)
+
+
+def _convert(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "counting-zoo convert", description="Turn weights of a reference implementation into a checkpoint of the zoo."
+    )
+    parser.add_argument("name", help="which system: clip_count")
+    parser.add_argument("source", help="the reference's checkpoint or state dict; pickled code in it is never run")
+    parser.add_argument("out", help="the checkpoint to write")
+    parser.add_argument("--config", help="the reference's settings, JSON or YAML, where the file does not carry them")
+    parser.add_argument("--clip", help="CLIP weights the file lacks: hub name, folder, or OpenAI-layout state dict")
+    parser.add_argument("--tokenizer", help="folder or hub name")
+    options = parser.parse_args(arguments)
+    config = None if options.config is None else _read_mapping(options.config)
+
+    from counting_zoo.loading import load_official, read_checkpoint, save
+
+    clip: Any = options.clip
+    if clip is not None and os.path.isfile(clip):
+        clip = read_checkpoint(clip)
+    model = load_official(options.name, options.source, config=config, clip=clip, tokenizer=options.tokenizer)
+    print(f"wrote {save(model, options.out)}")
+    return 0
+
+
+def _read_mapping(path: str) -> dict[str, Any]:
+    """A JSON or YAML file that holds a mapping."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: cannot be read as JSON or YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: holds a {type(content).__name__}; expected a mapping of settings")
+    return content
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+__all__ = ["main", "plain_message"]

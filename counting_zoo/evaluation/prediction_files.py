@@ -1,0 +1,210 @@
+"""The files of ``predict``: a part of each process, joined into one set that does not depend on how many there were.
+
+``counts.csv``
+    ``image, name, count, points, width, height, overlay, density``: a row for each picture and name. ``count`` is the
+    sum of the density; ``points`` how many peaks ``points.csv`` holds; ``overlay`` the drawing, ``density`` the data
+    set in ``densities.h5`` (either empty where there is none).
+``points.csv``
+    ``image, name, x, y`` in pixels of the upright picture.
+``errors.csv``
+    ``image, error``: pictures that could not be read; without rows when all could.
+``densities.h5``
+    a data set ``(h, w)`` float32 for each picture and name, objects per cell over the whole picture, with checksums;
+    attributes ``image``, ``name``, and ``extent``: height and width of the picture in cells where its last cells lie
+    partly outside it, else empty.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import cv2
+import h5py
+
+from counting_zoo.evaluation.tables import replacing, write_table
+from counting_zoo.types import Prediction
+
+COUNT_COLUMNS = ("image", "name", "count", "points", "width", "height", "overlay", "density")
+POINT_COLUMNS = ("image", "name", "x", "y")
+ERROR_COLUMNS = ("image", "error")
+_PARTS = ".parts"
+
+
+class PartWriter:
+    """What one process has predicted, on disk as it comes, so that memory does not grow with the number of pictures.
+
+    Args:
+        folder: the folder of the predictions.
+        rank: of this process.
+        densities: whether to write density maps.
+        max_pictures: how many to draw; ``None`` for all.
+    """
+
+    def __init__(self, folder: Path, rank: int, *, densities: bool, max_pictures: int | None) -> None:
+        self._folder = folder / _PARTS / str(rank)
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
+        self._folder.mkdir(parents=True)
+        self._rank = rank
+        self._rows = (self._folder / "rows.jsonl").open("w", encoding="utf-8")
+        self._maps = h5py.File(self._folder / "densities.h5", "w") if densities else None
+        self._max_pictures = max_pictures
+        self._n = self._drawn = 0
+
+    def add(self, prediction: Prediction) -> None:
+        """Write one prediction; a picture that came before is left as it is."""
+        key = _key(prediction.image_id)
+        drawn = False
+        if self._max_pictures is None or self._drawn < self._max_pictures:
+            self._drawn += 1
+            drawn = True
+            for k, name in enumerate(prediction.names):
+                encoded = cv2.imencode(".jpg", cv2.cvtColor(prediction.overlay(name), cv2.COLOR_RGB2BGR))[1]
+                (self._folder / f"{key}-{k}.jpg").write_bytes(encoded.tobytes())
+        if self._maps is not None and key not in self._maps:
+            for k in range(len(prediction.names)):
+                self._maps.create_dataset(
+                    f"{key}/{k}", data=prediction.density[k].float().numpy(), chunks=True, compression="gzip",
+                    compression_opts=1, shuffle=True, fletcher32=True,
+                )  # fmt: skip
+        row = {
+            "image": prediction.image_id,
+            "names": prediction.names,
+            "counts": prediction.counts.tolist(),
+            "points": [points.tolist() for points in prediction.points],
+            "size": prediction.size,
+            "extent": prediction.extent,
+        }
+        self._write(row | {"drawn": drawn, "mapped": self._maps is not None})
+
+    def fail(self, image_id: str, reason: str) -> None:
+        """Write down a picture that could not be read."""
+        self._write({"image": image_id, "error": reason})
+
+    def close(self) -> None:
+        """Finish the files of this part."""
+        self._rows.close()
+        if self._maps is not None:
+            self._maps.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        place = {"order": [self._n, self._rank], "part": self._rank}
+        self._rows.write(json.dumps(row | place, ensure_ascii=False) + "\n")
+        self._n += 1
+
+
+@dataclass(frozen=True)
+class Merged:
+    """How many pictures were counted, and how many could not be read."""
+
+    pictures: int
+    errors: int
+
+
+def merge_parts(folder: Path, n_parts: int, max_pictures: int | None) -> Merged:
+    """Join the parts of all processes into the final files and remove them.
+
+    Args:
+        folder: the folder of the predictions.
+        n_parts: the number of processes.
+        max_pictures: how many drawings stay, the first in the order in which the data was dealt out.
+    """
+    rows = _read_rows(folder, n_parts)
+    counted = [row for row in rows if "error" not in row]
+    failed = [row for row in rows if "error" in row]
+    by_order = sorted(counted, key=lambda row: row["order"])
+    shown = {row["image"] for row in by_order[:max_pictures] if row["drawn"]}
+    stems = _stems([row["image"] for row in counted])
+    table, points = [], []
+    for row in counted:
+        image, many = row["image"], len(row["names"]) > 1
+        height, width = row["size"] or ("", "")
+        for k, (name, count, found) in enumerate(zip(row["names"], row["counts"], row["points"], strict=True)):
+            overlay = f"pictures/{stems[image]}{f'.{k}' if many else ''}.jpg" if image in shown else ""
+            density = f"{stems[image]}/{k}" if row["mapped"] else ""
+            table.append((image, name, float(count), len(found), width, height, overlay, density))
+            points += [(image, name, float(x), float(y)) for x, y in found]
+            if overlay:
+                (folder / "pictures").mkdir(exist_ok=True)
+                os.replace(_part(folder, row) / f"{_key(image)}-{k}.jpg", folder / overlay)
+    if any(row["mapped"] for row in counted):
+        _merge_densities(folder, n_parts, counted, stems)
+    write_table(folder / "points.csv", POINT_COLUMNS, points)
+    write_table(folder / "errors.csv", ERROR_COLUMNS, [(row["image"], row["error"]) for row in failed])
+    write_table(folder / "counts.csv", COUNT_COLUMNS, table)  # last: who sees it sees all files
+    shutil.rmtree(folder / _PARTS)
+    return Merged(len(counted), len(failed))
+
+
+def _read_rows(folder: Path, n_parts: int) -> list[dict[str, Any]]:
+    """Each picture once, ordered by name; samplers may have dealt one to two processes."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in range(n_parts):
+        with (folder / _PARTS / str(part) / "rows.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                known = found.setdefault(row["image"], row)
+                if row["order"] < known["order"]:
+                    found[row["image"]] = row
+    return [found[image] for image in sorted(found)]
+
+
+def _merge_densities(folder: Path, n_parts: int, rows: list[dict[str, Any]], stems: dict[str, str]) -> None:
+    parts = [h5py.File(folder / _PARTS / str(part) / "densities.h5", "r") for part in range(n_parts)]
+    try:
+        with replacing(folder / "densities.h5") as temporary, h5py.File(temporary, "w") as file:
+            for row in rows:
+                extent = row["extent"] or ()
+                group = file.create_group(stems[row["image"]])
+                for k, name in enumerate(row["names"]):
+                    parts[row["part"]].copy(f"{_key(row['image'])}/{k}", group)
+                    group[str(k)].attrs.update({"image": row["image"], "name": name, "extent": extent})
+    finally:
+        for part in parts:
+            part.close()
+
+
+def _part(folder: Path, row: dict[str, Any]) -> Path:
+    return folder / _PARTS / str(row["part"])
+
+
+def _key(image_id: str) -> str:
+    return blake2b(image_id.encode(), digest_size=8).hexdigest()
+
+
+def _stems(image_ids: list[str]) -> dict[str, str]:
+    """File names without suffix for pictures: readable, safe on every file system, and different from each other.
+
+    Example:
+        >>> _stems(["a b/c.jpg", "a b/C.jpg", "../x.png"])
+        {'a b/c.jpg': 'a_b_c', 'a b/C.jpg': 'a_b_C-2', '../x.png': 'x'}
+    """
+    stems: dict[str, str] = {}
+    taken: set[str] = set()
+    for image_id in image_ids:
+        bare = re.sub(r"\.\w{1,5}$", "", image_id)
+        plain = re.sub(r"[^\w-]+", "_", bare).strip("_-")[-50:] or "picture"
+        for stem in _numbered(plain):
+            if stem.casefold() not in taken:
+                break
+        taken.add(stem.casefold())
+        stems[image_id] = stem
+    return stems
+
+
+def _numbered(plain: str) -> Iterator[str]:
+    yield plain
+    n = 1
+    while True:
+        n += 1
+        yield f"{plain}-{n}"
+
+
+__all__ = ["COUNT_COLUMNS", "ERROR_COLUMNS", "POINT_COLUMNS", "Merged", "PartWriter", "merge_parts"]

@@ -1,0 +1,199 @@
+"""``fit``, ``validate``, ``test`` and ``predict`` through LightningCLI, and ``pack``: wiring only."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import pkgutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from counting_zoo import data, models
+from counting_zoo.callbacks import PredictionWriter, TestReport
+from counting_zoo.config_safety import CURE
+from counting_zoo.data.base import CountingDataModule
+from counting_zoo.errors import CheckpointError
+from counting_zoo.module import CountingModule
+
+log = logging.getLogger(__name__)
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run one of the trainer's commands with the words behind it; the exit code."""
+    _import_classes()
+    _silence()
+    CountingCLI([command, *arguments])
+    return 0
+
+
+def run_pack(arguments: Sequence[str]) -> int:
+    """``counting-zoo pack``: one data module into one HDF5 file; the exit code."""
+    from counting_zoo.data.pack import pack
+
+    _import_classes()
+    parser = _Parser(prog="counting-zoo pack", description="Write a data set into one HDF5 file.")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
+    parser.add_subclass_arguments(CountingDataModule, "data", required=True)
+    parser.add_function_arguments(pack, skip={"datamodule", "path"})
+    parser.add_argument("--out", type=str, required=True, help="The HDF5 file to write.")
+    config = parser.parse_args(list(arguments))
+    made = parser.instantiate_classes(config)
+    made.data.prepare_data()
+    print(f"wrote {pack(made.data, made.out, splits=made.splits, broken=made.broken)}")
+    return 0
+
+
+class _Parser(LightningArgumentParser):
+    """Adds to a refused import what the user can do about it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        refused = "not allowed, denied by" in f"{message} {ex}"
+        return super().error(f"{message}\n{CURE}" if refused else message, ex)
+
+
+class CountingCLI(LightningCLI):
+    """LightningCLI for the zoo's models and data.
+
+    A checkpoint given with ``--ckpt_path`` is read as the first configuration file: it says which model to build and
+    how, and everything on the command line wins over it. (Lightning lets the checkpoint win, silently.)
+
+    Args:
+        args: command and options; never those of the process, which DDP's children need as they are.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            CountingModule,
+            CountingDataModule,
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"default_root_dir": "runs"},
+            parser_class=_Parser,
+        )
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        self._parser("predict").add_lightning_class_args(PredictionWriter, "predictions")
+        self._parser("test").add_lightning_class_args(TestReport, "report")
+        for command in self.subcommands():
+            logger = {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": "runs", "name": command},
+            }
+            self._parser(command).set_defaults({"trainer.logger": logger})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert isinstance(args, list)
+        checkpoint = _checkpoint_path(args)
+        if checkpoint is None:
+            self.config = parser.parse_args(args)
+            return
+        descriptor, recipe = tempfile.mkstemp(suffix=".yaml", prefix="recipe_")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                yaml.safe_dump({"model": _recipe(checkpoint)}, file)
+            self.config = parser.parse_args([args[0], "--config", recipe, *args[1:]])
+        finally:
+            os.unlink(recipe)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own reading of the checkpoint, by which it overrides the command line: not wanted here."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave TensorBoard out where it is not installed; the YAML files name it beside the CSV logger."""
+        config = self.config[self.config.subcommand]
+        loggers = config.get("trainer.logger")
+        if isinstance(loggers, list) and importlib.util.find_spec("tensorboard") is None:
+            kept = [entry for entry in loggers if not str(entry.get("class_path", "")).endswith("TensorBoardLogger")]
+            if len(kept) < len(loggers):
+                log.warning("tensorboard is not installed (pip install 'counting-zoo[viz]'): logging without it")
+                config["trainer.logger"] = kept
+
+    def predict(self, model: CountingModule, **kwargs: Any) -> None:
+        """Write predictions as they come; keeping them all would fill the memory."""
+        self.trainer.predict(model, **{**kwargs, "return_predictions": False})
+
+
+def _import_classes() -> None:
+    """Import every model and data module, so that configurations may call them by their short names."""
+    for package in (models, data):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+
+
+def _silence() -> None:
+    """Adverts, and warnings about what is meant here."""
+    for message in (
+        ".*callbacks used to create the checkpoint need to be provided.*",  # testing needs none of them
+        ".*module.s. in eval mode at the start of training.*",  # frozen towers stay in evaluation mode
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning's own call of torch
+    ):
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+
+
+def _checkpoint_path(args: Sequence[str]) -> Path | None:
+    """The checkpoint file that the options or their YAML files name; the last one wins, as everywhere.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    found: str | None = None
+    words = iter(args[1:])
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in ("--ckpt_path", "--config", "-c"):
+            continue
+        value = value if equals else next(words, "")
+        found = value if flag == "--ckpt_path" else _checkpoint_in_yaml(value) or found
+    if found is None or found in ("null", "best", "last", "hpc", "registry") or "://" in found:
+        return None
+    path = Path(found).expanduser()
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "not there"
+        raise CheckpointError(f"--ckpt_path {found!r} is {kind}; expected a checkpoint file such as best.ckpt")
+    return path
+
+
+def _checkpoint_in_yaml(path: str) -> str | None:
+    """``ckpt_path`` of a configuration file; what is wrong with the file is left to the parser."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    value = content.get("ckpt_path") if isinstance(content, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """Class and hyper-parameters that a checkpoint was written with.
+
+    Raises:
+        CheckpointError: it is not the zoo's.
+    """
+    from counting_zoo.loading import read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    if "counting_zoo" not in checkpoint:
+        raise CheckpointError(
+            f"{str(path)!r} is not a checkpoint of counting_zoo (its keys: {sorted(map(str, checkpoint))[:6]}); for "
+            "weights of a reference implementation use 'counting-zoo convert' first"
+        )
+    return {"class_path": checkpoint["counting_zoo"]["class"], "init_args": checkpoint.get("hyper_parameters", {})}
+
+
+__all__ = ["CountingCLI", "run", "run_pack"]
