@@ -10,6 +10,7 @@ import time
 from dataclasses import fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -111,6 +112,7 @@ def test_batches_are_the_same(scenes: SyntheticScenes, packed: Path, options: di
 def test_worker_processes(packed: Path, context: str) -> None:
     data = PackedCounts(packed, num_workers=0)
     data.read_bytes(data.records("test")[0])  # the parent has the file open
+    data.trainer = SimpleNamespace(lightning_module=None, unpicklable=lambda: 0)  # type: ignore[assignment]
     dataset = data._dataset("test", training=False)
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=1, multiprocessing_context=context, collate_fn=identity

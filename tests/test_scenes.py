@@ -56,6 +56,7 @@ def test_counts_are_within_limits(scenes: tuple[str, list[Scene]]) -> None:
     for scene in rendered:
         counts = np.bincount(scene.labels, minlength=len(scene.classes))
         assert len(set(scene.classes)) == len(scene.classes)
+        assert counts.min() >= 1  # no class is listed that is not there
         if isinstance(preset, TargetPreset):
             assert preset.min_target <= counts[0] <= preset.max_target
             assert counts.sum() <= preset.max_objects
@@ -173,3 +174,16 @@ def test_contours_are_centred() -> None:
 )
 def test_names(attributes: Attributes, name: str, singular: str) -> None:
     assert (attributes.name, attributes.singular) == (name, singular)
+
+
+def test_a_class_without_room_is_not_listed() -> None:
+    """Objects as large as the frame: one hides too much of another, so most of the plan finds no place."""
+    preset = TargetPreset(
+        height=64, widths=(64,), shapes=("discs", "squares"), colours=("red", "blue"), textures=("plain",),
+        radius=(30, 30), min_radius=30, max_target=3,
+    )  # fmt: skip
+    classes = [Attributes(s, c, "plain") for s in preset.shapes for c in preset.colours]
+    scenes = [render(preset, classes, (i,)) for i in range(30)]
+    assert all(set(scene.labels) == set(range(len(scene.classes))) for scene in scenes)
+    plans = [preset.plan(np.random.default_rng([i, 0]), classes) for i in range(30)]
+    assert any(len(scene.classes) < len(plan) for scene, plan in zip(scenes, plans, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -257,10 +258,13 @@ class CountingDataModule(L.LightningDataModule):
 
     def _dataset(self, split: Split, *, training: bool) -> CountingDataset:
         model = self.trainer.lightning_module if self.trainer is not None else None
+        records = self.records(split)
+        source = copy(self)  # what loader processes get; those started by spawn could not be given the trainer
+        source.trainer = None
         return CountingDataset(
-            self.records(split),
-            self.read_bytes,
-            partial(self._choose_names, split),
+            records,
+            source.read_bytes,
+            partial(source._choose_names, split),
             preprocess=Preprocess.of(getattr(model, "preprocess", None)),
             augmentation=self.augmentation,
             training=training,

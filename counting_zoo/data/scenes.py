@@ -30,7 +30,7 @@ class Scene:
 
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
-        classes: what was planned, the target first; all of it is in the picture unless nothing of it found a place.
+        classes: those in the picture, the target first.
         points: ``(N, 2)`` float32 centres x, y, inside the frame.
         labels: ``(N,)`` int64 index into ``classes``.
         boxes: ``(N, 4)`` float32 x1, y1, x2, y2 of the whole object within the frame, hidden parts included.
@@ -84,6 +84,7 @@ def render(preset: ScenePreset, classes: Sequence[Attributes], seed: Sequence[in
             break
         attempt += 1
     names = [attributes for attributes, _ in plan]
+    present, labels = np.unique(objects.labels, return_inverse=True)  # a crowded frame may lack a whole distractor
     image = _background(height, width, rng)
     image = _shade(image, names, objects, rng)
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
@@ -91,9 +92,9 @@ def render(preset: ScenePreset, classes: Sequence[Attributes], seed: Sequence[in
     image = image * gain + rng.standard_normal(image.shape, np.float32) * noise
     return Scene(
         image=np.clip(image, 0, 255).astype(np.uint8),
-        classes=names,
+        classes=[names[i] for i in present],
         points=objects.centres.astype(np.float32),
-        labels=objects.labels,
+        labels=labels,
         boxes=objects.boxes.astype(np.float32),
         visible=objects.visible.astype(np.float32),
         exemplars=_exemplars(objects, rng),
