@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -150,12 +151,24 @@ class CLIPCount(CountingModule):
         """Whether training is in its contrastive stage."""
         return self._trainer is not None and self.current_epoch < self.contrast_epochs
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "fit" and self.network.text.tokenizer is None:
+            warnings.warn(
+                "this CLIPCount has random weights and was never trained: its counts mean nothing. Give it a "
+                "checkpoint (--ckpt_path) or CLIP weights (--model.clip, a hub name or folder)",
+                stacklevel=2,
+            )
+            self._make_tokenizer([])
+
     def read_facts(self, datamodule: Any) -> None:
         self.train_classes = list(datamodule.class_names("train")) if hasattr(datamodule, "class_names") else []
         if self.network.text.tokenizer is None:
-            texts = [self.prompt_template.format(name) for name in self.train_classes]
-            vocab_size = self.network.text.model.embeddings.token_embedding.num_embeddings
-            self.set_tokenizer(word_tokenizer(texts, vocab_size))
+            self._make_tokenizer(self.train_classes)
+
+    def _make_tokenizer(self, names: list[str]) -> None:
+        vocab_size = self.network.text.model.embeddings.token_embedding.num_embeddings
+        self.set_tokenizer(word_tokenizer([self.prompt_template.format(name) for name in names], vocab_size))
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         if not self.contrasting:
