@@ -152,7 +152,7 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
         for x1, y1, x2, y2 in np.rint(prediction.boxes[k].numpy().reshape(-1, 4) * np.tile(ratio, 2)).astype(int):
             cv2.rectangle(canvas, (int(x1), int(y1)), (int(x2), int(y2)), WHITE, 1)
     if prediction.points:
-        radius = max(2, round(max(h, w) / 200))
+        radius = max(3, round(max(h, w) / 150))
         # Pixel centres lie at halves in picture coordinates and at whole numbers in OpenCV's.
         for x, y in np.rint(prediction.points[k].numpy().reshape(-1, 2) * ratio - 0.5).astype(int):
             cv2.circle(canvas, (int(x), int(y)), radius + 1, DARK, -1, cv2.LINE_AA)

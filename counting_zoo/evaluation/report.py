@@ -131,8 +131,8 @@ def _score_table(scores: Mapping[str, float], n: int) -> str:
     entries: list[tuple[str, str, Mapping[str, float]]] = [("this model", "", scores)]
     constants = [name[:-5] for name in scores if name.endswith("_rmse") and name != "sum_rmse"]
     for name in constants:
-        row = {metric: scores[f"{name}_{metric}"] for metric in metrics if f"{name}_{metric}" in scores}
-        entries.append((f"always the {name.replace('_', ' ')}", "constant", row))
+        beside = {metric: scores[f"{name}_{metric}"] for metric in metrics if f"{name}_{metric}" in scores}
+        entries.append((f"always the {name.replace('train_', 'training ').replace('_', ' ')}", "constant", beside))
     with_absent = "absent_ratio" in scores
     head = "".join(f'<th class="n">{metric.upper() if metric != "bias" else "bias"}</th>' for metric in metrics)
     # A model that ignores the text has a ratio of 1, and so has every constant.
