@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from counting_zoo.data.checks import check_duplicates, check_records
+from counting_zoo.data.checksums import Checksums
 from counting_zoo.data.dataset import CountingDataset, collate
 from counting_zoo.data.records import Record, Split
 from counting_zoo.data.sampling import EvaluationSampler, TrainingSampler
@@ -44,6 +45,8 @@ class CountingDataModule(L.LightningDataModule):
             was touched is counted and reported.
         missing: an annotated picture that is not there is an ``error``, or ``skip``ped and reported.
         duplicates: the same file in two splits is an ``error``, a ``warn``ing, or ``ignore``d.
+        checksums: file of the pictures' SHA-256 sums as ``sha256sum`` writes it, relative to ``root``; every picture
+            is compared with it when it is read. ``None`` for no comparison.
         constants: the numbers that constant predictors say, such as ``{mean: 49.96, median: 25}``; by default the
             mean and median of the training counts.
         seed: seeds the order and augmentation of training pictures.
@@ -68,6 +71,7 @@ class CountingDataModule(L.LightningDataModule):
         outside: Literal["error", "clamp", "drop"] = "error",
         missing: Literal["error", "skip"] = "error",
         duplicates: Literal["error", "warn", "ignore"] = "error",
+        checksums: str | None = None,
         constants: dict[str, float] | None = None,
         seed: int = 0,
     ) -> None:
@@ -102,9 +106,11 @@ class CountingDataModule(L.LightningDataModule):
         self.outside = outside
         self.missing = missing
         self.duplicates = duplicates
+        self.checksums = checksums
         self.constants = constants
         self.seed = seed
         self._records: dict[str, list[Record]] = {}
+        self._checksums: Checksums | None = None
         self._class_names: dict[str, list[str]] = {}
 
     # -- what a reader implements ---------------------------------------------------------------------------------
@@ -117,6 +123,17 @@ class CountingDataModule(L.LightningDataModule):
         """The encoded picture of a record."""
         assert record.path is not None, f"{record.image_id}: a record without a path needs its own read_bytes"
         return record.path.read_bytes()
+
+    def read_verified(self, record: Record) -> bytes:
+        """The encoded picture of a record, compared with its checksum where ``data.checksums`` is given.
+
+        Raises:
+            ImageError: the picture is not what the checksum says.
+        """
+        data = self.read_bytes(record)
+        if self._checksums is not None:
+            self._checksums.verify(record, data)
+        return data
 
     def find_root(self, *variants: str, holding: str = ".") -> Path:
         """The first of ``root / variant`` that has ``holding`` in it; a reader's first step.
@@ -159,6 +176,10 @@ class CountingDataModule(L.LightningDataModule):
                     f"{type(self).__name__}({str(self.root)!r}) has no picture in its {split!r} split; "
                     "check data.root, data.missing and the split options"
                 )
+            if self.checksums is not None:
+                if self._checksums is None:
+                    self._checksums = Checksums((self.root or Path()) / self.checksums)
+                self._checksums.check_listed(records)
             self._records[split] = records
         return self._records[split]
 
@@ -263,7 +284,7 @@ class CountingDataModule(L.LightningDataModule):
         source.trainer = None
         return CountingDataset(
             records,
-            source.read_bytes,
+            source.read_verified,
             partial(source._choose_names, split),
             preprocess=Preprocess.of(getattr(model, "preprocess", None)),
             augmentation=self.augmentation,

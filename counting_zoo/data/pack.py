@@ -132,7 +132,7 @@ def _write_pictures(
 
     for split, record in progress(records, len(records), "packing pictures"):
         try:
-            encoded = data.read_bytes(record)
+            encoded = data.read_verified(record)
             decode_image(encoded, record.image_id)
         except (ImageError, OSError) as error:
             if broken == "error":

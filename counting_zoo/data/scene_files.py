@@ -18,6 +18,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from counting_zoo.data.checksums import write_checksums
 from counting_zoo.data.presets import PRESETS, Attributes, EachClassPreset
 from counting_zoo.data.progress import progress
 from counting_zoo.data.scenes import render
@@ -28,8 +29,9 @@ SplitBy = Literal["class", "picture"]
 PICTURES = "images_384_VarV2"  # FSC-147's name for the folder
 TEST_PICTURES = "test_pictures"  # the test pictures alone, to predict on as a folder
 ANNOTATION = "scenes.json"  # everything about every object; the other files say what FSC-147's say
+CHECKSUMS = "SHA256SUMS"
 FINGERPRINT = "fingerprint.json"
-FORMAT = 1  # goes up whenever the same parameters give other bytes
+FORMAT = 2  # goes up whenever the same parameters give other bytes
 SIZES = {"train": 1500, "val": 150, "test": 200}
 JPEG_QUALITY = 92
 
@@ -210,6 +212,7 @@ def _write(scenes: SceneSet, folder: Path, processes: int) -> None:
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     lines = "".join(f"{p['file']}\t{p['classes'][0]}\n" for p in pictures)
     (folder / "ImageClasses_FSC147.txt").write_text(lines, encoding="utf-8")
+    write_checksums(folder / CHECKSUMS, [folder / PICTURES / p["file"] for p in pictures])
 
 
 def _draw(job: _Job) -> dict[str, Any]:
@@ -278,5 +281,5 @@ def _joined(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-__all__ = ["ANNOTATION", "PICTURES", "TEST_PICTURES", "SceneSet", "SplitBy", "cache_folder", "captions",
+__all__ = ["ANNOTATION", "CHECKSUMS", "PICTURES", "TEST_PICTURES", "SceneSet", "SplitBy", "cache_folder", "captions",
            "ensure_scenes"]  # fmt: skip

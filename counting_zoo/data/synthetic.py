@@ -12,7 +12,15 @@ from counting_zoo.data.base import CountingDataModule, Prompts
 from counting_zoo.data.points import as_boxes, as_points
 from counting_zoo.data.presets import PRESETS, EachClassPreset
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.scene_files import ANNOTATION, PICTURES, SceneSet, SplitBy, cache_folder, ensure_scenes
+from counting_zoo.data.scene_files import (
+    ANNOTATION,
+    CHECKSUMS,
+    PICTURES,
+    SceneSet,
+    SplitBy,
+    cache_folder,
+    ensure_scenes,
+)
 
 
 class SyntheticScenes(CountingDataModule):
@@ -32,6 +40,7 @@ class SyntheticScenes(CountingDataModule):
         scene_seed: seeds the pictures; ``seed`` seeds only the order and augmentation in training.
         processes: how many processes render on first use; the files do not depend on it.
         prompts: as in the base class; by default ``all`` for ``low`` and ``target`` for the others.
+        checksums: as in the base class; by default the file that is written with the scenes.
         kwargs: as in :class:`~counting_zoo.data.base.CountingDataModule`.
 
     Raises:
@@ -48,6 +57,7 @@ class SyntheticScenes(CountingDataModule):
         scene_seed: int = 0,
         processes: int = 1,
         prompts: Prompts | None = None,
+        checksums: str | None = CHECKSUMS,
         **kwargs: Any,
     ) -> None:
         self.scenes = SceneSet(preset, split_by, sizes, scene_seed)
@@ -55,6 +65,7 @@ class SyntheticScenes(CountingDataModule):
         super().__init__(
             cache_folder() / self.scenes.folder_name if root is None else root,
             prompts=prompts if prompts is not None else "all" if self.fixed_list else "target",
+            checksums=checksums,
             **kwargs,
         )
         self.processes = processes
