@@ -26,17 +26,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {str(path)!r}; expected a file such as best.ckpt")
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return dict(load_file(path))
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise CheckpointError(f"{str(path)!r} cannot be read as safetensors: {_first_line(error)}") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start[:1] != b"\x80" and start != b"PK":
+            raise CheckpointError(f"{str(path)!r} is no checkpoint: it begins with {start!r}") from error
         raise CheckpointError(
             f"{str(path)!r} holds Python objects beside plain data and tensors, and loading those could run code; "
             f"refused. If you trust the file, save its state_dict alone with torch.save. ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle can fail in any way
         raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint: {_first_line(error)}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}; expected a checkpoint (a mapping)")
@@ -69,8 +77,17 @@ def load(
             f"{str(path)!r} is not a checkpoint of counting_zoo (its keys: {sorted(map(str, checkpoint))[:6]}); for "
             "weights of a reference implementation use load_official or 'counting-zoo convert'"
         )
-    kind = model_class(checkpoint["counting_zoo"]["class"])
-    module = kind(**{**checkpoint["hyper_parameters"], **overrides})
+    try:
+        stored, kind = checkpoint["hyper_parameters"], model_class(checkpoint["counting_zoo"]["class"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} misses part of its recipe: {error}") from error
+    try:
+        module = kind(**{**stored, **overrides})
+    except TypeError as error:
+        raise CheckpointError(
+            f"{kind.__name__} does not take the settings of {str(path)!r} and {overrides}: {error}; a checkpoint of a "
+            "later version needs that version of counting_zoo"
+        ) from error
     if tokenizer is not None:
         module.set_tokenizer(tokenizer)  # type: ignore[operator]
     module.on_load_checkpoint(checkpoint)
@@ -109,7 +126,7 @@ def model_class(name: str) -> type[CountingModule]:
     module_name, _, class_name = name.rpartition(".")
     if module_name.split(".")[0] != "counting_zoo" and module_name not in sys.modules:
         raise CheckpointError(
-            f"the checkpoint is of {name!r}, from outside counting_zoo; import that module yourself first if you trust it"
+            f"the checkpoint is of {name!r}, from outside counting_zoo; import that module first if you trust it"
         )
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
@@ -136,7 +153,8 @@ def load_official(
         source: the reference's checkpoint as a file or a mapping: a Lightning checkpoint with ``state_dict`` and
             ``hyper_parameters``, or a bare state dict, with or without ``model.`` / ``module.`` prefixes.
         config: the reference's settings under its own names, over those the file carries.
-        clip: frozen CLIP weights where the file has none: hub name, folder, or OpenAI-layout state dict.
+        clip: frozen CLIP weights where the file has none: hub name, folder, or an OpenAI-layout state dict (the
+            mapping or a file of it).
         tokenizer: a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids.
 
     Raises:
@@ -148,6 +166,8 @@ def load_official(
         raise InputError(f"load_official knows no {name!r}; expected 'clip_count'")
     from counting_zoo.models.clip_count.weights import from_official
 
+    if isinstance(clip, str | Path) and Path(clip).expanduser().is_file():
+        clip = read_checkpoint(clip)
     content = dict(source) if isinstance(source, Mapping) else read_checkpoint(source)
     settings = dict(content.get("hyper_parameters") or {}) if "state_dict" in content else {}
     state = content.get("state_dict", content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -153,7 +154,7 @@ class CountingModule(L.LightningModule, ABC):
                 pad=self.pad,
             )
             outputs = [CountOutput(density[None]) for density in found]
-        elif len({p.shape for p in pictures}) == 1:
+        elif len({p.shape for p in pictures}) == len({len(names) for names in classes}) == 1:
             together = self(torch.stack(pictures), classes)
             if isinstance(images, Tensor):
                 return together
@@ -195,11 +196,13 @@ class CountingModule(L.LightningModule, ABC):
             raise InputError(f"a name is asked about twice: {asked}")
         many = isinstance(pictures, list | tuple)
         training = self.training
-        self.eval()
+        if training:
+            self.eval()
         try:
             found = [self._count_one(p, asked, window, stride) for p in (pictures if many else [pictures])]
         finally:
-            self.train(training)
+            if training:
+                self.train()
         return found if many else found[0]
 
     def _count_one(self, source: Any, names: list[str], window: int | None, stride: int | None) -> Prediction:
@@ -307,7 +310,8 @@ class CountingModule(L.LightningModule, ABC):
             prompts.update(batch["image_id"], counts[:, 0], batch["counts"][:, 0], *counts[:, 1:4].unbind(1))
 
     def _log_scores(self, errors: CountErrors, game: GAME, prompts: PromptErrors, split: str) -> None:
-        constants = getattr(getattr(self.trainer, "datamodule", None), "constant_predictors", dict)()
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        constants = datamodule.constant_predictors() if hasattr(datamodule, "constant_predictors") else {}
         errors.constants = {f"train_{name}": value for name, value in constants.items()}
         with warnings.catch_warnings():
             # A rank without pictures computes too, or the others would wait for it for ever.
@@ -318,7 +322,7 @@ class CountingModule(L.LightningModule, ABC):
             metric.reset()
 
     def _datamodule_names(self, split: str) -> list[str]:
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         return list(datamodule.class_names(split)) if hasattr(datamodule, "class_names") else []
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
@@ -385,7 +389,8 @@ class CountingModule(L.LightningModule, ABC):
         if scheduler is None:
             return optimizer
         if getattr(scheduler, "total_steps", 0) is None:
-            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+            steps = self.trainer.estimated_stepping_batches  # infinite where only max_time ends the run
+            scheduler.total_steps = int(steps) if math.isfinite(steps) else None
         interval = getattr(scheduler, "interval", "epoch")
         monitor = {"monitor": "val/mae"} if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else {}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval, **monitor}}

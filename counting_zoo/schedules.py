@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -36,7 +38,7 @@ class WarmupHoldDecay(LRScheduler):
         left = (1 - done) / (1 - self.hold) if done > self.hold else 1.0
         return max(self.final, left)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[Any]:
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
 

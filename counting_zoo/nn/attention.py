@@ -6,13 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from counting_zoo.errors import InputError
+
+
+def _check_heads(dim: int, heads: int) -> int:
+    if heads < 1 or dim % heads:
+        raise InputError(f"{heads} attention heads over a width of {dim}; expected a number that divides the width")
+    return heads
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused projection; ``(B, N, dim)`` -> ``(B, N, dim)``."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = _check_heads(dim, heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
@@ -46,7 +54,7 @@ class TextAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = _check_heads(dim, heads)
         self.wq, self.wk, self.wv = (nn.Linear(dim, dim) for _ in range(3))
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-import torch
 from torch import Tensor, nn
 
 from counting_zoo.errors import InputError, WeightsError
@@ -34,7 +35,10 @@ def build_clip(source: CLIPSource | Path) -> CLIPModel:
         return random_clip(source)
     source = str(source)
     if Path(source).expanduser().is_dir():
-        return _from_pretrained(str(Path(source).expanduser()), local_only=True)
+        try:
+            return _from_pretrained(str(Path(source).expanduser()), local_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise WeightsError(f"{source!r} cannot be read as CLIP weights: {error}") from error
     if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise WeightsError(
             f"clip={source!r} is no folder, and no hub name either (expected 'owner/name'); give a folder written by "
@@ -43,14 +47,17 @@ def build_clip(source: CLIPSource | Path) -> CLIPModel:
     try:
         return _from_pretrained(source, local_only=True)
     except OSError as error:
-        if os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "true", "TRUE", "yes") or not _hub_answers():
+        if not hub_answers():
             raise WeightsError(
                 f"CLIP weights {source!r} are not in the local cache and the hub cannot be reached. Either download "
                 f"them once where there is a network (huggingface-cli download {source}), or point to a folder that "
                 "holds them (--model.clip /path/to/folder), or train from random weights (--model.clip with a config "
                 "mapping, as in configs/model/clip_count_small.yaml)"
             ) from error
-    return _from_pretrained(source, local_only=False)
+    try:
+        return _from_pretrained(source, local_only=False)
+    except OSError as error:
+        raise WeightsError(f"no CLIP weights {source!r} on the hub: {error}") from error
 
 
 def _from_pretrained(source: str, *, local_only: bool) -> CLIPModel:
@@ -60,11 +67,12 @@ def _from_pretrained(source: str, *, local_only: bool) -> CLIPModel:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, info = CLIPModel.from_pretrained(source, local_files_only=local_only, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(source, local_files_only=local_only, output_loading_info=True)
     except ValueError as error:
         raise WeightsError(f"{source!r} holds no CLIP model: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+    model, info = loaded
     # transformers fills what is missing with random values and only warns.
     if info["missing_keys"] or info.get("mismatched_keys"):
         bad = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
@@ -72,11 +80,15 @@ def _from_pretrained(source: str, *, local_only: bool) -> CLIPModel:
     return model
 
 
-def _hub_answers(timeout: float = 2.0) -> bool:
-    """Whether the hub's host can be reached: transformers would retry for 20 to 40 seconds before saying so."""
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
+def hub_answers(timeout: float = 2.0) -> bool:
+    """Whether the hub may and can be reached: transformers would retry for 20 to 40 seconds before saying so."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    place = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
-        socket.create_connection((host.split(":")[0], int((host.split(":") + ["443"])[1])), timeout).close()
+        socket.create_connection(
+            (place.hostname, place.port or (80 if place.scheme == "http" else 443)), timeout
+        ).close()
     except OSError:
         return False
     return True
@@ -95,6 +107,8 @@ def random_clip(config: Mapping[str, Any]) -> CLIPModel:
 
     settings = dict(config)
     attention = settings.pop("attn_implementation", "sdpa")
+    if attention not in ("eager", "sdpa"):  # transformers would fetch and run a kernel of any other name
+        raise InputError(f"clip.attn_implementation is {attention!r}; expected 'sdpa' or 'eager'")
     if not {"vision_config", "text_config"} <= set(settings):
         raise InputError(f"clip as a mapping needs 'vision_config' and 'text_config'; found {sorted(settings)}")
     # word_tokenizer's begin and end of text; CLIP's own are above a small vocabulary.
@@ -236,6 +250,6 @@ def load_openai_clip(state: Mapping[str, Tensor]) -> CLIPModel:
 
 
 __all__ = [
-    "CLIPSource", "build_clip", "clip_config", "clip_config_of_openai", "load_openai_clip", "openai_to_huggingface",
-    "random_clip",
+    "CLIPSource", "build_clip", "clip_config", "clip_config_of_openai", "hub_answers", "load_openai_clip",
+    "openai_to_huggingface", "random_clip",
 ]  # fmt: skip

@@ -46,7 +46,7 @@ class TextTower(nn.Module):
         for p in (*self.model.parameters(), *self.projection.parameters()):
             p.requires_grad_(train)
         self.tokenizer: Tokenizer | None = None
-        self._cache: dict[str, tuple[Tensor, Tensor]] = {}
+        self._cache: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}  # by prompt and whether autocast is on
 
     @property
     def n_context(self) -> int:
@@ -76,18 +76,20 @@ class TextTower(nn.Module):
             InputError: there is no tokenizer yet, or a prompt is empty.
         """
         distinct = list(dict.fromkeys(prompts))
-        keep = not torch.is_grad_enabled()
-        new = [p for p in distinct if not (keep and p in self._cache)]
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        keep = not (self.training or torch.is_grad_enabled())
+        lowered = torch.is_autocast_enabled(self.projection.weight.device.type)
+        found = {p: self._cache[p, lowered] for p in distinct if keep and (p, lowered) in self._cache}
+        new = [p for p in distinct if p not in found]
         # In evaluation one prompt at a time: then its bits do not depend on what else was asked, now or before.
         for group in [[p] for p in new] if keep else [new] if new else []:
             pooled, tokens, ends = self._run(group)
             for i, prompt in enumerate(group):
                 found[prompt] = (pooled[i], tokens[i, : int(ends[i]) + 1])
         if keep:
-            self._cache.update(found)
-        rows = [found[p] if p in found else self._cache[p] for p in distinct]
-        index = torch.tensor([distinct.index(p) for p in prompts], device=rows[0][0].device)
+            self._cache.update({(p, lowered): found[p] for p in new})
+        rows = [found[p] for p in distinct]
+        place = {p: i for i, p in enumerate(distinct)}
+        index = torch.tensor([place[p] for p in prompts], device=rows[0][0].device)
         padded = nn.utils.rnn.pad_sequence([tokens for _, tokens in rows], batch_first=True)
         return torch.stack([pooled for pooled, _ in rows])[index], padded[index]
 
@@ -127,7 +129,8 @@ class TextTower(nn.Module):
         return pooled, tokens, (ends + n).clamp(max=length - 1)
 
     def train(self, mode: bool = True) -> TextTower:
-        self._cache.clear()
+        if mode != self.training:
+            self._cache.clear()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> TextTower:

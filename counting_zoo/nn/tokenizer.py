@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from counting_zoo.errors import InputError, WeightsError
+from counting_zoo.nn.clip import hub_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,13 +70,20 @@ class Tokenizer:
     def _hf_ids(self, prompt: str) -> list[int]:
         assert self._hf is not None
         row = self._hf.encode(prompt)
-        if len(row) > self.max_tokens:
-            kept = self._hf.decode(row[1 : self.max_tokens - 1]).strip()
-            warnings.warn(
-                f"prompt of {len(row)} tokens cut to {self.max_tokens}: kept {kept!r} of {prompt!r}", stacklevel=4
+        if row[-1] != self._hf.eos_token_id:
+            raise InputError(
+                f"the tokenizer ends {prompt!r} with id {row[-1]} instead of its end-of-text id "
+                f"{self._hf.eos_token_id}; expected a CLIP tokenizer, which adds begin and end of text"
             )
-            row = [*row[: self.max_tokens - 1], row[-1]]
-        return row
+        kept = row[: self.max_tokens - 1]
+        return self._cut(prompt, row, f"kept {str(self._hf.decode(kept[1:])).strip()!r} of ")
+
+    def _cut(self, prompt: str, row: list[int], kept: str = "") -> list[int]:
+        """A row of ids that fits, its end-of-text id kept."""
+        if len(row) <= self.max_tokens:
+            return row
+        warnings.warn(f"prompt of {len(row)} tokens cut to {self.max_tokens}: {kept}{prompt!r}", stacklevel=5)
+        return [*row[: self.max_tokens - 1], row[-1]]
 
     def _called_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         new = [p for p in dict.fromkeys(prompts) if p not in self.known]
@@ -89,7 +97,7 @@ class Tokenizer:
             assert self._call is not None
             for prompt, row in zip(new, torch.as_tensor(self._call(new)).tolist(), strict=True):
                 end = row.index(max(row))
-                self.known[prompt] = [int(i) for i in row[: min(end + 1, self.max_tokens)]]
+                self.known[prompt] = self._cut(prompt, [int(i) for i in row[: end + 1]])
         return [self.known[p] for p in prompts]
 
     def to_json(self) -> str:
@@ -113,15 +121,16 @@ def _load(source: str) -> Any:
 
         backend = Backend.from_str(json.dumps(stored["tokenizer"]))
         return PreTrainedTokenizerFast(tokenizer_object=backend, **stored["special"])
+    local = Path(source).expanduser().is_dir()
+    name = str(Path(source).expanduser()) if local else source
     try:
-        local = Path(source).expanduser().is_dir()
-        return AutoTokenizer.from_pretrained(str(Path(source).expanduser()) if local else source, local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError):
+            if local or not hub_answers():
+                raise
+            return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        if not local:
-            from counting_zoo.nn.clip import _hub_answers
-
-            if _hub_answers():
-                return AutoTokenizer.from_pretrained(source)
         raise WeightsError(
             f"no tokenizer in {source!r}: expected a folder with tokenizer.json, or a hub name that is cached or "
             "reachable; tokenizer=... takes a folder, a hub name, a HuggingFace tokenizer or a callable"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate
 
+from counting_zoo.errors import InputError
 from counting_zoo.nn.attention import MLP, DropPath, SelfAttention, TextAttention, TextBias
 
 TextKeys = Literal["pooled", "tokens"]
@@ -127,6 +129,11 @@ class ConvStage(nn.Module):
 
     def __init__(self, inside: int, out: int, kernel: int = 3) -> None:
         super().__init__()
+        if out % 8:
+            raise InputError(
+                f"a decoder stage of {out} channels cannot be normalised in 8 groups; expected a CLIP whose "
+                "projection_dim is a multiple of 128 for the hierarchical interaction, of 32 for 'plain' and 'none'"
+            )
         self.conv = nn.Conv2d(inside, out, kernel, padding=kernel // 2)
         if kernel > 1:
             nn.init.xavier_normal_(self.conv.weight)
@@ -150,7 +157,7 @@ class HierarchicalDecoder(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         widths = [dim, dim // 2, dim // 4, dim // 8, dim // 16]
-        self.stages = nn.ModuleList([ConvStage(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+        self.stages = nn.ModuleList([ConvStage(a, b) for a, b in pairwise(widths)])
         self.lateral = ConvStage(dim, dim // 2, kernel=1)
         self.out = nn.Conv2d(widths[-1], 1, 1)
 

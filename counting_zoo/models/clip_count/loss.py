@@ -58,7 +58,7 @@ def region_text(
     """
     counts = torch.tensor([len(p) for p in points], device=features.device)
     if int(counts.sum()) == 0:
-        return features.sum() * 0.0
+        return (features.sum() + text.sum()) * 0.0  # both stay in the graph, which DDP waits for on every rank
     batch = torch.arange(len(points), device=features.device).repeat_interleave(counts)
     target = torch.cat(targets)
     where = torch.cat(points) / features.new_tensor([size[1], size[0]], dtype=torch.float32) * 2 - 1

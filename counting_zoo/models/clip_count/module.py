@@ -97,6 +97,7 @@ class CLIPCount(CountingModule):
         towers = build_clip(clip)
         # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
         self.hparams["clip"] = clip_config(towers)
+        self.hparams["tokenizer"] = None  # the checkpoint brings it along
         self.network = CLIPCountNet(
             towers,
             window=window,
@@ -142,7 +143,7 @@ class CLIPCount(CountingModule):
     def _prompts(self, classes: list[list[str]]) -> list[list[str]]:
         if any(not name.strip() for names in classes for name in names):
             raise InputError(f"an empty prompt in {classes[:3]}; name what is to be counted")
-        return [[self.prompt_template.format(name) for name in names] for names in classes]
+        return [[self.prompt_template.replace("{}", name) for name in names] for names in classes]
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -168,7 +169,7 @@ class CLIPCount(CountingModule):
 
     def _make_tokenizer(self, names: list[str]) -> None:
         vocab_size = self.network.text.model.embeddings.token_embedding.num_embeddings
-        self.set_tokenizer(word_tokenizer([self.prompt_template.format(name) for name in names], vocab_size))
+        self.set_tokenizer(word_tokenizer([self.prompt_template.replace("{}", name) for name in names], vocab_size))
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         if not self.contrasting:
@@ -228,7 +229,7 @@ class CLIPCount(CountingModule):
 
     def _region_text(self, features: Tensor, batch: Batch, size: tuple[int, int]) -> Tensor:
         names = list(dict.fromkeys([*self.train_classes, *(n for asked in batch["classes"] for n in asked)]))
-        text = self.network.text([self.prompt_template.format(name) for name in names])
+        text = self.network.text([self.prompt_template.replace("{}", name) for name in names])
         place = {name: i for i, name in enumerate(names)}
         targets = [
             torch.tensor([place[n] for n in asked], device=features.device)[labels]

@@ -154,7 +154,7 @@ class CLIPCountNet(nn.Module):
             raise InputError(f"interaction is {interaction!r}; expected 'hierarchical', 'plain', 'none' or 'film'")
         if activation == "softplus" and interaction != "film":
             # A fresh softplus would count over a thousand objects in an empty window.
-            nn.init.constant_(self.decoder.out.bias, -5.0)
+            nn.init.constant_(self.decoder.get_parameter("out.bias"), -5.0)
 
     @property
     def cell(self) -> int:
@@ -175,7 +175,7 @@ class CLIPCountNet(nn.Module):
         patch = self.vision.patch
         scale = self.input_size / self.window
         size = tuple(max(patch, round(side * scale / patch) * patch) for side in (height, width))
-        x = image.float() if not torch.is_floating_point(image) else image
+        x = image if torch.is_floating_point(image) else image.float() / 255
         if size != (height, width):
             x = interpolate(x, size, mode="bilinear", align_corners=False, antialias=self.antialias)
         features = self.vision((x - self.mean) / self.std)  # (B, C, gh, gw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ _TRAINING_ONLY = {
 def from_official(
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
-    clip: CLIPSource | Mapping[str, Tensor] | None = None,
+    clip: CLIPSource | Path | Mapping[str, Tensor] | None = None,
     tokenizer: TokenizerLike | None = None,
 ) -> CLIPCount:
     """The zoo's CLIPCount with the reference's weights, predicting as the reference does.
@@ -86,6 +87,12 @@ def from_official(
     """
     settings = {**_DEFAULTS, **{k: v for k, v in config.items() if k in _DEFAULTS}}
     unknown = sorted(set(config) - set(_DEFAULTS) - _TRAINING_ONLY)
+    if "decoder_head" not in config:
+        warnings.warn(
+            "neither the file nor config gives decoder_head, and no tensor shows it: the reference's default of "
+            f"{settings['decoder_head']} is taken; the released checkpoint has 4 (config={{'decoder_head': 4}})",
+            stacklevel=3,
+        )
     if unknown:
         warnings.warn(f"settings of the reference that the zoo does not know are ignored: {unknown}", stacklevel=3)
     if not settings["use_mixed_fim"] or settings["use_fim"]:
@@ -96,8 +103,6 @@ def from_official(
     frozen = {k: v for k, v in state.items() if k.startswith(_CLIP_ALIASES)}
     own = {k: v for k, v in state.items() if k not in frozen}
     towers = _towers(frozen, clip, str(settings["backbone"]))
-    if tokenizer is None:
-        tokenizer = clip if isinstance(clip, str) else _BACKBONES.get(str(settings["backbone"]))
     module = CLIPCount(
         clip_config(towers),
         window=384,
@@ -126,21 +131,22 @@ def from_official(
         decay="all",
         train_vision=bool(settings["unfreeze_vit"]),
     )
-    module.set_tokenizer(tokenizer)
     network = module.network
     target = network.state_dict()
     expected = {k for k in target if not _is_clip(k) and k not in ("mean", "std")}
     converted = _rename(own, expected)
     missing = sorted(expected - set(converted))
+    extra = sorted(set(converted) - expected)
     wrong = sorted(
         f"{k} {tuple(converted[k].shape)} instead of {tuple(target[k].shape)}"
         for k in converted
         if k in expected and converted[k].shape != target[k].shape
     )
-    if missing or wrong:
+    if missing or extra or wrong:
         raise WeightsError(
             f"not a CLIP-Count checkpoint of these settings ({settings}): {len(missing)} weights are missing "
-            f"({_reference_names(missing)}) and {len(wrong)} have another shape ({wrong[:5]})"
+            f"({_reference_names(missing)}), {len(extra)} have no place ({extra[:5]}) and {len(wrong)} have another "
+            f"shape ({wrong[:5]})"
         )
     clip_state = {f"vision.model.{k.removeprefix('vision_model.')}": v for k, v in towers.state_dict().items()
                   if k.startswith("vision_model.") and "post_layernorm" not in k}  # fmt: skip
@@ -149,6 +155,9 @@ def from_official(
     clip_state["text.projection.weight"] = towers.text_projection.weight
     buffers = {"mean": network.mean, "std": network.std}
     network.load_state_dict({**converted, **clip_state, **buffers}, strict=True)
+    if tokenizer is None:
+        tokenizer = clip if isinstance(clip, str | Path) else _BACKBONES.get(str(settings["backbone"]))
+    module.set_tokenizer(tokenizer)
     return module.eval()
 
 
@@ -167,7 +176,7 @@ def _towers(frozen: Mapping[str, Tensor], clip: Any, backbone: str) -> Any:
                 break
     if "token_embedding.weight" in parts and "visual.conv1.weight" in parts:
         return load_openai_clip(parts)
-    if isinstance(clip, Mapping) and clip and all(isinstance(v, Tensor) for v in clip.values()):
+    if isinstance(clip, Mapping) and any(isinstance(v, Tensor) for v in clip.values()):
         clip = {k.removeprefix("model.").removeprefix("clip."): v for k, v in clip.items()}
         towers = load_openai_clip({**clip, **parts})
     else:
@@ -176,9 +185,11 @@ def _towers(frozen: Mapping[str, Tensor], clip: Any, backbone: str) -> Any:
         towers = build_clip(_BACKBONES[backbone] if clip is None else clip)
     if parts:
         # unfreeze_vit stores the trained image tower alone
-        result = towers.load_state_dict(openai_to_huggingface(parts), strict=False)
-        if result.unexpected_keys:
-            raise WeightsError(f"CLIP weights in the checkpoint do not fit clip={clip!r}: {result.unexpected_keys[:5]}")
+        stored, target = openai_to_huggingface(parts), towers.state_dict()
+        wrong = sorted(k for k, v in stored.items() if k not in target or v.shape != target[k].shape)
+        if wrong:
+            raise WeightsError(f"CLIP weights in the checkpoint do not fit clip={clip!r}: {wrong[:5]}")
+        towers.load_state_dict(stored, strict=False)
     return towers
 
 
