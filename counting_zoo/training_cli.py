@@ -21,7 +21,7 @@ from counting_zoo import data, models
 from counting_zoo.callbacks import PredictionWriter, TestReport
 from counting_zoo.config_safety import CURE
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.errors import CheckpointError
+from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.module import CountingModule
 
 log = logging.getLogger(__name__)
@@ -46,14 +46,17 @@ def run_pack(arguments: Sequence[str]) -> int:
     parser.add_function_arguments(pack, skip={"datamodule", "path"})
     parser.add_argument("--out", type=str, required=True, help="The HDF5 file to write.")
     config = parser.parse_args(list(arguments))
-    made = parser.instantiate_classes(config)
+    made = parser.instantiate(config)
     made.data.prepare_data()
     print(f"wrote {pack(made.data, made.out, splits=made.splits, broken=made.broken)}")
     return 0
 
 
 class _Parser(LightningArgumentParser):
-    """Adds to a refused import what the user can do about it."""
+    """Takes whole option names only, and adds to a refused import what the user can do about it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         refused = "not allowed, denied by" in f"{message} {ex}"
@@ -82,6 +85,7 @@ class CountingCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"default_root_dir": "runs"},
             parser_class=_Parser,
+            parser_kwargs={"prog": "counting-zoo"},
         )
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
@@ -170,11 +174,17 @@ def _checkpoint_path(args: Sequence[str]) -> Path | None:
 
 
 def _checkpoint_in_yaml(path: str) -> str | None:
-    """``ckpt_path`` of a configuration file; what is wrong with the file is left to the parser."""
+    """``ckpt_path`` of a configuration file; a file that is not there is left to the parser.
+
+    Raises:
+        InputError: the file is no YAML; the parser would not say which one.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except OSError:
         return None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: cannot be read as YAML: {error}") from error
     value = content.get("ckpt_path") if isinstance(content, dict) else None
     return value if isinstance(value, str) else None
 

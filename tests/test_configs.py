@@ -1,0 +1,135 @@
+"""Every shipped YAML file, found by globbing, read by the real parser."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import CONFIGS, DATA, MODELS, TRAINERS, run
+
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+COMBINATIONS = list(
+    itertools.islice(
+        zip(itertools.cycle(TRAINERS), itertools.cycle(MODELS), DATA, strict=False), max(len(DATA), len(MODELS))
+    )
+)
+
+
+def words(*paths: Path) -> list[str]:
+    return [word for path in paths for word in ("--config", str(path))]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """What ``--print_config`` shows."""
+    capsys.readouterr()
+    assert run(*arguments, "--print_config") == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def stem(value: Any) -> str | None:
+    return value.stem if isinstance(value, Path) else None
+
+
+def test_there_are_configurations() -> None:
+    assert TRAINERS
+    assert MODELS
+    assert DATA
+    assert sorted([*TRAINERS, *MODELS, *DATA]) == ALL, "a YAML outside trainer/, model/ and data/ is not tested"
+
+
+@pytest.mark.parametrize(("trainer", "model", "data"), COMBINATIONS, ids=stem)
+def test_combinations_parse(trainer: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(capsys, "fit", *words(trainer, model, data))
+    for path in (trainer, model, data):
+        _holds(yaml.safe_load(path.read_text(encoding="utf-8")), shown, path.stem)
+
+
+def _holds(wanted: Any, shown: Any, where: str) -> None:
+    """Every setting of a file arrives (class paths may be written out)."""
+    if isinstance(wanted, dict):
+        for key, value in wanted.items():
+            if key == "class_path":
+                assert shown[key].split(".")[-1] == value.split(".")[-1], where
+            else:
+                assert key in shown, f"{where}.{key}"
+                _holds(value, shown[key], f"{where}.{key}")
+    elif isinstance(wanted, list):
+        assert len(wanted) == len(shown), where
+        for i, (a, b) in enumerate(zip(wanted, shown, strict=True)):
+            _holds(a, b, f"{where}[{i}]")
+    else:
+        assert shown == wanted, where
+
+
+@pytest.mark.parametrize("path", [p for p in TRAINERS if p.stem != "cpu"], ids=stem)
+def test_trainers_compose(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(capsys, "fit", *words(CONFIGS / "trainer" / "cpu.yaml", path, MODELS[0], DATA[0]))
+    _holds(yaml.safe_load(path.read_text(encoding="utf-8")), shown, path.stem)
+    assert shown["trainer"]["callbacks"], f"{path.name} lost the callbacks of the file before it"
+
+
+@pytest.mark.parametrize("path", DATA, ids=stem)
+def test_data_parses_for_every_command(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("test", "predict"):
+        assert printed(capsys, command, *words(MODELS[0], path))["data"]["class_path"].startswith("counting_zoo.")
+
+
+def test_short_names_and_the_last_word_wins(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(
+        capsys, "fit", *words(MODELS[-1]), "--data=SyntheticScenes", "--data.preset=low", "--data.preset=full",
+        "--model=CLIPCount",
+    )  # fmt: skip
+    assert shown["model"]["class_path"] == "counting_zoo.CLIPCount"
+    assert shown["data"]["class_path"].endswith("SyntheticScenes")
+    assert shown["data"]["init_args"]["preset"] == "full"
+
+
+def test_no_optimizer_leaks_into_another(capsys: pytest.CaptureFixture[str]) -> None:
+    """A default AdamW would hand its weight decay to whatever optimizer the user names."""
+    published = CONFIGS / "model" / "clip_count.yaml"
+    shown = printed(capsys, "fit", *words(published, DATA[0]))
+    assert shown["model"]["init_args"]["optimizer"] is None
+    sgd = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1"]
+    shown = printed(capsys, "fit", *words(published, DATA[0]), *sgd)
+    optimizer = shown["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.SGD"
+    assert optimizer["init_args"]["lr"] == 0.1
+    assert not optimizer["init_args"]["weight_decay"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("model: {init_args: {windw: 3}}", "windw"),
+        ("data: {init_args: {bach_size: 3}}", "bach_size"),
+        ("trainer: {max_epoch: 3}", "max_epoch"),
+        ("modle: {a: 1}", "modle"),
+        ("model: {init_args: {window: many}}", "window"),
+        ("data: {init_args: {batch_size: 2.5}}", "batch_size"),
+        ("model: {class_path: NoSuchModel}", "NoSuchModel"),
+        ("data: {class_path: Counting}", "Counting"),
+        ("model: [", "wrong.yaml"),
+    ],
+)
+def test_unknown_keys_and_wrong_values_are_errors(
+    wrong: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.yaml").write_text(wrong)
+    assert run("fit", *words(MODELS[0], DATA[0], tmp_path / "wrong.yaml"), "--print_config") == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "word", ["--model.windw=3", "--data.bach_size=3", "--trainer.max_epoch=3", "--modle=CLIPCount"]
+)
+def test_unknown_options_are_errors(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", *words(MODELS[0], DATA[0]), word) == 2
+    assert word.split("=")[0].lstrip("-").split(".")[-1] in capsys.readouterr().err
+
+
+def test_a_missing_file_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "--config", "no/such.yaml") == 2
+    assert "no/such.yaml" in capsys.readouterr().err

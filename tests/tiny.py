@@ -1,0 +1,108 @@
+"""The shipped configurations at the size of tests: tiny models over small copies of every data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fakes
+
+from counting_zoo.cli import main
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+TRAINERS, MODELS, DATA = (sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("trainer", "model", "data"))
+
+
+def clip_config(patch: int = 16, width: int = 32, layers: int = 2, image: int = 32) -> dict[str, Any]:
+    """A CLIP ViT with random weights; 128 is the narrowest joint space that the published decoder takes."""
+    tower = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2, "projection_dim": 128}
+    return {
+        "projection_dim": 128,
+        "vision_config": tower | {"num_hidden_layers": layers, "image_size": image, "patch_size": patch},
+        "text_config": tower | {"num_hidden_layers": 1, "vocab_size": 320, "max_position_embeddings": 24},
+    }
+
+
+#: What shrinks each model YAML; a new one without an entry fails the contract test, which says so.
+SHRUNK: dict[str, dict[str, Any]] = {
+    "clip_count": {
+        "clip": clip_config(), "window": 32, "stride": 16, "preprocess": {"resize": "short", "size": 32},
+        "prompt_width": 2, "prompt_depth": 2, "contrast_epochs": 1, "window_batch_size": 64,
+    },
+    "clip_count_small": {
+        "clip": clip_config(), "window": 32, "input_size": 32, "preprocess": {"resize": "short", "size": 32},
+        "contrast_epochs": 1, "window_batch_size": 64,
+    },
+}  # fmt: skip
+
+SMALL = {"batch_size": 2, "num_workers": 0}
+SCENES = SMALL | {"sizes": {"train": 4, "val": 2, "test": 3}}
+CROP = {"class_path": "PlainAugmentation", "init_args": {"crop": 32, "flip": True}}
+MOSAIC = {"class_path": "CLIPCountAugmentation", "init_args": {"crop": 32}}
+
+
+def write_data(name: str, root: Path) -> dict[str, Any]:
+    """A small copy of what ``configs/data/<name>.yaml`` reads, in its real layout; the options that lead to it."""
+    if name.startswith("scenes_"):
+        return SCENES | {"root": str(root), "augmentation": CROP} | ({"processes": 1} if name == "scenes_full" else {})
+    options: dict[str, Any] = SMALL | {"root": str(root), "augmentation": CROP}
+    if name == "fsc147":
+        fakes.fsc147(root)
+        options["augmentation"] = MOSAIC
+    elif name == "carpk":
+        fakes.carpk(root)
+    elif name.startswith("shanghaitech_"):
+        fakes.shanghaitech(root, part=f"part_{name[-1].upper()}_final")
+    elif name == "vgg_cells":
+        fakes.dot_pairs(root)
+        options |= {"splits": {"train": [0, 6], "test": [6, 10]}, "sizes": {"train": 4, "val": 2}}
+    elif name == "folder":
+        rows = {f"photo {i}.png": [(x + i, 2 * x, "figs") for x in range(i + 1)] for i in range(8)}
+        fakes.folder(root, rows, header="image,x,y,label")
+        options["sizes"] = {"train": 0.5, "val": 0.25, "test": 0.25}
+    elif name == "packed":
+        scenes = words("data", SCENES | {"root": str(root / "scenes")})
+        file = str(root / "scenes.h5")
+        assert run("pack", "--config", CONFIGS / "data" / "scenes_easy.yaml", *scenes, "--out", file) == 0
+        options["root"] = file
+    else:
+        raise AssertionError(f"configs/data/{name}.yaml is new: tests/tiny.py must say what a small copy of it is")
+    return options
+
+
+def write_counts_folder(root: Path) -> dict[str, Any]:
+    """A folder with nothing but image-level counts."""
+    fakes.folder(root, {f"{i}.png": [("figs", i)] for i in range(8)}, header="image,label,count", name="counts.csv")
+    return SMALL | {"root": str(root), "augmentation": CROP, "sizes": {"train": 0.5, "val": 0.25, "test": 0.25}}
+
+
+def words(prefix: str, options: dict[str, Any]) -> list[str]:
+    """Options as words of the command line."""
+    return [f"--{prefix}.{key}={json.dumps(value) if not isinstance(value, str) else value}"
+            for key, value in options.items()]  # fmt: skip
+
+
+def model(name: str, **options: Any) -> list[str]:
+    """A shipped model, shrunk."""
+    return ["--config", str(CONFIGS / "model" / f"{name}.yaml"), *words("model", SHRUNK[name] | options)]
+
+
+def data(name: str, options: dict[str, Any]) -> list[str]:
+    """A shipped data configuration on its small copy."""
+    return ["--config", str(CONFIGS / "data" / f"{name}.yaml"), *words("data", options)]
+
+
+def trainer(**options: Any) -> list[str]:
+    """The shipped CPU trainer without its progress bar, for one epoch."""
+    quiet = {"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
+    callbacks = ("ModelCheckpoint", {"monitor": "val/mae", "save_last": True, "filename": "best"})
+    chosen = [{"class_path": callbacks[0], "init_args": callbacks[1]}]
+    options = quiet | {"enable_progress_bar": False, "logger": [{"class_path": "CSVLogger", "init_args":
+                       {"save_dir": "runs", "name": "", "version": "a"}}], "callbacks": chosen} | options  # fmt: skip
+    return ["--config", str(CONFIGS / "trainer" / "cpu.yaml"), *words("trainer", options)]
+
+
+def run(*arguments: Any) -> int:
+    """The command line in this process; unusable input raises (COUNTING_ZOO_DEBUG)."""
+    return main([str(argument) for argument in arguments])
