@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,49 @@ def test_pictures_of_every_class_still_get_n_prompts(tmp_path: Path) -> None:
     assert [len(names) for names in batch["classes"]] == [3, 3]
     with pytest.raises(InputError, match=r"data\.prompts is 4, but training knows only"):
         Pictures(tmp_path, 2, multi=True, prompts=4).setup("fit")
+
+
+@pytest.mark.parametrize("kind", ["points", "captions"])
+def test_half_annotated_splits_are_refused_at_setup(tmp_path: Path, kind: str) -> None:
+    class Half(Pictures):
+        def read_split(self, split: Split) -> list[Record]:
+            first, *others = super().read_split(split)
+            if kind == "captions":
+                return [first, *(replace(record, captions=[]) for record in others)]
+            return [replace(first, points=None, labels=None, counts=np.ones(1, np.float32)), *others]
+
+    with pytest.raises(
+        InputError, match=rf"Half, test split: 1 of 5 pictures have no {kind} \(test0\.png\), but others"
+    ):
+        Half(tmp_path).setup("test")
+
+
+def test_a_name_with_count_zero_is_absent(tmp_path: Path) -> None:
+    class FixedList(Pictures):
+        def read_split(self, split: Split) -> list[Record]:
+            counts = np.float32([2, 1, 0, 0, 0])
+            fixed: dict[str, Any] = {"points": None, "labels": None, "classes": CLASSES, "counts": counts}
+            return [replace(record, **fixed) for record in super().read_split(split)]
+
+    data = FixedList(tmp_path, prompts=4, batch_size=5)
+    for epoch in range(3):
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        (batch,) = loader
+        for names, counts in zip(batch["classes"], batch["counts"].tolist(), strict=True):
+            assert names[:2] == CLASSES[:2]
+            assert len(set(names)) == 4
+            assert counts == [2, 1, 0, 0]
+
+
+def test_predict_never_shows_annotation(tmp_path: Path) -> None:
+    class Annotated(Pictures):
+        def read_split(self, split: Split) -> list[Record]:
+            return super().read_split("test" if split == "predict" else split)
+
+    (batch,) = _items(Annotated(tmp_path, eval_batch_size=5), "predict")
+    assert set(batch) == {"image", "image_id", "classes", "original_size", "present"}
+    assert batch["classes"][0] == [CLASSES[0]]
 
 
 def test_predict_asks_for_the_names_given(tmp_path: Path) -> None:

@@ -246,6 +246,24 @@ def test_collate_refuses_different_numbers_of_names() -> None:
         collate([dataset[i] for i in range(2)])
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"captions": None}, "captions"),
+        ({"exemplars": None}, "exemplars"),
+        ({"boxes": None, "box_labels": None}, "box_labels"),
+        ({"points": None, "labels": None, "counts": np.float32([1, 2, 3])}, "labels"),
+        ({"points": None, "labels": None}, "counts"),
+    ],
+)
+def test_collate_refuses_to_lose_annotation(changes: dict[str, Any], key: str, training: bool) -> None:
+    dataset = make_dataset([make_record(0), make_record(1, **changes)], training=training)
+    for items in ([dataset[0], dataset[1]], [dataset[1], dataset[0]]):
+        with pytest.raises(InputError, match=rf"1\.png has no {key}, but 0\.png of the same batch has; annotate"):
+            collate(items, training=training)
+
+
 def one_epoch(workers: int, epoch: int, augmentation: Any) -> dict[str, torch.Tensor]:
     dataset = make_dataset([make_record(i, 60, 60) for i in range(9)], training=True, augmentation=augmentation)
     sampler = TrainingSampler(dataset, seed=5)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from counting_zoo.data.checks import check_duplicates, check_records
+from counting_zoo.data.checks import check_duplicates, check_kinds, check_records
 from counting_zoo.data.checksums import Checksums
 from counting_zoo.data.dataset import CountingDataset, collate
-from counting_zoo.data.records import Record, Split
+from counting_zoo.data.records import Record, Split, present_names, without_annotation
 from counting_zoo.data.sampling import EvaluationSampler, TrainingSampler
 from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import InputError
@@ -168,8 +168,11 @@ class CountingDataModule(L.LightningDataModule):
             InputError: the annotation is inconsistent or the split is empty.
         """
         if split not in self._records:
+            found = self.read_split(split)
+            if split == "predict":
+                found = [without_annotation(record) for record in found]
             records = check_records(
-                self.read_split(split), split, outside=self.outside, missing=self.missing, source=type(self).__name__
+                found, split, outside=self.outside, missing=self.missing, source=type(self).__name__
             )
             if not records:
                 raise InputError(
@@ -237,7 +240,7 @@ class CountingDataModule(L.LightningDataModule):
             "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",),
         }  # fmt: skip
         for split in splits[stage]:
-            self.records(split)
+            check_kinds(self.records(split), f"{type(self).__name__}, {split} split")
         if stage == "fit" and isinstance(self.prompts, int) and self.prompts > len(self.class_names("train")):
             raise InputError(
                 f"data.prompts is {self.prompts}, but training knows only the names {self.class_names('train')}; "
@@ -318,15 +321,16 @@ class CountingDataModule(L.LightningDataModule):
             return self.class_names("predict" if split == "predict" else "train")
         if self.prompts == "target" or rng is None:
             return record.classes[:1]
-        others = [record.classes[i] for i in rng.permutation(np.arange(1, len(record.classes)))]
-        present = [*record.classes[:1], *others]
-        absent = self._absent(record, max(1, self.prompts - len(present)), rng)[: self.prompts - 1]
+        target = record.classes[:1]
+        others = [name for name in present_names(record) if name not in target]
+        present = [*target, *(others[i] for i in rng.permutation(len(others)))]
+        absent = self._absent(present, max(1, self.prompts - len(present)), rng)[: self.prompts - 1]
         return present[: self.prompts - len(absent)] + absent
 
-    def _absent(self, record: Record, n: int, rng: np.random.Generator) -> list[str]:
+    def _absent(self, present: list[str], n: int, rng: np.random.Generator) -> list[str]:
         """``n`` training names not in the picture; each is with even odds one that shares words with the target."""
-        pool = [name for name in self.class_names("train") if name not in record.classes]
-        target = set(" ".join(record.classes[:1]).split())
+        pool = [name for name in self.class_names("train") if name not in present]
+        target = set(" ".join(present[:1]).split())
         near = [name for name in pool if target & set(name.split())]
         chosen: list[str] = []
         for _ in range(min(n, len(pool))):

@@ -79,6 +79,23 @@ def check_records(
     return _with_sizes(records, split, outside, where)
 
 
+def check_kinds(records: list[Record], where: str) -> None:
+    """Make sure that all pictures of a split have the same kinds of annotation, or no batch could be made of them.
+
+    Raises:
+        InputError: points, boxes, exemplars, captions or counts are known of some pictures only.
+    """
+    for kind in ("points", "boxes", "exemplars", "captions", "counts"):
+        fields = (kind, "labels") if kind == "counts" else (kind,)  # counts follow from points
+        known = [any(getattr(record, field) is not None for field in fields) for record in records]
+        if any(known) and not all(known):
+            lacking = [record.image_id for record, there in zip(records, known, strict=True) if not there]
+            raise InputError(
+                f"{where}: {len(lacking)} of {len(records)} pictures have no {kind} ({_listed(lacking)}), but others "
+                f"have ({records[known.index(True)].image_id}); annotate all pictures alike"
+            )
+
+
 def check_duplicates(records_by_split: Mapping[str, list[Record]], action: str) -> None:
     """Find pictures that are in two splits, by path or by content.
 
@@ -268,4 +285,4 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-__all__ = ["check_duplicates", "check_records", "inside_root"]
+__all__ = ["check_duplicates", "check_kinds", "check_records", "inside_root"]

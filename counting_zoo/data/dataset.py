@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from counting_zoo.data.points import check_inside
-from counting_zoo.data.records import Record, Sample, ask
+from counting_zoo.data.records import Record, Sample, ask, present_names
 from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.geometry import Preprocess, scale_boxes, scale_points
@@ -111,7 +111,7 @@ class CountingDataset(Dataset):
             "image": picture.float() / 255 if self.training else picture.contiguous(),
             "classes": asked.classes,
             "image_id": record.image_id,
-            "present": _present(record),
+            "present": present_names(record),
             "original_size": original_size,
         }
         if counts is not None:
@@ -127,16 +127,6 @@ class CountingDataset(Dataset):
         if asked.captions is not None:
             item["captions"] = list(asked.captions)
         return item
-
-
-def _present(record: Record) -> list[str]:
-    """The names that the annotation does not say are absent."""
-    counts = record.counts
-    if record.labels is not None:
-        counts = np.bincount(record.labels, minlength=len(record.classes))
-    if counts is None:
-        return list(record.classes)
-    return [name for name, count in zip(record.classes, counts, strict=True) if count > 0]
 
 
 def _moved(
@@ -156,7 +146,8 @@ def collate(items: list[dict[str, Any]], *, training: bool = False) -> Batch:
     """Put items into one batch: pictures are stacked in training and stay a list in evaluation.
 
     Raises:
-        InputError: training pictures differ in size, or the pictures are asked about different numbers of names.
+        InputError: training pictures differ in size, the pictures are asked about different numbers of names, or some
+            have a kind of annotation that others lack.
     """
     failed = [item["failed"] for item in items if "failed" in item]
     items = [item for item in items if "failed" not in item]
@@ -181,8 +172,14 @@ def collate(items: list[dict[str, Any]], *, training: bool = False) -> Batch:
                 "a crop, use a model whose preprocess warps to one size, or set data.batch_size to 1"
             )
         batch["image"] = torch.stack(batch["image"])
-    keys = set.intersection(*(set(item) for item in items)) - set(batch) if items else set()
+    keys = set().union(*items) - set(batch)
     for key in sorted(keys):
+        if lacking := [item["image_id"] for item in items if key not in item]:
+            (owner, *_) = [item["image_id"] for item in items if key in item]
+            raise InputError(
+                f"{lacking[0]} has no {key}, but {owner} of the same batch has; annotate the {key} of all pictures "
+                "(an empty list where there are none), or leave them out of all"
+            )
         values = [item[key] for item in items]
         batch[key] = torch.stack(values) if key == "counts" else values
     return batch  # type: ignore[return-value]

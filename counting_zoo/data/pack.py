@@ -31,7 +31,7 @@ import numpy as np
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.fingerprint import fingerprint
 from counting_zoo.data.progress import progress
-from counting_zoo.data.records import Record, Split
+from counting_zoo.data.records import Record, Split, without_annotation
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.images import decode_image
 
@@ -227,7 +227,7 @@ class PackedCounts(CountingDataModule):
         """The records of a split; without a ``predict`` split, that is ``test`` without its annotation."""
         contents = self._read()
         if split == "predict" and split not in contents.records:
-            bare = [_without_annotation(record) for record in self._split("test")]
+            bare = [without_annotation(record) for record in self._split("test")]
             return [replace(record, classes=[]) for record in bare] if self.classes is not None else bare
         return self._split(split)
 
@@ -341,10 +341,6 @@ def _read_part(file: h5py.File, part: str, labels: str | None) -> dict[str, list
         rows = np.split(file[f"{part}/{stored}"][:], inner)
         arrays[name] = [row.copy() if there else None for row, there in zip(rows, known, strict=True)]
     return arrays
-
-
-def _without_annotation(record: Record) -> Record:
-    return Record(record.image_id, record.path, list(record.classes), size=record.size)
 
 
 __all__ = ["PackedCounts", "pack"]

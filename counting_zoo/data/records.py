@@ -101,4 +101,24 @@ def ask(record: Record, names: list[str]) -> Record:
     return replace(record, **changes)
 
 
-__all__ = ["Record", "Sample", "Split", "ask"]
+def present_names(record: Record) -> list[str]:
+    """The names that the annotation does not say are absent.
+
+    Example:
+        >>> present_names(Record("a", classes=["cat", "dog"], counts=np.float32([2, 0])))
+        ['cat']
+    """
+    counts = record.counts
+    if record.labels is not None:
+        counts = np.bincount(record.labels, minlength=len(record.classes))
+    if counts is None:
+        return list(record.classes)
+    return [name for name, count in zip(record.classes, counts, strict=True) if count > 0]
+
+
+def without_annotation(record: Record) -> Record:
+    """What prediction may know of a picture: its id, place, size, and the names to ask about."""
+    return Record(record.image_id, record.path, list(record.classes), size=record.size)
+
+
+__all__ = ["Record", "Sample", "Split", "ask", "present_names", "without_annotation"]
