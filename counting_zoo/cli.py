@@ -66,10 +66,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     try:
         return commands[command](rest)
-    except (InputError, FloatingPointError) as error:
-        if os.environ.get("COUNTING_ZOO_DEBUG", "0") not in ("", "0"):
+    except Exception as error:
+        reason = _foreseen(error)
+        if reason is None or os.environ.get("COUNTING_ZOO_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"error: {plain_message(error)}", file=sys.stderr)
+        print(f"error: {plain_message(reason)}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # how argument parsers end
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
@@ -81,6 +82,13 @@ def plain_message(error: Exception) -> str:
     if not re.match(r"Caught \w+ in ", text):
         return text
     return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+
+
+def _foreseen(error: BaseException | None) -> InputError | FloatingPointError | None:
+    """The zoo's own error, also where the parser has wrapped it in one of its own."""
+    while error is not None and not isinstance(error, InputError | FloatingPointError):
+        error = error.__cause__
+    return error
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -142,6 +142,7 @@ def _silence() -> None:
     """Adverts, and warnings about what is meant here."""
     for message in (
         ".*callbacks used to create the checkpoint need to be provided.*",  # testing needs none of them
+        "The dirpath has changed from.*",  # the same
         ".*module.s. in eval mode at the start of training.*",  # frozen towers stay in evaluation mode
         ".*isinstance.treespec, LeafSpec.*",  # Lightning's own call of torch
     ):

@@ -51,11 +51,16 @@ class TinyPictures(CountingDataModule):
     Args:
         n: pictures of each split.
         bad: how many pictures of the predict split cannot be read.
-        kwargs: of the base class.
+        num_workers, batch_size, eval_batch_size, kwargs: of the base class.
     """
 
-    def __init__(self, root: str | None = None, *, n: int = 5, bad: int = 0, **kwargs: Any) -> None:
-        super().__init__(root, **{"num_workers": 0, "batch_size": 2, "eval_batch_size": 2, **kwargs})
+    def __init__(
+        self, root: str | None = None, *, n: int = 5, bad: int = 0, num_workers: int = 0, batch_size: int = 2,
+        eval_batch_size: int = 2, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            root, num_workers=num_workers, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs
+        )
         self.n, self.bad = n, bad
 
     def read_split(self, split: Split) -> list[Record]:

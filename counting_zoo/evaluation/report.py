@@ -176,7 +176,7 @@ def _figures(rows: Sequence[CountRow], curve: Sequence[tuple[float, float]]) -> 
     finite = [(r.target, r.predicted) for r in rows if math.isfinite(r.target) and math.isfinite(r.predicted)]
     if finite:
         step = math.ceil(len(finite) / MAX_DOTS)
-        note = f" (every {step}th of {len(finite)})" if step > 1 else ""
+        note = f" (one in {step} of {len(finite)})" if step > 1 else ""
         parts.append(
             f"<figure>{_scatter(finite[::step])}<figcaption>Predicted and true counts{note}</figcaption></figure>"
         )
