@@ -19,8 +19,16 @@ from counting_zoo.training_cli import CountingCLI
 ALLOW = ["--allow_packages", "tiny_zoo"]
 MODEL = ["--model", "tiny_zoo.TinyCounter"]
 DATA = ["--data", "tiny_zoo.TinyPictures", "--data.prompts", "target"]
-TRAINER = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-           "--trainer.enable_model_summary", "false", "--trainer.num_sanity_val_steps", "0"]  # fmt: skip
+TRAINER = [
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--trainer.enable_model_summary",
+    "false",
+    "--trainer.num_sanity_val_steps",
+    "0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +103,7 @@ def test_print_config_composes_files_and_options(tmp_path: Path, capsys: pytest.
         ["--modle", "x"],
         ["--model.width", "three"],
         ["--config", "missing.yaml"],
-    ],  # fmt: skip
+    ],
 )
 def test_what_is_unknown_is_an_error(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *ALLOW, *MODEL, *DATA, *wrong]) == 2
@@ -165,7 +173,7 @@ def test_predict_writes_files_and_can_fail_on_errors(checkpoint: Path, capsys: p
         (None, "is not there; expected a checkpoint file"),
         ({"state_dict": {}}, "is not a checkpoint of counting_zoo"),
         (threading.Thread, "refused"),
-    ],  # fmt: skip
+    ],
 )
 def test_bad_checkpoints_are_one_clear_line(
     content: object, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

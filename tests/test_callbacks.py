@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import cv2
+import h5py
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tiny_zoo import TinyCounter, TinyPictures
+
+from counting_zoo.callbacks import DensityPictures, PredictionWriter, TestReport
+from counting_zoo.errors import ImageError, InputError
+from counting_zoo.evaluation.prediction_files import COUNT_COLUMNS, PartWriter, merge_parts
+from counting_zoo.evaluation.tables import replacing, safe_cell, write_table
+from counting_zoo.types import Prediction
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
+    settings = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(**settings | {"default_root_dir": folder, "callbacks": list(callbacks)} | kwargs)
+
+
+def predict(
+    folder: Path, model: TinyCounter, ranks: int = 1, writer: dict[str, Any] | None = None, batch: int = 1
+) -> None:
+    data = TinyPictures(n=7, bad=2, prompts="all", classes=["dots", "=stars"], eval_batch_size=batch)
+    one = PredictionWriter(str(folder), **(writer or {}))
+    strategy = "ddp_fork" if ranks > 1 else "auto"
+    made = trainer(folder, one, devices=ranks, strategy=strategy, use_distributed_sampler=False)
+    made.predict(model, data, return_predictions=False)
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = str(path.relative_to(folder))
+        found[name] = path.read_bytes()
+        if path.suffix == ".h5":
+            with h5py.File(path) as file:
+                found[name] = {
+                    f"{group}/{k}": (np.asarray(value).tolist(), sorted((a, str(b)) for a, b in value.attrs.items()))
+                    for group in file
+                    for k, value in file[group].items()
+                }
+    return found
+
+
+@pytest.fixture
+def model() -> TinyCounter:
+    torch.manual_seed(0)
+    return TinyCounter()
+
+
+def test_predictions_agree_with_the_model(tmp_path: Path, model: TinyCounter) -> None:
+    predict(tmp_path, model)
+    rows = table(tmp_path / "counts.csv")
+    assert tuple(rows[0]) == COUNT_COLUMNS
+    assert [row["image"] for row in rows] == [f"predict/{i:02d} ü.png" for i in range(2, 7) for _ in range(2)]
+    assert [row["name"] for row in rows[:2]] == ["dots", "'=stars"]
+    expected = model.count(np.zeros((32, 40, 3), np.uint8), ["dots", "=stars"])
+    assert isinstance(expected, Prediction)
+    points = table(tmp_path / "points.csv")
+    with h5py.File(tmp_path / "densities.h5") as file:
+        for row in rows:
+            k = int(row["name"] != "dots")
+            assert float(row["count"]) == pytest.approx(float(expected.counts[k]), rel=1e-6)
+            density = file[row["density"]]
+            assert density.fletcher32
+            assert density.attrs["image"] == row["image"]
+            assert np.array_equal(density, expected.density[k].numpy())
+            assert (row["width"], row["height"]) == ("40", "32")
+            assert sum((p["image"], p["name"]) == (row["image"], row["name"]) for p in points) == int(row["points"])
+            assert cv2.imdecode(np.fromfile(tmp_path / row["overlay"], np.uint8), cv2.IMREAD_COLOR) is not None
+    assert not list(tmp_path.glob(".*")), "no parts are left"
+
+
+def test_a_broken_picture_costs_one_logged_error(
+    tmp_path: Path, model: TinyCounter, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        predict(tmp_path, model, batch=3)
+    errors = table(tmp_path / "errors.csv")
+    assert [row["image"] for row in errors] == ["predict/00 ü.png", "predict/01 ü.png"]
+    assert all("not a picture" in row["error"] for row in errors)
+    assert len([record for record in caplog.records if "could not be read" in record.message]) == 2
+    with pytest.raises(ImageError, match="2 of 7 pictures could not be read"):
+        predict(tmp_path, model, writer={"fail_on_error": True})
+
+
+@pytest.mark.parametrize("max_pictures", [None, 3])
+def test_files_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, model: TinyCounter, max_pictures: int | None
+) -> None:
+    for ranks in (1, 2):
+        predict(tmp_path / str(ranks), model, ranks, {"max_pictures": max_pictures})
+    one, two = (files_of(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert len([name for name in one if name.startswith("pictures/")]) == 2 * (max_pictures or 5)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name] == two[name], name
+
+
+def test_options_leave_files_out(tmp_path: Path, model: TinyCounter) -> None:
+    predict(tmp_path, model, writer={"pictures": False, "densities": False})
+    assert sorted(files_of(tmp_path)) == ["counts.csv", "errors.csv", "points.csv"]
+    assert {(row["overlay"], row["density"]) for row in table(tmp_path / "counts.csv")} == {("", "")}
+    with pytest.raises(InputError, match="max_pictures is -1"):
+        PredictionWriter(max_pictures=-1)
+
+
+def prediction(image_id: str, count: float = 1.0) -> Prediction:
+    return Prediction(
+        torch.tensor([count]), ["a"], torch.full((1, 1, 1), count), points=[torch.zeros(0, 2)], image_id=image_id
+    )
+
+
+def test_every_picture_gets_a_file_of_its_own(tmp_path: Path) -> None:
+    nasty = ["a/b.jpg", "a_b.jpg", "A_B.jpg", "../../etc/passwd", "/etc/passwd", "x" * 300, "苹果 1.png", "", "..",
+             "a_b.png", "=1+1.jpg"]  # fmt: skip
+    part = PartWriter(tmp_path, 0, densities=True, max_pictures=None)
+    for image_id in nasty:
+        part.add(prediction(image_id))
+    part.close()
+    assert merge_parts(tmp_path, 1, None).pictures == len(nasty)
+    rows = table(tmp_path / "counts.csv")
+    overlays = {row["overlay"] for row in rows}
+    assert len({overlay.casefold() for overlay in overlays}) == len({row["density"] for row in rows}) == len(nasty)
+    for overlay in overlays:
+        assert (tmp_path / overlay).resolve().parent == (tmp_path / "pictures").resolve()
+    assert "'=1+1.jpg" in {row["image"] for row in rows}
+
+
+def test_a_picture_that_came_twice_counts_once(tmp_path: Path) -> None:
+    for rank, image_ids in enumerate([["b", "a", "b"], ["a", "c"]]):
+        part = PartWriter(tmp_path, rank, densities=True, max_pictures=None)
+        for image_id in image_ids:
+            part.add(prediction(image_id))
+        part.close()
+    assert merge_parts(tmp_path, 2, None).pictures == 3
+    assert [row["image"] for row in table(tmp_path / "counts.csv")] == ["a", "b", "c"]
+
+
+def test_no_picture_at_all(tmp_path: Path) -> None:
+    PartWriter(tmp_path, 0, densities=True, max_pictures=None).close()
+    assert merge_parts(tmp_path, 1, None).pictures == 0
+    assert (tmp_path / "counts.csv").read_text().strip() == ",".join(COUNT_COLUMNS)
+
+
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\tx", "\rx", "\nx"])
+def test_cells_that_a_spreadsheet_would_run_are_neutralised(tmp_path: Path, text: str) -> None:
+    assert safe_cell(text) == f"'{text}"
+    write_table(tmp_path / "t.csv", ("a", "b", "c"), [(text, -1.5, -2)])
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file))[1] == [f"'{text}", "-1.5", "-2"]
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-30, 123456.789, -7.25, 1e20])
+def test_numbers_survive_the_table(value: float) -> None:
+    assert np.float32(safe_cell(value)) == np.float32(value)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "before"
+    assert [file.name for file in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_density_pictures_are_capped_and_written_where_the_logger_takes_none(
+    tmp_path: Path, model: TinyCounter
+) -> None:
+    callback = DensityPictures(every_n_epochs=2, max_pictures=3)
+    logger = CSVLogger(tmp_path)
+    made = trainer(tmp_path, callback, logger=logger, max_epochs=3, num_sanity_val_steps=2, log_every_n_steps=1,
+                   enable_checkpointing=False)  # fmt: skip
+    made.fit(model, TinyPictures())
+    found = sorted(path.name for path in (Path(logger.log_dir) / "pictures").iterdir())
+    assert found == [f"{i:02d}_epoch{epoch:04d}.png" for i in range(3) for epoch in (0, 2)]
+
+
+def test_density_pictures_go_to_tensorboard(tmp_path: Path, model: TinyCounter) -> None:
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("PIL")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    made = trainer(tmp_path, DensityPictures(max_pictures=2), logger=[CSVLogger(tmp_path), logger], max_epochs=1,
+                   log_every_n_steps=1, enable_checkpointing=False)  # fmt: skip
+    made.fit(model, TinyPictures())
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert sorted(events.Tags()["images"]) == ["val_pictures/00", "val_pictures/01"]
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_report_of_a_test(tmp_path: Path, model: TinyCounter, ranks: int) -> None:
+    strategy = "ddp_fork" if ranks > 1 else "auto"
+    made = trainer(tmp_path, TestReport(pictures=3), devices=ranks, strategy=strategy, use_distributed_sampler=False)
+    made.test(model, TinyPictures(), verbose=False)
+    rows = table(tmp_path / "test_counts.csv")
+    assert [row["image"] for row in rows] == [f"test/{i:02d} ü.png" for i in range(5)]
+    assert [float(row["true"]) for row in rows] == [1, 2, 3, 4, 5]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "always the training median" in page
+    assert page.count("<circle") == 5
+    assert page.count("data:image/jpeg") == 6, "each picture with a name that is not in it"
+    assert "=stars: " in page
+
+
+@pytest.mark.parametrize("make", [lambda: DensityPictures(0), lambda: DensityPictures(1, -1), lambda: TestReport(-1)])
+def test_options_out_of_range(make: Any) -> None:
+    with pytest.raises(InputError, match="expected at least"):
+        make()
