@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -36,6 +37,12 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def copies_of(image: str, words: list[str]) -> Iterator[Path]:
+    """The file of a picture below the data's root; nothing for a pack."""
+    (root,) = (Path(word.partition("=")[2]) for word in words if word.startswith("--data.root="))
+    return root.rglob(image) if root.is_dir() else iter(())
+
+
 @pytest.mark.parametrize("data_name", [path.stem for path in DATA])
 @pytest.mark.parametrize("model_name", [path.stem for path in MODELS])
 def test_fit_test_predict(model_name: str, data_name: str, copies: dict[str, list[str]], tmp_path: Path) -> None:
@@ -49,6 +56,13 @@ def test_fit_test_predict(model_name: str, data_name: str, copies: dict[str, lis
     assert run("test", *QUIET, *words, "--ckpt_path", best) == 0  # no model: the checkpoint knows
     per_image = rows(tmp_path / "runs" / "a" / "test_counts.csv")
     assert (tmp_path / "runs" / "a" / "report.html").stat().st_size > 1000
+    library = load(best)
+    for row in per_image[:2]:
+        if picture := next(copies_of(row["image"], words), None):
+            # loading the checkpoint and calling it gives the number that the test reported
+            found = library.count(picture, row["name"])
+            assert isinstance(found, Prediction)
+            assert found[row["name"]] == pytest.approx(float(row["predicted"]), rel=1e-5)
 
     assert run("predict", *QUIET, *words, "--data.classes=[figs]", "--ckpt_path", best, "--predictions.dir=out") == 0
     predicted = rows(tmp_path / "out" / "counts.csv")

@@ -119,6 +119,7 @@ class CLIPCount(CountingModule):
             train_text=train_text,
             contrast_proj=contrast != "none",
         )
+        self._tokenizer_is_made = False
         if tokenizer is not None or isinstance(clip, str):
             self.set_tokenizer(tokenizer or str(clip))
         self.prompt_template = prompt_template
@@ -152,9 +153,18 @@ class CLIPCount(CountingModule):
         """Whether training is in its contrastive stage."""
         return self._trainer is not None and self.current_epoch < self.contrast_epochs
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage != "fit" and self.network.text.tokenizer is None:
+    def on_validation_start(self) -> None:
+        self._warn_untrained()
+
+    def on_test_start(self) -> None:
+        self._warn_untrained()
+
+    def on_predict_start(self) -> None:
+        self._warn_untrained()
+
+    def _warn_untrained(self) -> None:
+        """Not in ``setup``, which runs before the trainer restores a checkpoint with its tokenizer."""
+        if self.network.text.tokenizer is None:
             warnings.warn(
                 "this CLIPCount has random weights and was never trained: its counts mean nothing. Give it a "
                 "checkpoint (--ckpt_path) or CLIP weights (--model.clip, a hub name or folder)",
@@ -170,6 +180,7 @@ class CLIPCount(CountingModule):
     def _make_tokenizer(self, names: list[str]) -> None:
         vocab_size = self.network.text.model.embeddings.token_embedding.num_embeddings
         self.set_tokenizer(word_tokenizer([self.prompt_template.replace("{}", name) for name in names], vocab_size))
+        self._tokenizer_is_made = True
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         if not self.contrasting:
@@ -267,9 +278,11 @@ class CLIPCount(CountingModule):
         }
 
     def restore_recipe(self, recipe: dict[str, Any]) -> None:
-        # A tokenizer given by the caller wins over the one that was saved.
-        if self.network.text.tokenizer is None and recipe["tokenizer"] is not None:
+        # A tokenizer given by the caller wins over the one that was saved, but not one made of this run's class names.
+        missing = self.network.text.tokenizer is None or self._tokenizer_is_made
+        if missing and recipe["tokenizer"] is not None:
             self.set_tokenizer(recipe["tokenizer"])
+            self._tokenizer_is_made = False
         self.train_classes = list(recipe["train_classes"])
 
 
