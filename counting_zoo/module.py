@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -270,11 +271,12 @@ class CountingModule(L.LightningModule, ABC):
                 self.skipped_steps += 1
         self.log("train/skipped_steps", float(self.skipped_steps)) if self.skipped_steps else None
 
-    def on_train_epoch_start(self) -> None:
-        # Each epoch's dropout is a function of (seed, epoch, rank), so a run resumed at an epoch is the same run.
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Each step's dropout is a function of (seed, epoch, batch, rank), so a run taken up again is the same run.
+        # Once an epoch would not do: loaders draw from the same generator, before or after the epoch's start.
         if "PL_GLOBAL_SEED" in os.environ:
-            base = int(os.environ["PL_GLOBAL_SEED"])
-            torch.manual_seed((base * 1_000_003 + self.current_epoch) * 4099 + self.global_rank)
+            place = [int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, batch_idx, self.global_rank]
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score(batch, self.val_errors, self.val_game, self.val_prompts, "val")
