@@ -144,7 +144,7 @@ def _silence() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",  # testing needs none of them
         "The dirpath has changed from.*",  # the same
         ".*module.s. in eval mode at the start of training.*",  # frozen towers stay in evaluation mode
-        ".*sync_dist=True. when logging on epoch level.*",  # metrics come gathered, the same on every process
+        "It is recommended to use .*sync_dist=True.*",  # metrics come gathered, the same on every process
         ".*isinstance.treespec, LeafSpec.*",  # Lightning's own call of torch
     ):
         warnings.filterwarnings("ignore", message)
