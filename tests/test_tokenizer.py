@@ -19,7 +19,7 @@ def lookup(prompts: list[str]) -> Tensor:
     """Begin 98, the length of each word, end 99, zeros behind."""
     ids = torch.zeros(len(prompts), 77, dtype=torch.int64)
     for row, prompt in zip(ids, prompts, strict=True):
-        found = [98, *(len(word) for word in prompt.split())][:76] + [99]
+        found = [98, *[len(word) for word in prompt.split()][:75], 99]
         row[: len(found)] = torch.tensor(found)
     return ids
 
