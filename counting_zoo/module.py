@@ -313,7 +313,8 @@ class CountingModule(L.LightningModule, ABC):
 
     def _log_scores(self, errors: CountErrors, game: GAME, prompts: PromptErrors, split: str) -> None:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        constants = datamodule.constant_predictors() if hasattr(datamodule, "constant_predictors") else {}
+        known = hasattr(datamodule, "constant_predictors")
+        constants = datamodule.constant_predictors(total=self.class_blind) if known else {}
         errors.constants = {f"train_{name}": value for name, value in constants.items()}
         with warnings.catch_warnings():
             # A rank without pictures computes too, or the others would wait for it for ever.

@@ -1,4 +1,4 @@
-"""``fit``, ``validate``, ``test`` and ``predict`` through LightningCLI, and ``pack``: wiring only."""
+"""``fit``, ``validate``, ``test`` and ``predict`` through LightningCLI, ``describe`` and ``pack``: wiring only."""
 
 from __future__ import annotations
 
@@ -33,6 +33,21 @@ def run(command: str, arguments: Sequence[str]) -> int:
     _silence()
     CountingCLI([command, *arguments])
     return 0
+
+
+def run_describe(arguments: Sequence[str]) -> int:
+    """``counting-zoo describe``: what a data set holds; the exit code, 2 if no split can be read."""
+    from counting_zoo.data.describe import describe, print_description
+
+    _import_classes()
+    parser = _Parser(prog="counting-zoo describe", description="Print what a data set holds.")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
+    parser.add_subclass_arguments(CountingDataModule, "data", required=True)
+    made = parser.instantiate(parser.parse_args(list(arguments)))
+    made.data.prepare_data()
+    found = describe(made.data)
+    print_description(found)
+    return 2 if all(isinstance(value, InputError) for value in found.values()) else 0
 
 
 def run_pack(arguments: Sequence[str]) -> int:
@@ -208,4 +223,4 @@ def _recipe(path: Path) -> dict[str, Any]:
     return {"class_path": checkpoint["counting_zoo"]["class"], "init_args": checkpoint.get("hyper_parameters", {})}
 
 
-__all__ = ["CountingCLI", "run", "run_pack"]
+__all__ = ["CountingCLI", "run", "run_describe", "run_pack"]

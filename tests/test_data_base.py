@@ -11,11 +11,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from tiny_zoo import TinyCounter
 
-from counting_zoo.data.base import CountingDataModule, target_count
+from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.records import Record, Split
 from counting_zoo.data.transforms import PlainAugmentation
 from counting_zoo.errors import InputError
+from counting_zoo.types import CountOutput
 
 CLASSES = ["red cups", "blue cups", "red plates", "forks", "spoons"]
 
@@ -118,11 +120,75 @@ def test_constant_predictors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert "train.txt" in caplog.text or "root/0.png" in caplog.text
 
 
-def test_target_count_of_points_counts_and_nothing() -> None:
-    points = Record("a", classes=["x", "y"], points=np.ones((3, 2), np.float32), labels=np.array([0, 1, 0]))
-    assert target_count(points) == 2
-    assert target_count(Record("a", classes=["x", "y"], counts=np.float32([7, 1]))) == 7
-    assert np.isnan(target_count(Record("a")))
+def test_constant_predictors_of_every_name_and_of_their_sum(tmp_path: Path) -> None:
+    data = Pictures(tmp_path, 4, multi=True, prompts="all")
+    # Picture i has i + 1 of class i and one of class i + 1.
+    counts = np.array([[1, 1, 0, 0, 0], [0, 2, 1, 0, 0], [0, 0, 3, 1, 0], [0, 0, 0, 4, 1]])
+    counts = counts[:, np.argsort(CLASSES)]
+    assert np.array_equal(data.asked_counts("train"), counts)
+    assert data.constant_predictors() == {
+        "mean": counts.mean(0).tolist(),
+        "median": np.median(counts, axis=0).tolist(),
+    }
+    assert data.asked_counts("train", total=True).tolist() == [[2], [3], [4], [5]]
+    assert data.constant_predictors(total=True) == {"mean": 3.5, "median": 3.5}
+    target = Pictures(tmp_path, 4, multi=True)
+    assert target.constant_predictors() == target.constant_predictors(total=True) == {"mean": 2.5, "median": 2.5}
+    assert Pictures(tmp_path, constants={"half": 0.5}).constant_predictors(total=True) == {"half": 0.5}
+
+
+@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+def test_models_are_scored_beside_constants_of_what_they_are_asked(tmp_path: Path, blind: bool) -> None:
+    class Counter(TinyCounter):
+        class_blind = blind
+
+        def forward(self, image: torch.Tensor, classes: list[list[str]]) -> CountOutput:
+            output = super().forward(image, classes)
+            return CountOutput(output.density.sum(1, keepdim=True)) if blind else output
+
+    data = Pictures(tmp_path, multi=True, prompts="all")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    (scores,) = trainer.test(Counter(), data, verbose=False)
+    train, test = (data.asked_counts(split, total=blind) for split in ("train", "test"))  # type: ignore[arg-type]
+    assert test.shape == (5, 1 if blind else 5)
+    for name, constant in (("mean", train.mean(0)), ("median", np.median(train, axis=0))):
+        assert scores[f"test/train_{name}_mae"] == pytest.approx(np.abs(test - constant).mean())
+        assert scores[f"test/train_{name}_rmse"] == pytest.approx(np.sqrt(((test - constant) ** 2).mean()))
+
+
+def test_asked_counts_of_points_counts_and_nothing(tmp_path: Path) -> None:
+    records = [
+        Record("a", classes=["x", "y"], points=np.ones((3, 2), np.float32), labels=np.array([0, 1, 0])),
+        Record("b", classes=["x", "y"], counts=np.float32([7, 1])),
+        Record("c"),
+    ]
+    assert np.array_equal(Pictures(tmp_path).asked_counts("test", records), [[2], [7], [np.nan]], equal_nan=True)
+
+
+def test_every_name_without_a_training_split(tmp_path: Path) -> None:
+    class Shared(Absent):
+        def read_split(self, split: Split) -> list[Record]:
+            return [replace(record, classes=["cups"]) for record in super().read_split(split)]
+
+    options: dict[str, Any] = {"prompts": "all", "eval_batch_size": 5}
+    data = Shared(tmp_path, **options)
+    data.setup("test")
+    (batch,) = _items(data, "test")
+    assert batch["classes"] == [["cups"]] * 5
+    with pytest.raises(InputError, match=r"(?s)data\.prompts is 'all'.*different names; list.* data\.classes .*root/0"):
+        Absent(tmp_path, **options).setup("test")
+    named = Absent(tmp_path, classes=CLASSES, **options)
+    named.setup("test")
+    (batch,) = _items(named, "test")
+    assert batch["classes"] == [CLASSES] * 5
+    assert batch["counts"].sum(1).tolist() == [1, 2, 3, 4, 5]
 
 
 def test_empty_split_is_an_error(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.data.fingerprint import describe, fingerprint
+from counting_zoo.data.describe import SplitDescription, describe
+from counting_zoo.data.fingerprint import fingerprint
 from counting_zoo.data.pack import PackedCounts, pack
 from counting_zoo.data.records import Record, Split
 from counting_zoo.data.synthetic import SyntheticScenes
@@ -95,6 +96,7 @@ def test_records_and_bytes_come_back(scenes: SyntheticScenes, packed: Path) -> N
         assert data.class_names(split) == scenes.class_names(split)
     assert data.provides == scenes.provides
     assert describe(data) == describe(scenes)
+    assert all(isinstance(found, SplitDescription) for found in describe(data).values())
     assert_same_records(data.records("predict"), scenes.records("predict"))
     assert list(packed.parent.iterdir()) == [packed]  # no temporary file is left
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from counting_zoo.data.checks import check_duplicates, check_kinds, check_records
 from counting_zoo.data.checksums import Checksums
 from counting_zoo.data.dataset import CountingDataset, collate
-from counting_zoo.data.records import Record, Split, present_names, without_annotation
+from counting_zoo.data.records import Record, Split, ask, present_names, without_annotation
 from counting_zoo.data.sampling import EvaluationSampler, TrainingSampler
 from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import InputError
@@ -112,6 +113,7 @@ class CountingDataModule(L.LightningDataModule):
         self._records: dict[str, list[Record]] = {}
         self._checksums: Checksums | None = None
         self._class_names: dict[str, list[str]] = {}
+        self._every: list[str] | None = None
 
     # -- what a reader implements ---------------------------------------------------------------------------------
 
@@ -212,25 +214,46 @@ class CountingDataModule(L.LightningDataModule):
             raise InputError(f"{type(self).__name__} gives {sorted(self.provides)} for training, but no points")
         return [record.points for record in self.records("train") if record.points is not None]
 
-    def train_counts(self) -> np.ndarray:
-        """``(N,)`` count of the target of every training picture: what a constant predictor knows."""
-        return np.array([target_count(record) for record in self.records("train")], np.float64)
+    def asked_counts(self, split: Split, records: Sequence[Record] | None = None, *, total: bool = False) -> np.ndarray:
+        """What evaluation asks about every picture of a split: the targets of its scores.
 
-    def constant_predictors(self) -> dict[str, float]:
-        """What a model that always says the same number would say: the row every result is read beside.
+        Args:
+            split: whose names are asked about.
+            records: pictures other than the split's.
+            total: add the counts of all names up, as for a model that counts without names.
 
-        ``data.constants`` if given, else mean and median of the training counts; empty, with the reason logged, where
-        the training split cannot be read.
+        Returns:
+            ``(N, K)`` float64: K is 1, or the number of names under ``prompts: all``; 1 with ``total``. Pictures
+            without annotation have NaN.
+        """
+        rows = []
+        for record in self.records(split) if records is None else records:
+            counts = ask(record, self._choose_names(split, record, None)).counts
+            rows.append([np.nan] if counts is None or not len(counts) else [counts.sum()] if total else counts)
+        return np.array(rows, np.float64)
+
+    def constant_predictors(self, *, total: bool = False) -> dict[str, float | list[float]]:
+        """What a model that always says the same would say: the row every result is read beside.
+
+        Args:
+            total: of the sum over all names, beside which a model is read that counts without names.
+
+        Returns:
+            ``data.constants`` if given, else mean and median of the training counts: one number, or one for each name
+            under ``prompts: all``. Empty, with the reason logged, where the training split cannot be read.
         """
         if self.constants is not None:
             return {name: float(value) for name, value in self.constants.items()}
         try:
-            counts = self.train_counts()
+            counts = self.asked_counts("train", total=total)
         except (InputError, OSError, NotImplementedError) as error:
             log.info("no constant predictors, give data.constants to have them: %s", error)
             return {}
-        counts = counts[np.isfinite(counts)]
-        return {"mean": float(counts.mean()), "median": float(np.median(counts))} if len(counts) else {}
+        counts = counts[np.isfinite(counts).all(1)]
+        if not len(counts):
+            return {}
+        found = {"mean": counts.mean(0).tolist(), "median": np.median(counts, axis=0).tolist()}
+        return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
     # -- Lightning ------------------------------------------------------------------------------------------------
 
@@ -241,6 +264,8 @@ class CountingDataModule(L.LightningDataModule):
         }  # fmt: skip
         for split in splits[stage]:
             check_kinds(self.records(split), f"{type(self).__name__}, {split} split")
+        if self.prompts == "all" and stage != "predict":
+            self._every_name(splits[stage][0])
         if stage == "fit" and isinstance(self.prompts, int) and self.prompts > len(self.class_names("train")):
             raise InputError(
                 f"data.prompts is {self.prompts}, but training knows only the names {self.class_names('train')}; "
@@ -318,7 +343,7 @@ class CountingDataModule(L.LightningDataModule):
         if split == "predict" and not record.classes:
             return list(self.classes or [])
         if self.prompts == "all":
-            return self.class_names("predict" if split == "predict" else "train")
+            return self._every_name(split)
         if self.prompts == "target" or rng is None:
             return record.classes[:1]
         target = record.classes[:1]
@@ -326,6 +351,23 @@ class CountingDataModule(L.LightningDataModule):
         present = [*target, *(others[i] for i in rng.permutation(len(others)))]
         absent = self._absent(present, max(1, self.prompts - len(present)), rng)[: self.prompts - 1]
         return present[: self.prompts - len(absent)] + absent
+
+    def _every_name(self, split: Split) -> list[str]:
+        """The names that ``prompts: all`` asks about: those of training, else the one list that all pictures share."""
+        if split == "predict":
+            return self.class_names("predict")
+        if self._every is None:
+            try:
+                self._every = self.class_names("train")
+            except (InputError, OSError) as error:
+                lists = {tuple(record.classes) for record in self.records(split)}
+                if len(lists) != 1:
+                    raise InputError(
+                        "data.prompts is 'all', but the training split, whose names it asks about, cannot be read, and "
+                        f"the pictures of {split} have different names; list the names in data.classes ({error})"
+                    ) from error
+                self._every = list(lists.pop())
+        return self._every
 
     def _absent(self, present: list[str], n: int, rng: np.random.Generator) -> list[str]:
         """``n`` training names not in the picture; each is with even odds one that shares words with the target."""
@@ -340,11 +382,4 @@ class CountingDataModule(L.LightningDataModule):
         return chosen
 
 
-def target_count(record: Record) -> float:
-    """The count of a record's target (its first class); NaN where it has no annotation."""
-    if record.labels is not None:
-        return float((record.labels == 0).sum())
-    return float(record.counts[0]) if record.counts is not None and len(record.counts) else float("nan")
-
-
-__all__ = ["CountingDataModule", "Prompts", "target_count"]
+__all__ = ["CountingDataModule", "Prompts"]

@@ -9,8 +9,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from counting_zoo.data.base import CountingDataModule
-from counting_zoo.data.records import Record, Split
+from counting_zoo.data.records import Record
 
 _ARRAYS = (
     ("points", "<f4"), ("labels", "<i8"), ("boxes", "<f4"), ("box_labels", "<i8"), ("exemplars", "<f4"),
@@ -53,15 +52,6 @@ def fingerprint(records: Iterable[Record]) -> Fingerprint:
             "sha256": digest.hexdigest()}  # fmt: skip
 
 
-def describe(data: CountingDataModule, splits: Iterable[Split] = ("train", "val", "test")) -> dict[str, Fingerprint]:
-    """The fingerprint of each split of a data module.
-
-    Raises:
-        InputError: a split cannot be read.
-    """
-    return {split: fingerprint(data.records(split)) for split in splits}
-
-
 def _objects(record: Record) -> float:
     for values in (record.points, record.boxes):
         if values is not None:
@@ -69,4 +59,4 @@ def _objects(record: Record) -> float:
     return 0.0 if record.counts is None else float(np.sum(record.counts))
 
 
-__all__ = ["Fingerprint", "describe", "fingerprint"]
+__all__ = ["Fingerprint", "fingerprint"]
