@@ -157,15 +157,32 @@ def test_counts_are_true_after_everything(
         assert item["counts"].sum() == n
 
 
-def test_counts_only_pictures_keep_their_count() -> None:
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        PlainAugmentation(crop=16, scale=(0.5, 2), flip=True),
+        CLIPCountAugmentation(crop=16, mosaic=1, augment=0),
+        CLIPCountAugmentation(crop=16, mosaic=0, augment=1),
+    ],
+)
+def test_counts_only_pictures_are_never_cropped(augmentation: Any) -> None:
     record = Record("1.png", classes=CLASSES, counts=np.float32([4, 0, 2.5]), size=(30, 44))
-    dataset = make_dataset([record], training=True, augmentation=PlainAugmentation(crop=16))
-    for seed in range(4):
+    dataset = make_dataset([record], training=True, augmentation=augmentation)
+    for seed in range(8):
         item = dataset[0, seed]
         assert item["counts"].tolist() == [4, 0, 2.5]
         assert item["image"].shape == (3, 30, 44)
         assert not {"points", "labels", "boxes", "exemplars", "captions"} & set(item)
         assert item["present"] == ["cat", "cow"]
+
+
+def test_counts_only_pictures_keep_every_pixel() -> None:
+    record = Record("1.png", classes=CLASSES, counts=np.float32([4, 0, 2.5]), size=(30, 44))
+    dataset = make_dataset([record], training=True, augmentation=PlainAugmentation(crop=16, flip=True))
+    whole = make_dataset([record])[0]["image"].float() / 255
+    for seed in range(8):
+        image = dataset[0, seed]["image"]
+        assert torch.equal(image, whole) or torch.equal(image, whole.flip(-1))
 
 
 def test_boxes_without_points_keep_their_count() -> None:

@@ -98,3 +98,11 @@ def test_float_pictures_stay_float_and_equal_size_is_untouched() -> None:
     image = torch.rand(3, 8, 8)
     assert resize_image(image, (8, 8), True) is image
     assert resize_image(image, (4, 4), True).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(20, 30), (61, 37), (50, 80)])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_bytes_are_resized_as_floats_are(size: tuple[int, int], antialias: bool) -> None:
+    image = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).permute(2, 0, 1)
+    exact = resize_image(image.double(), size, antialias)
+    assert (resize_image(image, size, antialias) - exact).abs().max() < 0.501  # rounded once, to the nearest

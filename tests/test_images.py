@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import cv2
+import fakes
 import numpy as np
 import pytest
 
@@ -261,8 +262,8 @@ def test_header_far_behind_a_long_segment_is_found(tmp_path: Path) -> None:
     assert image_size(tmp_path / "a.png") == (300, 200)
 
 
-def test_real_pictures_decode(data_root: Path) -> None:
-    paths = [p for p in sorted(data_root.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES][:60]
+def test_real_pictures_decode() -> None:
+    paths = [p for p in sorted(fakes.shared_data().rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES][:60]
     assert paths
     for path in paths:
         assert image_size(path) == read_image(path).shape[:2]

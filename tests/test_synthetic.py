@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from counting_zoo.data.folder import ImageFolder
 from counting_zoo.data.fsc147 import FSC147
 from counting_zoo.data.scene_files import (
     ANNOTATION,
@@ -106,6 +107,17 @@ def test_predict_gives_names_but_no_annotation(easy: SyntheticScenes) -> None:
     assert next(iter(asked.predict_dataloader()))["classes"] == [["red discs", "dogs"]]
     files = sorted(path.name for path in (easy.root / TEST_PICTURES).iterdir())
     assert files == sorted(r.image_id for r in test)
+
+
+def test_a_folder_of_scenes_is_predicted_in_order(tmp_path: Path) -> None:
+    scenes = make(tmp_path / "scenes", sizes={"train": 10, "val": 4, "test": 6})
+    names = [record.image_id for split in ("test", "train", "val") for record in scenes.records(split)]  # type: ignore[arg-type]
+    for folder, expected in ((PICTURES, names), (TEST_PICTURES, names[:6])):
+        data = ImageFolder(tmp_path / "scenes" / folder, classes=["red discs"], eval_batch_size=3, num_workers=0)
+        data.setup("predict")
+        batches = list(data.predict_dataloader())
+        assert [name for batch in batches for name in batch["image_id"]] == expected
+        assert all(batch["classes"] == [["red discs"]] * len(batch["image_id"]) for batch in batches)
 
 
 def test_low_answers_for_the_whole_list(low: SyntheticScenes) -> None:
