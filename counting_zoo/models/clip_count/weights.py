@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,34 +17,51 @@ from counting_zoo.models.clip_count.module import CLIPCount
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, load_openai_clip, openai_to_huggingface
 from counting_zoo.nn.tokenizer import TokenizerLike
 
-# What a name of the reference begins with, and what stands there in the zoo; None is dropped, with its reason.
-_KEYS: dict[str, str | None] = {
-    "patch_emb_pos_embed": None,  # a fixed sinusoid, compared with ours below
-    "img_encoder.visual_prompt": "vision.prompts.embeddings",
-    "img_encoder.vpt_norm.": "vision.norm.",
-    "img_encoder.vpt_proj.": "vision.prompts.proj.",
-    "text_encoder.learnable_context": "text.context",
-    "patch_feat_proj_contrast.": "contrast_proj.",
-    "patch_feat_proj.": "patch_proj.",
-    "decoder_ln_pre.": None,  # never called
-    "decoder_norm.": None,  # feeds only a map nobody reads
-    "fim_blocks.0.conv0.": None,  # the first block does not convolve
-    "fim_blocks.1.conv0.": "interaction.blocks.1.conv.",
-    "density_decoder.pyradim_conv.0.": "decoder.lateral.conv.",
-    "density_decoder.pyradim_conv.1.": "decoder.lateral.norm.",
-    "density_decoder.final_conv.0.": "decoder.out.",
-}
-_PATTERNS: list[tuple[str, str | None]] = [
-    (r"fim_blocks\.(\d)\.norm0\.(.*)", r"interaction.blocks.\1.norm_self.\2"),
-    (r"fim_blocks\.(\d)\.norm1\.(.*)", None),  # with one text vector the softmax is 1: norm, query and key are inert
-    (r"fim_blocks\.(\d)\.attn\.w[qk]\.(.*)", None),
-    (r"fim_blocks\.(\d)\.attn\.(wv|proj)\.(.*)", r"interaction.blocks.\1.cross_attn.\2.\3"),
-    (r"fim_blocks\.(\d)\.selfattn\.(qkv|proj)\.(.*)", r"interaction.blocks.\1.self_attn.\2.\3"),
-    (r"fim_blocks\.(\d)\.norm2\.(.*)", r"interaction.blocks.\1.norm_mlp.\2"),
-    (r"fim_blocks\.(\d)\.mlp\.(fc1|fc2)\.(.*)", r"interaction.blocks.\1.mlp.\2.\3"),
-    (r"density_decoder\.convs\.(\d)\.0\.(.*)", r"decoder.stages.\1.conv.\2"),
-    (r"density_decoder\.convs\.(\d)\.1\.(.*)", r"decoder.stages.\1.norm.\2"),
-]
+
+def _key_map() -> dict[str, str | None]:
+    """Every key of the reference and what it is called here; ``None`` is dropped, with its reason."""
+    layers: dict[str, str | None] = {
+        "img_encoder.vpt_norm": "vision.norm",
+        "img_encoder.vpt_proj": "vision.prompts.proj",
+        "patch_feat_proj": "patch_proj",
+        "patch_feat_proj_contrast": "contrast_proj",
+        "decoder_ln_pre": None,  # never called
+        "decoder_norm": None,  # feeds only a map nobody reads
+        "density_decoder.pyradim_conv.0": "decoder.lateral.conv",
+        "density_decoder.pyradim_conv.1": "decoder.lateral.norm",
+        "density_decoder.final_conv.0": "decoder.out",
+    }
+    for i in range(2):
+        old, new = f"fim_blocks.{i}", f"interaction.blocks.{i}"
+        layers |= {
+            f"{old}.conv0": f"{new}.conv" if i else None,  # the first block does not convolve
+            f"{old}.norm0": f"{new}.norm_self",
+            f"{old}.selfattn.qkv": f"{new}.self_attn.qkv",
+            f"{old}.selfattn.proj": f"{new}.self_attn.proj",
+            f"{old}.norm1": None,  # with one text vector the softmax is 1: norm, query and key are inert
+            f"{old}.attn.wq": None,
+            f"{old}.attn.wk": None,
+            f"{old}.attn.wv": f"{new}.cross_attn.wv",
+            f"{old}.attn.proj": f"{new}.cross_attn.proj",
+            f"{old}.norm2": f"{new}.norm_mlp",
+            f"{old}.mlp.fc1": f"{new}.mlp.fc1",
+            f"{old}.mlp.fc2": f"{new}.mlp.fc2",
+        }
+    for k in range(4):
+        layers[f"density_decoder.convs.{k}.0"] = f"decoder.stages.{k}.conv"
+        layers[f"density_decoder.convs.{k}.1"] = f"decoder.stages.{k}.norm"
+    keys: dict[str, str | None] = {
+        "patch_emb_pos_embed": None,  # a fixed sinusoid, compared with ours below
+        "img_encoder.visual_prompt": "vision.prompts.embeddings",
+        "text_encoder.learnable_context": "text.context",
+    }
+    for old_layer, new_layer in layers.items():
+        for leaf in ("weight", "bias"):
+            keys[f"{old_layer}.{leaf}"] = None if new_layer is None else f"{new_layer}.{leaf}"
+    return keys
+
+
+_KEYS = _key_map()
 _CLIP_ALIASES = ("clip.", "text_encoder.clip_model.", "img_encoder.clip.", "img_encoder.vit.")
 _BACKBONES = {
     "b16": "openai/clip-vit-base-patch16",
@@ -135,18 +151,17 @@ def from_official(
     target = network.state_dict()
     expected = {k for k in target if not _is_clip(k) and k not in ("mean", "std")}
     converted = _rename(own, expected)
-    missing = sorted(expected - set(converted))
-    extra = sorted(set(converted) - expected)
+    old = {new: key for key, new in _KEYS.items() if new is not None}
+    missing = sorted(old[key] for key in expected - set(converted))
     wrong = sorted(
-        f"{k} {tuple(converted[k].shape)} instead of {tuple(target[k].shape)}"
-        for k in converted
-        if k in expected and converted[k].shape != target[k].shape
+        f"{old[k]}: {tuple(converted[k].shape)} makes no {tuple(target[k].shape)}"
+        for k in expected & set(converted)
+        if converted[k].shape != target[k].shape
     )
-    if missing or extra or wrong:
+    if missing or wrong:
         raise WeightsError(
-            f"not a CLIP-Count checkpoint of these settings ({settings}): {len(missing)} weights are missing "
-            f"({_reference_names(missing)}), {len(extra)} have no place ({extra[:5]}) and {len(wrong)} have another "
-            f"shape ({wrong[:5]})"
+            f"not a CLIP-Count checkpoint of these settings ({settings}): {len(missing)} weights are missing {missing} "
+            f"and {len(wrong)} have another shape {wrong[:8]}"
         )
     clip_state = {f"vision.model.{k.removeprefix('vision_model.')}": v for k, v in towers.state_dict().items()
                   if k.startswith("vision_model.") and "post_layernorm" not in k}  # fmt: skip
@@ -195,49 +210,23 @@ def _towers(frozen: Mapping[str, Tensor], clip: Any, backbone: str) -> Any:
 
 def _rename(own: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
     """The reference's own tensors under the zoo's names; every key is mapped or knowingly dropped."""
+    unknown = sorted(set(own) - set(_KEYS))
+    if unknown:
+        raise WeightsError(f"no place in CLIPCount for {len(unknown)} keys of this file: {unknown[:8]}")
     converted: dict[str, Tensor] = {}
-    unknown = []
     for key, value in own.items():
-        name, known = _new_name(key)
-        if not known:
-            unknown.append(key)
-        elif key == "patch_emb_pos_embed":
+        if key == "patch_emb_pos_embed":
             table = position_table(value.shape[-2], value.shape[-1])
             if not torch.allclose(value.float().reshape(table.shape), table, atol=1e-4):
                 raise WeightsError("patch_emb_pos_embed is not the reference's fixed sinusoid; this file was altered")
-        elif name is not None:
+        elif (name := _KEYS[key]) is not None:
             converted[name] = value.float()
-    if unknown:
-        raise WeightsError(f"no place in CLIPCount for {len(unknown)} keys of this file: {sorted(unknown)[:8]}")
     if "vision.prompts.embeddings" in converted:
         rows = converted["vision.prompts.embeddings"]
         # The reference never reads its last row (models/clip_count.py:308).
         converted["vision.prompts.embeddings"] = rows[: max(1, len(rows) - 1)].clone()
     # A checkpoint may carry prompts, context or contrast weights that its settings switch off.
-    optional = ("vision.prompts.", "vision.norm.", "text.context", "contrast_proj.")
-    return {k: v for k, v in converted.items() if k in expected or not k.startswith(optional)}
-
-
-def _new_name(key: str) -> tuple[str | None, bool]:
-    """The zoo's name (``None`` for dropped) and whether the key is known at all."""
-    for prefix, name in _KEYS.items():
-        if key == prefix or (prefix.endswith(".") and key.startswith(prefix)):
-            return (None if name is None else name + key[len(prefix) :]), True
-    for pattern, template in _PATTERNS:
-        match = re.fullmatch(pattern, key)
-        if match:
-            return (None if template is None else match.expand(template)), True
-    return None, False
-
-
-def _reference_names(missing: list[str], at_most: int = 8) -> list[str]:
-    """Missing weights under the names the reference's file would have them by."""
-    back = {new: old for old, new in _KEYS.items() if new is not None}
-    names = []
-    for key in missing[:at_most]:
-        prefix = next((p for p in back if key.startswith(p)), None)
-        names.append(back[prefix] + key[len(prefix) :] if prefix else key)
-    return names
+    return {k: v for k, v in converted.items() if k in expected}
 
 
 __all__ = ["from_official"]
