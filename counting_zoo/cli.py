@@ -26,6 +26,7 @@ usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all 
   describe   print what a data set holds, and what constant predictors score on it
   pack       write a data set into one HDF5 file
   convert    turn weights of a reference implementation into a checkpoint
+  quickstart train, test and predict on the built-in scenes, in minutes
 
   counting-zoo fit --config configs/trainer/cpu.yaml --config configs/model/clip_count_small.yaml \\
                    --config configs/data/scenes_easy.yaml
@@ -60,6 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     commands: dict[str, Callable[[list[str]], int]] = {"describe": _describe, "pack": _pack, "convert": _convert}
+    commands["quickstart"] = _quickstart
     commands |= {name: lambda words, name=name: _run(name, words) for name in RUNS}  # type: ignore[misc]
     if command not in commands:
         close = difflib.get_close_matches(command, commands, 1)
@@ -99,6 +101,12 @@ def _run(command: str, arguments: list[str]) -> int:
     from counting_zoo.training_cli import run
 
     return run(command, arguments)
+
+
+def _quickstart(arguments: list[str]) -> int:
+    from counting_zoo.quickstart import run
+
+    return run(arguments)
 
 
 def _describe(arguments: list[str]) -> int:

@@ -246,7 +246,7 @@ class CountingModule(L.LightningModule, ABC):
         terms = self.training_losses(batch)
         loss = torch.stack(list(terms.values())).sum()
         if self.non_finite == "raise" and not torch.isfinite(loss):
-            bad = {name: float(value) for name, value in terms.items()}
+            bad = {name: float(value.detach()) for name, value in terms.items()}
             raise FloatingPointError(
                 f"the loss is not finite at step {self.global_step} ({bad}) on the pictures {batch['image_id']}; "
                 "weights are still those of the step before and the last checkpoint is good. Look at these pictures, "
