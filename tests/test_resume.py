@@ -103,8 +103,13 @@ def test_another_seed_is_another_run(options: dict[str, Any]) -> None:
 
 def test_a_schedule_goes_on(options: dict[str, Any]) -> None:
     """A schedule over the whole run continues at its step, and knows the run's new length."""
-    words = ["--model.scheduler=counting_zoo.schedules.WarmupHoldDecay", "--model.scheduler.warmup=1",
-             "--model.scheduler.hold=0.1", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01"]  # fmt: skip
+    words = [
+        "--model.scheduler=counting_zoo.schedules.WarmupHoldDecay",
+        "--model.scheduler.warmup=1",
+        "--model.scheduler.hold=0.1",
+        "--model.optimizer=torch.optim.AdamW",
+        "--model.optimizer.lr=0.01",
+    ]
     whole = fit(options, "whole", 2, *words)
     fit(options, "half", 2, *words, limit_train_batches=2, max_steps=2)
     resumed = fit(options, "resumed", 2, *words, "--ckpt_path", str(place("half")))

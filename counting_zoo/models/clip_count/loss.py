@@ -38,7 +38,7 @@ def patch_text_contrastive(
 
 def region_text(
     features: Tensor, points: list[Tensor], targets: list[Tensor], text: Tensor, size: tuple[int, int], *,
-    scale: float = 14.0, cap: int = 12,
+    scale: float = 14.0, cap: int = 12, total: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Cross-entropy of the features at object centres against the texts of all training classes.
 
@@ -52,6 +52,7 @@ def region_text(
         size: (H, W) of the picture.
         scale: of the cosine similarities.
         cap: a class with more objects than this in one picture weighs as much as this many.
+        total: divides the weighted sum, in place of the sum of :func:`region_weights`.
 
     Returns:
         The weighted mean; 0 (with a gradient of 0) where no picture has an object.
@@ -69,12 +70,28 @@ def region_text(
     sampled = grid_sample(features.float(), padded, align_corners=False, padding_mode="border")  # (B, D, width, 1)
     found = sampled[batch, :, slot, 0]  # (N, D)
     logits = scale * normalize(found, dim=-1) @ normalize(text.float(), dim=-1).T  # (N, C)
-    group = batch * len(text) + target
-    members = torch.zeros(len(points) * len(text), device=features.device).index_add_(
-        0, group, torch.ones_like(group, dtype=torch.float32)
-    )[group]
-    weight = members.clamp(max=cap) / members
-    return (cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    weight = region_weights(targets, len(text), cap).to(logits.device)
+    divisor = weight.sum() if total is None else total
+    return (cross_entropy(logits, target, reduction="none") * weight).sum() / divisor
+
+
+def region_weights(targets: list[Tensor], n_classes: int, cap: int = 12) -> Tensor:
+    """How much each object counts in :func:`region_text`.
+
+    Args:
+        targets: B x ``(N_i,)`` classes of the objects.
+        n_classes: how many classes there are.
+        cap: a class with more objects than this in one picture weighs as much as this many.
+
+    Returns:
+        ``(N,)`` weights, at most 1.
+
+    Example:
+        >>> region_weights([torch.tensor([0, 0, 0, 1])], 2, cap=2)
+        tensor([0.6667, 0.6667, 0.6667, 1.0000])
+    """
+    members = [target.bincount(minlength=n_classes)[target].float() for target in targets]
+    return torch.cat([n.clamp(max=cap) / n for n in members])
 
 
 def density_mse(raw: Tensor, target: Tensor, mask: DensityMask = "none", keep: float = 0.8) -> Tensor:
@@ -96,4 +113,4 @@ def density_mse(raw: Tensor, target: Tensor, mask: DensityMask = "none", keep: f
     return ((raw - target).square() * kept).sum() / kept.sum().clamp(min=1)
 
 
-__all__ = ["DensityMask", "density_mse", "patch_text_contrastive", "region_text"]
+__all__ = ["DensityMask", "density_mse", "patch_text_contrastive", "region_text", "region_weights"]

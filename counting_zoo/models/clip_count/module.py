@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from counting_zoo.errors import InputError
-from counting_zoo.models.clip_count.loss import DensityMask, density_mse, patch_text_contrastive, region_text
+from counting_zoo.models.clip_count.loss import (
+    DensityMask,
+    density_mse,
+    patch_text_contrastive,
+    region_text,
+    region_weights,
+)
 from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction
 from counting_zoo.module import CountingModule
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config
@@ -246,7 +252,10 @@ class CLIPCount(CountingModule):
             torch.tensor([place[n] for n in asked], device=features.device)[labels]
             for asked, labels in zip(batch["classes"], batch["labels"], strict=True)
         ]
-        return region_text(features, batch["points"], targets, text, size)
+        # The same number on every rank, so that the mean of their gradients is that of one process.
+        total = region_weights(targets, len(names)).sum().to(features.device)
+        total = self.trainer.strategy.reduce(total, reduce_op="mean") if self._distributed() else total
+        return region_text(features, batch["points"], targets, text, size, total=total)
 
     def idle_parameters(self) -> list[nn.Parameter]:
         network = self.network

@@ -1,0 +1,95 @@
+"""Run by ``test_ddp.py`` in a process of its own: every command once in one process and once in several.
+
+The parent only forks and never runs autograd, which does not survive a fork; results are files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["COUNTING_ZOO_DEBUG"] = "1"
+
+import fakes
+import tiny
+import torch
+from tiny import data, model, run
+
+torch.set_num_threads(1)
+SIZES = {"train": 8, "val": 3, "test": 5}
+STEP = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1.0"]
+
+
+def trainer(name: str, world: int, **options: object) -> list[str]:
+    """The shipped trainer with as many processes, logging into ``runs/<name>``."""
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "", "version": name}}
+    many = {"devices": world, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    return tiny.trainer(**{"logger": [logger]} | many | options)
+
+
+def last(name: str) -> str:
+    return f"runs/{name}/checkpoints/last.ckpt"
+
+
+def scenes() -> list[str]:
+    return data("scenes_easy", tiny.SCENES | {"root": str(Path("scenes").resolve()), "sizes": SIZES})
+
+
+def train_and_score(name: str, *worlds: int) -> None:
+    """Both stages on two processes, then the test on as many as are asked for."""
+    run("fit", *trainer(f"fit_{name}", 2, max_epochs=2), *model(name), *scenes())
+    for world in worlds:
+        words = trainer(f"test_{name}_{world}", world, callbacks=[])
+        run("test", *words, *scenes(), "--data.eval_batch_size=1", "--ckpt_path", last(f"fit_{name}"))
+
+
+def predict(n: int, best: str) -> None:
+    """``n`` good pictures and a broken one."""
+    folder = Path(f"photos{n}").resolve()
+    for i in range(n):
+        fakes.write_picture(folder / f"{i}.png", fakes.draw_points(3, 48, 64, i), seed=i)
+    folder.mkdir(exist_ok=True)
+    (folder / "broken.png").write_bytes(b"no picture")
+    for world in (1, 2):
+        found = ["--data=ImageFolder", f"--data.root={folder}", "--data.num_workers=0", "--data.classes=[kiwis, plums]"]
+        words = trainer(f"predict{n}_{world}", world, callbacks=[])
+        run("predict", *words, *found, f"--predictions.dir=predicted{n}_{world}", "--ckpt_path", best)
+
+
+def short() -> None:
+    """What every run of the tests looks at."""
+    train_and_score("clip_count", 1, 2)
+    predict(0, last("fit_clip_count"))
+
+
+def long() -> None:
+    """The rest."""
+    train_and_score("clip_count_small", 1, 2, 4)
+    best = last("fit_clip_count_small")
+    predict(1, best)
+    predict(5, best)
+    fsc = data("fsc147", tiny.write_data("fsc147", Path("fsc147").resolve()))  # 3 test pictures for 4 processes
+    for world in (1, 4):
+        run("test", *trainer(f"fsc_{world}", world, callbacks=[]), *fsc, "--ckpt_path", best)
+    # One step on the same eight pictures. SGD with a rate of 1 makes weights show gradients; nothing is random.
+    for contrast in ("patch", "region"):
+        for stage, epochs in (("contrast", 1), ("density", 0)):
+            more: dict[str, Any] = {
+                "contrast": contrast,
+                "contrast_epochs": epochs,
+                "prompt_width": 0,
+                "interaction": "none",
+            }
+            more |= {"count_weight": 0.1, "contrast_weight_after": int(contrast == "region")}
+            for world in (1, 2):
+                equal = [f"--data.batch_size={8 // world}", "--data.augmentation=null", "--data.prompts=2"]
+                words = trainer(f"{contrast}_{stage}_{world}", world, limit_val_batches=1)
+                run("fit", *words, *model("clip_count", **more), *STEP, *scenes(), *equal)
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    {"short": short, "long": long}[sys.argv[2]]()

@@ -1,0 +1,119 @@
+"""Several processes give what one gives: metrics, files and gradients (D1-D3), from the command line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("ddp_script.py")
+
+
+def launch(folder: Path, part: str) -> Path:
+    """Run a part of ``ddp_script.py`` in a folder."""
+    path = os.pathsep.join([str(SCRIPT.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(folder), part]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("short"), "short")
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("long"), "long")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scores(folder: Path) -> dict[str, float]:
+    """The last value of every column of ``metrics.csv``."""
+    return {key: float(value) for row in rows(folder / "metrics.csv") for key, value in row.items() if value}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def check_scores(results: Path, name: str, world: int) -> None:
+    """D1: five test pictures on several processes score as on one, and each appears once."""
+    one, many = (scores(results / "runs" / f"test_{name}_{n}") for n in (1, world))
+    assert one["test/n"] == 5
+    assert many == pytest.approx(one, rel=1e-9)
+    assert "test/shuffled_mae" in one  # wrong prompts too
+    tables = [rows(results / "runs" / f"test_{name}_{n}" / "test_counts.csv") for n in (1, world)]
+    assert len(tables[0]) == 5
+    assert tables[0] == tables[1]
+
+
+def check_stages(results: Path, name: str) -> None:
+    """Contrast, then density, without searching for unused parameters; validation counts each of 3 pictures once."""
+    found = scores(results / "runs" / f"fit_{name}")
+    assert found["val/n"] == 3
+    assert {"train/contrast", "train/density"} <= found.keys()
+    trained = weights(results / "runs" / f"fit_{name}" / "checkpoints" / "last.ckpt")
+    assert all(torch.isfinite(value).all() for value in trained.values())
+
+
+def check_predictions(results: Path, n: int) -> None:
+    """``n`` pictures and a broken one on two processes leave the same files as on one."""
+    for name in ("counts.csv", "points.csv", "errors.csv"):
+        one, two = (rows(results / f"predicted{n}_{world}" / name) for world in (1, 2))
+        assert one == two, name
+        assert len(one) == {"counts.csv": 2 * n, "errors.csv": 1}.get(name, len(one))
+
+
+def test_two_processes(short: Path) -> None:
+    """D1, and one (broken) picture for two processes."""
+    check_stages(short, "clip_count")
+    check_scores(short, "clip_count", 2)
+    check_predictions(short, 0)
+
+
+@pytest.mark.slow
+def test_small_configuration(long: Path) -> None:
+    """D1 with the configuration of the quick start, on two and on four processes."""
+    check_stages(long, "clip_count_small")
+    check_scores(long, "clip_count_small", 2)
+    check_scores(long, "clip_count_small", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 5])
+def test_predictions(long: Path, n: int) -> None:
+    check_predictions(long, n)
+
+
+@pytest.mark.slow
+def test_fewer_pictures_than_processes(long: Path) -> None:
+    """D2: three pictures on four processes."""
+    one, four = (scores(long / "runs" / f"fsc_{n}") for n in (1, 4))
+    assert one["test/n"] == 3
+    assert four == pytest.approx(one, rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["contrast", "density"])
+@pytest.mark.parametrize("contrast", ["patch", "region"])
+def test_gradients_do_not_depend_on_processes(long: Path, contrast: str, stage: str) -> None:
+    """D3: one step on the same eight pictures, in one batch or as two halves, ends at the same weights."""
+    one, two = (weights(long / "runs" / f"{contrast}_{stage}_{n}" / "checkpoints" / "last.ckpt") for n in (1, 2))
+    for key, value in one.items():
+        scale = max(1.0, float(value.abs().max()))  # of the gradient, beside which a weight is small
+        assert float((value - two[key]).abs().max()) < 1e-5 * scale, key
+    other = weights(long / "runs" / "patch_contrast_1" / "checkpoints" / "last.ckpt")
+    if (contrast, stage) != ("patch", "contrast"):
+        assert any(not torch.equal(one[key], other[key]) for key in one)  # each combination is another step
