@@ -107,7 +107,6 @@ def save(module: CountingModule, path: str | Path) -> Path:
         "pytorch-lightning_version": _lightning_version(),
         "epoch": 0,
         "global_step": 0,
-        "loops": {},
     }
     module.on_save_checkpoint(checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
