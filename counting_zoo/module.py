@@ -349,6 +349,8 @@ class CountingModule(L.LightningModule, ABC):
     # -- set-up ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.train()  # a loaded model comes in evaluation mode, which Lightning would keep
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and not precision.startswith(("32", "64")):
             raise InputError(

@@ -83,6 +83,14 @@ def test_fit_test_and_predict(tmp_path: Path) -> None:
     assert scores["test/mae"] == pytest.approx(float(error), rel=1e-5)
 
 
+def test_a_loaded_model_trains_in_training_mode(tmp_path: Path) -> None:
+    model = load(save(counter(), tmp_path / "a.ckpt"))
+    assert not model.training
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*in eval mode at the start of training.*")
+        trainer(tmp_path, max_epochs=1).fit(model, Batches())
+
+
 def test_saved_without_a_trainer_tests_with_one(tmp_path: Path) -> None:
     model, data, run = counter(), Batches(), trainer(tmp_path)
     (direct,) = run.test(model, data, verbose=False)

@@ -114,11 +114,19 @@ def change_by_training(text: TextTower) -> None:
     text.eval()
 
 
+def change_in_evaluation_mode(text: TextTower) -> None:
+    """A loaded model that trains without its mode being set."""
+    with torch.enable_grad():
+        text(["pears"]).sum().backward()
+    assert text.context is not None
+    text.context += torch.randn_like(text.context)
+
+
 def change_by_moving(text: TextTower) -> None:
     text.double()
 
 
-@pytest.mark.parametrize("change", [change_by_load, change_by_training, change_by_moving])
+@pytest.mark.parametrize("change", [change_by_load, change_by_training, change_by_moving, change_in_evaluation_mode])
 @torch.no_grad()
 def test_cache_never_outlives_the_weights(change: object) -> None:
     text = tower()

@@ -77,6 +77,8 @@ class TextTower(nn.Module):
         """
         distinct = list(dict.fromkeys(prompts))
         keep = not (self.training or torch.is_grad_enabled())
+        if not keep:
+            self._cache.clear()  # this may be a step of training, which may run in evaluation mode
         lowered = torch.is_autocast_enabled(self.projection.weight.device.type)
         found = {p: self._cache[p, lowered] for p in distinct if keep and (p, lowered) in self._cache}
         new = [p for p in distinct if p not in found]
