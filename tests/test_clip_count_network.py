@@ -164,7 +164,6 @@ def test_position_table() -> None:
 def test_counting_does_not_disturb_later_training() -> None:
     """What counting caches in inference mode must still be usable with gradients."""
     model = counter(window=48)
-    position_table.cache_clear()
     model.count(torch.zeros(3, 48, 48), "pears")
     model.train()
     model(pictures(1, 48, 48), [["pears"]]).density.sum().backward()

@@ -6,6 +6,7 @@ import csv
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from counting_zoo import CLIPCount, CountOutput, Prediction
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import CountingDataset
+from counting_zoo.data.records import Split
 from counting_zoo.data.transforms import Augmentation, CLIPCountAugmentation, PlainAugmentation
 from counting_zoo.geometry import Preprocess
 from counting_zoo.module import CountingModule
@@ -94,7 +96,7 @@ def _check_item(item: dict[str, Any], *, training: bool) -> None:
     assert bool((item["points"] >= 0).all())
     assert bool((item["points"] <= torch.tensor([width, height])).all())
     # 2. and the target of these points sums to them, cell by cell and blurred
-    shapes = {"labels": [item["labels"]], "num_classes": k}
+    shapes: dict[str, Any] = {"labels": [item["labels"]], "num_classes": k}
     density = points_to_density([item["points"]], (height, width), sigma=1.0, **shapes)
     torch.testing.assert_close(density.sum((-2, -1))[0], item["counts"], rtol=1e-5, atol=1e-5)
 
@@ -292,12 +294,13 @@ def test_every_picture_is_scored_once(name: str, world: int, modules: dict[str, 
     module.prompts = "target"
     if module.classes is None:
         module.classes = ["things"] if name in ("folder", "counts_only") else None
-    for split in ("val", "test", "predict"):
+    splits: tuple[Split, ...] = ("val", "test", "predict")
+    for split in splits:
         seen: list[str] = []
         for rank in range(world):
-            module._place = lambda rank=rank: {"rank": rank, "world_size": world}  # type: ignore[method-assign]
-            seen += [i for batch in module._evaluation_loader(split) for i in batch["image_id"]]  # type: ignore[arg-type]
-        expected = [record.image_id for record in module.records(split)]  # type: ignore[arg-type]
+            with mock.patch.object(module, "_place", return_value={"rank": rank, "world_size": world}):
+                seen += [i for batch in module._evaluation_loader(split) for i in batch["image_id"]]
+        expected = [record.image_id for record in module.records(split)]
         repeated = len(seen) - len(set(seen))
         assert set(seen) == set(expected)
         assert repeated == (0 if len(expected) >= world else world - len(expected))  # which metrics count once

@@ -167,7 +167,7 @@ class DenseViT(nn.Module):
             patches, skip = self.stem(x)
         grid = patches.shape[-2:]
         tokens = patches.flatten(2).transpose(1, 2)  # (B, N, dim)
-        tokens = torch.cat([embeddings.class_embedding.to(tokens.dtype).expand(len(x), 1, -1), tokens], 1)
+        tokens = torch.cat([embeddings.class_embedding.to(tokens.dtype).expand(x.shape[0], 1, -1), tokens], 1)
         tokens = tokens + embeddings.interpolate_pos_encoding(tokens, height, width)
         tokens = self._transform(tokens)[:, 1:]
         features = tokens.transpose(1, 2).unflatten(2, grid)  # (B, dim, h, w)
@@ -178,7 +178,7 @@ class DenseViT(nn.Module):
 
     def _transform(self, tokens: Tensor) -> Tensor:
         """``(B, 1 + N, dim)`` through the transformer; prompts come and go inside."""
-        width, depth, batch = 0, 0, len(tokens)
+        width, depth, batch = 0, 0, tokens.shape[0]
         if self.prompts is not None:
             depth, width = self.prompts.depth, self.prompts.embeddings.shape[1]
             first = self.prompts(0).to(tokens.dtype).expand(batch, -1, -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -17,16 +16,17 @@ from counting_zoo.nn.attention import MLP, DropPath, SelfAttention, TextAttentio
 TextKeys = Literal["pooled", "tokens"]
 
 
-@lru_cache(maxsize=16)
-def position_table(n: int, dim: int) -> Tensor:
+def position_table(n: int, dim: int, device: torch.device | None = None) -> Tensor:
     """``(n, dim)`` fixed sinusoids over patches in reading order, sine and cosine interleaved.
+
+    Not cached: a table first made while the network is exported would be a symbol and not numbers.
 
     Example:
         >>> position_table(2, 4)[0]
         tensor([0., 1., 0., 1.])
     """
-    rate = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64) * (-math.log(10000.0) / dim))
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * rate
+    rate = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64, device=device) * (-math.log(10000.0) / dim))
+    angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).float()
 
 
@@ -71,7 +71,7 @@ class InteractionBlock(nn.Module):
             x = interpolate(plane, grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
         # The first self-attention sees no text: it runs once a picture, however many prompts are asked.
         x = x + self.drop_path(self.self_attn(self.norm_self(x)))
-        if len(x) != b * k:
+        if x.shape[0] != b * k:
             x = x.repeat_interleave(k, 0)
         if self.norm_cross is not None:
             attended = self.cross_attn(self.norm_cross(x), tokens.flatten(0, 1))
@@ -116,7 +116,7 @@ def _run_blocks(blocks: nn.ModuleList, patches: Tensor, text: Tensor, tokens: Te
     b, k, dim = text.shape
     grid = (patches.shape[-2], patches.shape[-1])
     x = patches.flatten(2).transpose(1, 2)
-    x = x + position_table(x.shape[1], dim).to(x)
+    x = x + position_table(x.shape[1], dim, x.device).to(x)
     maps = []
     for block in blocks:
         x, grid = block(x, text, tokens, grid)
