@@ -37,6 +37,11 @@ class TextTower(nn.Module):
         super().__init__()
         if pool not in ("eot", "words", "official"):
             raise InputError(f"text_pool is {pool!r}; expected 'eot', 'words' or 'official'")
+        if n_context and pool == "words" and not len(clip.text_model.encoder.layers):
+            raise InputError(
+                f"n_context is {n_context}, but text_pool='words' over a text tower without layers never sees the "
+                "context; set n_context to 0, or give text_config.num_hidden_layers"
+            )
         self.model = clip.text_model
         self.projection = clip.text_projection
         self.pool = pool

@@ -214,12 +214,19 @@ class CLIPCount(CountingModule):
 
     def _target(self, batch: Batch, size: tuple[int, int], cells: torch.Size) -> Tensor:
         """``(B, K, h, w)`` objects per cell."""
+        stride = size[0] // cells[0]
+        if (cells[0] * stride, cells[1] * stride) != size:
+            raise InputError(
+                f"training pictures of {size[0]} x {size[1]} pixels do not divide into {cells[0]} x {cells[1]} density "
+                f"cells; give data.augmentation a crop that is a multiple of {2 * self.cell} pixels, such as the "
+                f"model's window, {self.network.window}"
+            )
         return points_to_density(
             batch["points"],
             size,
             labels=batch["labels"],
             num_classes=len(batch["classes"][0]),
-            stride=size[0] // cells[0],
+            stride=stride,
             sigma=self.sigma,
             splat=self.splat,
             unique=self.unique_points,
