@@ -240,7 +240,7 @@ def _absent_name(module: CountingModule, trainer: L.Trainer, batch: Batch, index
     if "present" in batch:
         one["present"] = batch["present"][index : index + 1]
     wrong = wrong_prompts(one, list(datamodule.class_names("test")))  # type: ignore[arg-type]
-    return None if wrong is None else wrong[0][0]
+    return None if wrong is None or wrong[0][0] == batch["classes"][index][0] else wrong[0][0]
 
 
 def _show(trainer: L.Trainer, tag: str, drawing: np.ndarray, caption: str) -> None:

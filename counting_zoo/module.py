@@ -309,7 +309,9 @@ class CountingModule(L.LightningModule, ABC):
             cell = self.cell if self.window else None
             game.update(density, batch["points"], sizes, batch["image_id"], labels=labels, cell=cell)
         if extra is not None:
-            prompts.update(batch["image_id"], counts[:, 0], batch["counts"][:, 0], *counts[:, 1:4].unbind(1))
+            own = torch.tensor([[name == a[0] for name in e] for a, e in zip(asked, extra, strict=True)])
+            wrong = counts[:, 1:4].masked_fill(own.to(counts.device), math.nan)
+            prompts.update(batch["image_id"], counts[:, 0], batch["counts"][:, 0], *wrong.unbind(1))
 
     def _log_scores(self, errors: CountErrors, game: GAME, prompts: PromptErrors, split: str) -> None:
         datamodule: Any = getattr(self.trainer, "datamodule", None)

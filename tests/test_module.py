@@ -242,5 +242,18 @@ def test_wrong_prompts_are_absent_hard_and_anothers() -> None:
     assert hard == "blue cups"  # shares a word, and is not there
     assert other in names[1:]
     assert wrong_prompts(batch, names) == [found]
-    batch["present"] = [names]
-    assert wrong_prompts(batch, names) is None
+    assert wrong_prompts(batch, ["red cups"]) is None
+
+
+def test_a_picture_without_wrong_names_does_not_silence_the_others() -> None:
+    """Its own name stands in, so that what is asked of one picture does not depend on its batch."""
+    names = ["red cups", "blue cups", "red forks", "spoons"]
+    batch: Batch = {
+        "image": [], "classes": [["red cups"], ["spoons"]], "image_id": ["7.jpg", "8.jpg"],
+        "present": [names, ["spoons"]],
+    }  # fmt: skip
+    crowded, plain = wrong_prompts(batch, names) or []
+    assert crowded[:2] == ["red cups", "red cups"]
+    assert crowded[2] in names[1:]
+    assert plain[0] in names[:3]
+    assert plain[1] == "spoons"  # no other name shares a word with it
