@@ -6,8 +6,7 @@ import dataclasses
 import math
 import os
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,19 +16,17 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from counting_zoo.counter import Counter
 from counting_zoo.errors import CheckpointError, InputError, SupervisionError
 from counting_zoo.geometry import Preprocess
-from counting_zoo.inference import count_tiled
 from counting_zoo.metrics import GAME, CountErrors, PromptErrors
-from counting_zoo.ops import peak_points
-from counting_zoo.pictures import as_picture
 from counting_zoo.prompts import wrong_prompts
-from counting_zoo.types import Batch, CountOutput, Prediction
+from counting_zoo.types import Batch, CountOutput
 from counting_zoo.version import __version__
 
 
-class CountingModule(L.LightningModule, ABC):
-    """Trains, scores and counts; subclasses implement :meth:`forward` and :meth:`losses`.
+class CountingModule(Counter, L.LightningModule):
+    """Trains, scores and counts; subclasses implement ``forward`` and :meth:`losses`.
 
     Args:
         preprocess: geometry of whole pictures before the model sees them; stored in the checkpoint.
@@ -90,10 +87,6 @@ class CountingModule(L.LightningModule, ABC):
     # -- what a model implements ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
-        """Count ``classes`` in ``(B, 3, H, W)`` pictures in [0, 1]; normalises inside."""
-
-    @abstractmethod
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
         """Named, weighted terms of the loss; their sum is what is minimised."""
 
@@ -113,132 +106,6 @@ class CountingModule(L.LightningModule, ABC):
     def default_optimizer(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
         """The model's published optimizer and scheduler (or ``None``)."""
         return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.05), None
-
-    @property
-    def cell(self) -> int:
-        """Pixels along one side of a density cell, which tiles must be multiples of."""
-        return 1
-
-    # -- counting -------------------------------------------------------------------------------------------------
-
-    def count_batch(
-        self,
-        images: Tensor | Sequence[Tensor],
-        classes: list[list[str]],
-        window: int | None = None,
-        stride: int | None = None,
-    ) -> CountOutput | list[CountOutput]:
-        """Count whole pictures, in tiles where the recipe or the arguments say so.
-
-        Args:
-            images: ``(B, 3, H, W)``, or B pictures ``(3, H_i, W_i)`` of any size, uint8 or float in [0, 1].
-            classes: B x K names.
-            window: overrides the recipe's window; 0 for none.
-            stride: overrides the recipe's stride.
-
-        Returns:
-            One output for a tensor; for a list one output (of batch 1) for each picture.
-        """
-        pictures = [_as_float(image).to(self.device) for image in images]
-        side = (self.window or 0) if window is None else window
-        step = (self.stride if window is None else None) if stride is None else stride
-        if side:
-            found = count_tiled(
-                lambda tiles, names: self(tiles, names).density,
-                pictures,
-                classes=classes,
-                window=side,
-                stride=step or side,
-                cell=self.cell,
-                window_batch_size=self.window_batch_size,
-                blend=self.blend,
-                pad=self.pad,
-            )
-            outputs = [CountOutput(density[None]) for density in found]
-        elif len({p.shape for p in pictures}) == len({len(names) for names in classes}) == 1:
-            together = self(torch.stack(pictures), classes)
-            if isinstance(images, Tensor):
-                return together
-            outputs = [CountOutput(density[None]) for density in together.density]
-        else:
-            outputs = [self(p[None], [names]) for p, names in zip(pictures, classes, strict=True)]
-        if isinstance(images, Tensor):
-            return CountOutput(torch.cat([o.density for o in outputs]))
-        return outputs
-
-    @torch.inference_mode()
-    def count(
-        self,
-        pictures: Any,
-        names: str | Sequence[str] | None = None,
-        *,
-        window: int | None = None,
-        stride: int | None = None,
-    ) -> Prediction | list[Prediction]:
-        """Count in pictures as they come.
-
-        Args:
-            pictures: a path, PIL image, ``(H, W[, C])`` array or ``(3, H, W)`` tensor, or a list of these.
-            names: what to count; the model's default classes if ``None``.
-            window: overrides the recipe's window; 0 for none.
-            stride: overrides the recipe's stride.
-
-        Returns:
-            One :class:`Prediction`, or a list for a list.
-
-        Raises:
-            InputError: no name, an empty name, or something that is no picture.
-            ImageError: a file that cannot be read.
-        """
-        asked = [names] if isinstance(names, str) else list(names) if names is not None else self.default_classes
-        if not asked:
-            raise InputError("no name to count: count(picture, ['apples', ...]); this model has no default classes")
-        if len(set(asked)) != len(asked):
-            raise InputError(f"a name is asked about twice: {asked}")
-        many = isinstance(pictures, list | tuple)
-        training = self.training
-        if training:
-            self.eval()
-        try:
-            found = [self._count_one(p, asked, window, stride) for p in (pictures if many else [pictures])]
-        finally:
-            if training:
-                self.train()
-        return found if many else found[0]
-
-    def _count_one(self, source: Any, names: list[str], window: int | None, stride: int | None) -> Prediction:
-        picture, image_id = as_picture(source)  # (3, H, W) uint8
-        seen = self.preprocess(picture)
-        output = self.count_batch([seen], [names], window, stride)
-        assert isinstance(output, list)
-        tiled = bool(self.window if window is None else window)
-        return self.to_prediction(output[0], names, (picture.shape[1], picture.shape[2]), image_id, seen, tiled=tiled)
-
-    def to_prediction(
-        self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor, *, tiled: bool
-    ) -> Prediction:
-        """One picture's output as plain data on the CPU; points are density peaks.
-
-        Args:
-            output: of batch 1.
-            names: the names asked about.
-            size: (H, W) of the picture given, which the points are in pixels of.
-            image_id: what the picture is called.
-            seen: ``(3, h, w)`` picture as the model saw it.
-            tiled: whether it was counted in tiles, whose cells may reach beyond it.
-        """
-        density = output.density[0].float()
-        extent = (seen.shape[1] / self.cell, seen.shape[2] / self.cell) if tiled else None
-        return Prediction(
-            counts=output.counts[0].cpu(),
-            names=list(names) if len(density) == len(names) else [" + ".join(names)],
-            density=density.cpu(),
-            points=[p.cpu() for p in peak_points(density, size, extent=extent)],
-            image_id=image_id,
-            image=_as_uint8(seen),
-            size=size,
-            extent=extent,
-        )
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -330,24 +197,6 @@ class CountingModule(L.LightningModule, ABC):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         return list(datamodule.class_names(split)) if hasattr(datamodule, "class_names") else []
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
-        if not batch["image_id"]:
-            return []
-        names = [asked or self.default_classes or [] for asked in batch["classes"]]
-        if not all(names):
-            raise InputError(
-                f"no name to count in {batch['image_id'][0]!r}: name it with --data.classes '[apples]'; this model "
-                "has no default classes"
-            )
-        images = list(batch["image"])
-        outputs = self.count_batch(images, names)
-        assert isinstance(outputs, list)
-        sizes = batch.get("original_size") or [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
-        return [
-            self.to_prediction(o, n, s, i, picture, tiled=bool(self.window))
-            for o, n, s, i, picture in zip(outputs, names, sizes, batch["image_id"], images, strict=True)
-        ]
-
     # -- set-up ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -436,17 +285,6 @@ class CountingModule(L.LightningModule, ABC):
                 "(counting_zoo.load, or test --ckpt_path without --config for a model)"
             )
         self.restore_recipe(stored["recipe"])
-
-
-def _as_float(image: Tensor) -> Tensor:
-    return image if torch.is_floating_point(image) else image.float() / 255
-
-
-def _as_uint8(image: Tensor) -> Any:
-    """``(H, W, 3)`` uint8 array of a ``(3, H, W)`` picture."""
-    if torch.is_floating_point(image):
-        image = (image * 255).round().clamp(0, 255).to(torch.uint8)
-    return image.permute(1, 2, 0).cpu().numpy()
 
 
 def _plain(value: Any) -> Any:

@@ -146,7 +146,9 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
     scale = _drawn_scale(frame)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     canvas = _background(prediction, (h, w))
-    canvas = _blend(canvas, resize_density(prediction.density[k], (h, w), prediction.extent).numpy())
+    drawn = resize_density(prediction.density, (h, w), prediction.extent).numpy()
+    # One scale for all names, or the faint traces of an absent one would look like objects.
+    canvas = _blend(canvas, drawn[k], float(np.nan_to_num(drawn, nan=0.0, posinf=0.0).max(initial=0.0)))
     ratio = np.array([w / width, h / height], np.float32)
     if prediction.boxes is not None:
         for x1, y1, x2, y2 in np.rint(prediction.boxes[k].numpy().reshape(-1, 4) * np.tile(ratio, 2)).astype(int):
@@ -158,7 +160,7 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
             cv2.circle(canvas, (int(x), int(y)), radius + 1, DARK, -1, cv2.LINE_AA)
             cv2.circle(canvas, (int(x), int(y)), radius, WHITE, -1, cv2.LINE_AA)
             cv2.circle(canvas, (int(x), int(y)), max(1, radius - 1), RED, -1, cv2.LINE_AA)
-    caption = f"{name}: {float(prediction.counts[k]):.1f}"
+    caption = f"{name}: {_one_decimal(prediction.counts[k])}"
     if prediction.interval is not None:
         low, high = prediction.interval[k].tolist()
         caption += f" [{low:.1f}, {high:.1f}]"
@@ -195,19 +197,22 @@ def plot_prediction(prediction: Prediction, ax: Any = None) -> Any:
     rows, columns = prediction.density.shape[-2:]
     cells_high, cells_wide = prediction.extent or (rows, columns)
     whole = (0, width, height, 0)
+    most = float(prediction.density.clamp(min=0).max()) if prediction.density.numel() else 0.0
     covered = (0, width * columns / cells_wide, height * rows / cells_high, 0)  # the last cells may reach beyond
     for k, (panel, name) in enumerate(zip(axes, names, strict=True)):
         if prediction.image is not None:
             panel.imshow(prediction.image, extent=whole)
         density = prediction.density[k].clamp(min=0).numpy()
-        alpha = _opacity(density) if prediction.image is not None else None
-        panel.imshow(density, extent=covered, cmap="turbo", alpha=alpha, interpolation="nearest")
+        alpha = _opacity(density, most) if prediction.image is not None else None
+        panel.imshow(
+            density, extent=covered, cmap="turbo", vmin=0, vmax=most or 1, alpha=alpha, interpolation="nearest"
+        )
         if prediction.points:
             x, y = prediction.points[k].numpy().reshape(-1, 2).T
             panel.plot(x, y, "o", markersize=4, color="red", markeredgecolor="white", markeredgewidth=0.8)
         for x1, y1, x2, y2 in prediction.boxes[k].tolist() if prediction.boxes is not None else []:
             panel.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white"))
-        panel.set(title=f"{name}: {float(prediction.counts[k]):.1f}", xlim=(0, width), ylim=(height, 0))
+        panel.set(title=f"{name}: {_one_decimal(prediction.counts[k])}", xlim=(0, width), ylim=(height, 0))
         panel.set_axis_off()
     return axes
 
@@ -248,15 +253,19 @@ def _background(prediction: Prediction, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(prediction.image, (w, h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def _opacity(density: np.ndarray) -> np.ndarray:
+def _one_decimal(count: Tensor) -> str:
+    """Without a sign on a zero."""
+    return f"{round(float(count), 1) + 0.0:.1f}"
+
+
+def _opacity(density: np.ndarray, most: float) -> np.ndarray:
     """How much colour covers the picture; the square root keeps weak density visible."""
-    most = float(density.max(initial=0.0))
-    return 0.65 * np.sqrt(density / most) if most > 0 else np.zeros_like(density)
+    return 0.65 * np.sqrt((density / most).clip(max=1)) if most > 0 else np.zeros_like(density)
 
 
-def _blend(canvas: np.ndarray, density: np.ndarray) -> np.ndarray:
+def _blend(canvas: np.ndarray, density: np.ndarray, most: float) -> np.ndarray:
     density = np.nan_to_num(density.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
-    alpha = _opacity(density)[:, :, None]
+    alpha = _opacity(density, most)[:, :, None]
     level = np.rint(255 * alpha[:, :, 0] / 0.65).astype(np.uint8)
     colour = cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
     return np.ascontiguousarray(np.rint(canvas * (1 - alpha) + colour * alpha).astype(np.uint8))

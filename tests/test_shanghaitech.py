@@ -31,6 +31,14 @@ def test_reads_both_releases(tmp_path: Path, part: str, truth_folder: str, below
     assert not names[0] & names[1]
 
 
+def test_testing_on_the_training_folder(tmp_path: Path) -> None:
+    """All of it, whatever validation draws from it."""
+    fakes.shanghaitech(tmp_path)
+    data = ShanghaiTech(tmp_path, test_split="train", val_fraction=0.2)
+    assert [len(data.records(split)) for split in ("train", "val", "test", "predict")] == [8, 2, 10, 10]
+    assert all("train_data" in record.image_id for record in data.records("test"))
+
+
 def test_official_validation(tmp_path: Path) -> None:
     fakes.shanghaitech(tmp_path)
     data = ShanghaiTech(tmp_path, val_split="test")

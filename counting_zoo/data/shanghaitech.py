@@ -31,6 +31,7 @@ class ShanghaiTech(CountingDataModule):
         part: ``A`` or ``B``.
         class_name: what the people are called.
         val_split: validate on pictures ``drawn`` from the training folder, or on the official ``test`` folder.
+        test_split: test and predict on the official ``test`` folder, or on all of ``train``.
         val_fraction: how much of the training folder is drawn.
         split_seed: seeds the draw.
         outside: what happens to points outside their picture; the release has some.
@@ -52,6 +53,7 @@ class ShanghaiTech(CountingDataModule):
         part: Literal["A", "B"] = "A",
         class_name: str = "people",
         val_split: Literal["drawn", "test"] = "drawn",
+        test_split: Literal["test", "train"] = "test",
         val_fraction: float = 0.1,
         split_seed: int = 0,
         outside: Literal["error", "clamp", "drop"] = "clamp",
@@ -62,16 +64,18 @@ class ShanghaiTech(CountingDataModule):
         self.part = part
         self.class_name = class_name
         self.val_split = val_split
+        self.test_split = test_split
         self.val_fraction = val_fraction
         self.split_seed = split_seed
 
     def read_split(self, split: Split) -> list[Record]:
-        """Every picture of a split; ``predict`` takes the test folder without its annotation."""
-        official = split in ("test", "predict") or (split == "val" and self.val_split == "test")
-        folder = "test_data" if official else "train_data"
+        """Every picture of a split; ``predict`` takes the tested folder without its annotation."""
+        tested = split in ("test", "predict")
+        whole = self.test_split if tested else self.val_split if split == "val" else "train"
+        folder = "test_data" if whole == "test" else "train_data"
         part = self._find_part(folder)
         names = list_pictures(part / folder / "images")
-        if not official and self.val_split == "drawn":
+        if not tested and folder == "train_data" and self.val_split == "drawn":
             held_out = set(draw(names, {"val": self.val_fraction}, self.split_seed)["val"])
             names = [name for name in names if (name in held_out) == (split == "val")]
         self._check_orphans(part / folder)

@@ -1,0 +1,42 @@
+"""``counting-zoo quickstart`` from an empty folder to its report, with a handful of scenes; the real one is slow."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from counting_zoo.cli import main
+from counting_zoo.quickstart import config
+
+
+def test_quickstart_leaves_model_report_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COUNTING_ZOO_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    sizes = '{"train": 16, "val": 4, "test": 6}'
+    assert main(["quickstart", "--out", str(out), "--epochs", "2", "--sizes", sizes]) == 0
+    assert (out / "train" / "checkpoints" / "best.ckpt").is_file()
+    report = (out / "test" / "report.html").read_text(encoding="utf-8")
+    assert "always the train median" in report
+    with open(out / "predictions" / "counts.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 12  # every picture, every unseen class
+    assert len({row["name"] for row in rows}) == 12
+
+
+def test_shipped_configurations_are_found() -> None:
+    assert config("model/clip_count_small.yaml").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bars_of_the_quick_start(tmp_path: Path, seed: int) -> None:
+    """Unseen shape-colour pairs: far better than the median, and only for the name asked about."""
+    out = tmp_path / "out"
+    assert main(["quickstart", "--out", str(out), "--seed", str(seed)]) == 0
+    with open(out / "test" / "metrics.csv", encoding="utf-8") as file:
+        scores = {key: float(value) for key, value in list(csv.DictReader(file))[-1].items() if value}
+    assert scores["test/mae"] <= 0.65 * scores["test/train_median_mae"]
+    assert scores["test/absent_ratio"] <= 0.25
+    assert scores["test/shuffled_mae"] > scores["test/train_median_mae"]
