@@ -37,6 +37,7 @@ class CountOutput:
         density: ``(B, K, h, w)`` objects per cell, at any resolution.
 
     Example:
+        >>> import torch
         >>> CountOutput(torch.full((1, 1, 2, 2), 0.5)).counts
         tensor([[2.]])
     """

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["COUNTING_ZOO_DEBUG"] = "1"
+if __name__ == "__main__":  # pytest imports every file here, and must not catch these
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["COUNTING_ZOO_DEBUG"] = "1"
 
 import fakes
 import tiny

@@ -18,7 +18,7 @@ def test_quickstart_leaves_model_report_and_counts(tmp_path: Path, monkeypatch: 
     assert main(["quickstart", "--out", str(out), "--epochs", "2", "--sizes", sizes]) == 0
     assert (out / "train" / "checkpoints" / "best.ckpt").is_file()
     report = (out / "test" / "report.html").read_text(encoding="utf-8")
-    assert "always the train median" in report
+    assert "always the training median" in report
     with open(out / "predictions" / "counts.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 * 12  # every picture, every unseen class
