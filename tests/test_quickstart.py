@@ -11,11 +11,14 @@ from counting_zoo.cli import main
 from counting_zoo.quickstart import config
 
 
-def test_quickstart_leaves_model_report_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_quickstart_leaves_model_report_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
     monkeypatch.setenv("COUNTING_ZOO_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
     sizes = '{"train": 16, "val": 4, "test": 6}'
-    assert main(["quickstart", "--out", str(out), "--epochs", "2", "--sizes", sizes]) == 0
+    assert main(["quickstart", "--out", str(out), "--epochs", str(epochs), "--sizes", sizes]) == 0
     assert (out / "train" / "checkpoints" / "best.ckpt").is_file()
     report = (out / "test" / "report.html").read_text(encoding="utf-8")
     assert "always the training median" in report
