@@ -399,18 +399,16 @@ class Exported(torch.nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"interaction": "film", "stem": "conv", "prompt_width": 0}])
 def test_export(options: dict[str, Any]) -> None:
-    """I5: the density network leaves Python with the same numbers for any batch (ONNX where that is installed).
-
-    The size is that of a window, into which tiles are cut anyway.
-    """
+    """I5: the density network leaves Python with the same numbers for any batch and size (ONNX where installed)."""
     counter = CLIPCount(**tiny.SHRUNK["clip_count"] | options)
     counter._make_tokenizer(["apples"])
     counter.eval()
     network = Exported(counter, "apples").eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    pictures = [torch.rand(n, 3, 32, 32) for n in (2, 1, 5)]
+    side = {name: 32 * torch.export.Dim(name, min=2, max=32) for name in ("rows", "columns")}
+    free = {"image": {0: torch.export.Dim("batch", min=1, max=64), 2: side["rows"], 3: side["columns"]}}
+    pictures = [torch.rand(*shape) for shape in ((2, 3, 64, 96), (1, 3, 96, 64), (5, 3, 128, 160))]
     with torch.no_grad():
-        exported = torch.export.export(network, (pictures[0],), dynamic_shapes={"image": {0: batch}}, strict=False)
+        exported = torch.export.export(network, (pictures[0],), dynamic_shapes=free, strict=False)
         for image in pictures:
             expected = counter(image, [["apples"]] * len(image)).density
             torch.testing.assert_close(exported.module()(image), expected, rtol=1e-4, atol=1e-6)

@@ -158,7 +158,7 @@ class DenseViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        if height % self.patch or width % self.patch:
+        if not torch.compiler.is_exporting() and (height % self.patch or width % self.patch):
             raise InputError(f"input of {height} x {width} pixels; expected multiples of the patch, {self.patch}")
         embeddings = self.model.embeddings
         if self.stem is None:
@@ -168,13 +168,23 @@ class DenseViT(nn.Module):
         grid = patches.shape[-2:]
         tokens = patches.flatten(2).transpose(1, 2)  # (B, N, dim)
         tokens = torch.cat([embeddings.class_embedding.to(tokens.dtype).expand(x.shape[0], 1, -1), tokens], 1)
-        tokens = tokens + embeddings.interpolate_pos_encoding(tokens, height, width)
+        tokens = tokens + self._positions((grid[0], grid[1]))
         tokens = self._transform(tokens)[:, 1:]
         features = tokens.transpose(1, 2).unflatten(2, grid)  # (B, dim, h, w)
         if self.stem is None or skip is None:
             return features
         lateral = self.lateral(features.contiguous(memory_format=torch.channels_last))
         return self.fuse(skip + interpolate(lateral, scale_factor=2.0, mode="nearest"))
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """``(1, 1 + gh * gw, dim)`` position embeddings, interpolated where the grid is not the native one."""
+        table = self.model.embeddings.position_embedding.weight
+        native = self.native_size // self.patch
+        if not torch.compiler.is_exporting() and grid == (native, native):
+            return table[None]
+        plane = table[1:].T.unflatten(1, (native, native))[None]  # (1, dim, native, native)
+        plane = interpolate(plane, grid, mode="bicubic", align_corners=False)
+        return torch.cat([table[None, :1], plane.flatten(2).transpose(1, 2)], 1)
 
     def _transform(self, tokens: Tensor) -> Tensor:
         """``(B, 1 + N, dim)`` through the transformer; prompts come and go inside."""

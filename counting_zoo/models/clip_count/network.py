@@ -171,12 +171,10 @@ class CLIPCountNet(nn.Module):
 
     def embed(self, image: Tensor, classes: list[list[str]]) -> Embeddings:
         """Patch and text embeddings; all that the contrastive stage needs."""
-        height, width = image.shape[-2:]
-        patch = self.vision.patch
-        scale = self.input_size / self.window
-        size = tuple(max(patch, round(side * scale / patch) * patch) for side in (height, width))
         x = image if torch.is_floating_point(image) else image.float() / 255
-        if size != (height, width):
+        size = self._input_shape(image.shape[-2], image.shape[-1])
+        # An exported graph serves every size, so there the resize stays in even where it changes nothing.
+        if torch.compiler.is_exporting() or size != (image.shape[-2], image.shape[-1]):
             x = interpolate(x, size, mode="bilinear", align_corners=False, antialias=self.antialias)
         features = self.vision((x - self.mean) / self.std)  # (B, C, gh, gw)
         flat = features.permute(0, 2, 3, 1)  # (B, gh, gw, C)
@@ -188,6 +186,14 @@ class CLIPCountNet(nn.Module):
             text=pooled.unflatten(0, (-1, k)),
             tokens=tokens.unflatten(0, (-1, k)),
         )
+
+    def _input_shape(self, height: int, width: int) -> tuple[int, int]:
+        """The encoder's input for a picture: scaled as the window is, to the nearest multiple of the patch."""
+        unit = self.window * self.vision.patch
+        cells = [(2 * side * self.input_size + unit) // (2 * unit) for side in (height, width)]
+        if not torch.compiler.is_exporting():
+            cells = [max(1, n) for n in cells]
+        return cells[0] * self.vision.patch, cells[1] * self.vision.patch
 
     def count(self, embeddings: Embeddings, size: tuple[int, int]) -> CLIPCountOutput:
         """Density of pictures of ``size`` (H, W) from their embeddings."""
