@@ -59,7 +59,7 @@ class Counter(nn.Module, ABC):
         Returns:
             One output for a tensor; for a list one output (of batch 1) for each picture.
         """
-        pictures = [_as_float(image).to(self.device) for image in images]
+        pictures = [image.to(self.device) for image in images]
         side = (self.window or 0) if window is None else window
         step = (self.stride if window is None else None) if stride is None else stride
         if side:
@@ -76,12 +76,12 @@ class Counter(nn.Module, ABC):
             )
             outputs = [CountOutput(density[None]) for density in found]
         elif len({p.shape for p in pictures}) == len({len(names) for names in classes}) == 1:
-            together = self(torch.stack(pictures), classes)
+            together = self(torch.stack([_as_float(p) for p in pictures]), classes)
             if isinstance(images, Tensor):
                 return together
             outputs = [CountOutput(density[None]) for density in together.density]
         else:
-            outputs = [self(p[None], [names]) for p, names in zip(pictures, classes, strict=True)]
+            outputs = [self(_as_float(p)[None], [names]) for p, names in zip(pictures, classes, strict=True)]
         if isinstance(images, Tensor):
             return CountOutput(torch.cat([o.density for o in outputs]))
         return outputs

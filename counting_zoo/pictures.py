@@ -146,9 +146,11 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
     scale = _drawn_scale(frame)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     canvas = _background(prediction, (h, w))
-    drawn = resize_density(prediction.density, (h, w), prediction.extent).numpy()
+    drawn = resize_density(prediction.density[k], (h, w), prediction.extent).numpy()
     # One scale for all names, or the faint traces of an absent one would look like objects.
-    canvas = _blend(canvas, drawn[k], float(np.nan_to_num(drawn, nan=0.0, posinf=0.0).max(initial=0.0)))
+    high, wide = prediction.extent or prediction.density.shape[-2:]
+    most = float(prediction.density.nan_to_num(posinf=0.0).max()) if prediction.density.numel() else 0.0
+    canvas = _blend(canvas, drawn, most * high * wide / (h * w))  # objects per cell to objects per drawn pixel
     ratio = np.array([w / width, h / height], np.float32)
     if prediction.boxes is not None:
         for x1, y1, x2, y2 in np.rint(prediction.boxes[k].numpy().reshape(-1, 4) * np.tile(ratio, 2)).astype(int):

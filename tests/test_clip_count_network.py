@@ -167,6 +167,7 @@ def test_counting_does_not_disturb_later_training() -> None:
     model.count(torch.zeros(3, 48, 48), "pears")
     model.train()
     model(pictures(1, 48, 48), [["pears"]]).density.sum().backward()
+    assert model.network.text.context.grad is not None  # the text it had counted with was embedded anew
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ def test_validating_on_the_test_split_is_no_duplicate(tmp_path: Path) -> None:
     data.setup("fit")
     data.setup("test")
     data.setup("fit")
+    assert [r.path for r in data.records("val")] == [r.path for r in data.records("test")]
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
