@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import _codecs
 import importlib
+import json
 import pickle
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.module import CountingModule
+
+
+# Scores beside the weights of the references' resume files; none of these runs anything.
+_PLAIN_NUMPY: list[Any] = [
+    np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np._core.multiarray._reconstruct, (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, _codecs.encode,
+    defaultdict, list,
+]  # fmt: skip
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -34,7 +47,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         except SafetensorError as error:
             raise CheckpointError(f"{str(path)!r} cannot be read as safetensors: {_first_line(error)}") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_PLAIN_NUMPY):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             start = file.read(2)
@@ -148,9 +162,10 @@ def load_official(
     """A zoo model with the weights of a reference implementation, which predicts as the reference does.
 
     Args:
-        name: ``clip_count``.
-        source: the reference's checkpoint as a file or a mapping: a Lightning checkpoint with ``state_dict`` and
-            ``hyper_parameters``, or a bare state dict, with or without ``model.`` / ``module.`` prefixes.
+        name: ``clip_count`` or ``clip_ebc``.
+        source: the reference's weights as a file, a mapping, or a folder with ``model.safetensors`` and
+            ``config.json``: a bare state dict, or one under ``state_dict``, ``model_state_dict`` (resume files) or
+            ``weights``, with or without ``model.`` / ``module.`` prefixes.
         config: the reference's settings under its own names, over those the file carries.
         clip: frozen CLIP weights where the file has none: hub name, folder, or an OpenAI-layout state dict (the
             mapping or a file of it).
@@ -159,21 +174,51 @@ def load_official(
     Raises:
         InputError: no such model.
         CheckpointError: the file cannot be read, or would run code.
-        WeightsError: a key of the file is unknown, or one of the model's is missing; lists them.
+        WeightsError: a key of the file is unknown, or one of the model's is missing; lists them. Or a setting that no
+            tensor shows, such as bins, is given nowhere.
     """
-    if name != "clip_count":
-        raise InputError(f"load_official knows no {name!r}; expected 'clip_count'")
-    from counting_zoo.models.clip_count.weights import from_official
-
+    if name not in ("clip_count", "clip_ebc"):
+        raise InputError(f"load_official knows no {name!r}; expected 'clip_count' or 'clip_ebc'")
     if isinstance(clip, str | Path) and Path(clip).expanduser().is_file():
         clip = read_checkpoint(clip)
-    content = dict(source) if isinstance(source, Mapping) else read_checkpoint(source)
-    settings = dict(content.get("hyper_parameters") or {}) if "state_dict" in content else {}
-    state = content.get("state_dict", content)
+    content, settings = dict(source) if isinstance(source, Mapping) else None, {}
+    if content is None:
+        content, settings = _read_official(Path(source).expanduser())  # type: ignore[arg-type]
+    for key in ("hyper_parameters", "config"):
+        if isinstance(content.get(key), Mapping):
+            settings |= content[key]
+    wrapped = next((key for key in ("state_dict", "model_state_dict", "weights") if key in content), None)
+    state = content if wrapped is None else content[wrapped]
     tensors = {_bare(key): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"no tensors in {source if isinstance(source, str | Path) else 'the mapping'!r}")
-    return from_official(tensors, {**settings, **(config or {})}, clip, tokenizer)
+    settings |= config or {}
+    if name == "clip_count":
+        from counting_zoo.models.clip_count.weights import from_official
+
+        return from_official(tensors, settings, clip, tokenizer)
+    from counting_zoo.models.clip_ebc import weights as clip_ebc
+
+    if isinstance(source, str | Path):
+        settings = clip_ebc.settings_of_path(Path(source)) | settings
+    return clip_ebc.from_official(tensors, settings, clip, tokenizer)
+
+
+def _read_official(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of a reference's file, and the settings that lie beside it in ``config.json``."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise CheckpointError(f"{str(path)!r} holds {len(files)} *.safetensors files; expected one, or name a file")
+        path = files[0]
+    content, beside = read_checkpoint(path), path.with_name("config.json")
+    if path.suffix != ".safetensors" or not beside.is_file():
+        return content, {}
+    try:
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{str(beside)!r} cannot be read as JSON: {error}") from error
+    return content, dict(settings)
 
 
 def _bare(key: str) -> str:
