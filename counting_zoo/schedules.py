@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.optim import Optimizer
@@ -42,4 +43,38 @@ class WarmupHoldDecay(LRScheduler):
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
 
-__all__ = ["WarmupHoldDecay"]
+class WarmupCosineRestarts(LRScheduler):
+    """Linear warm-up, then cosine decay that restarts; steps are epochs (CLIP-EBC: trainer.py).
+
+    Args:
+        optimizer: whose groups are scheduled.
+        warmup: epochs of warm-up.
+        warmup_lr: learning rate at its start; above the optimizer's it warms down, as for visual prompts (1e-3).
+        first: epochs until the first restart.
+        factor: every stretch is this many times as long as the one before.
+        final: learning rate at the end of a stretch.
+    """
+
+    interval = "epoch"
+
+    def __init__(
+        self, optimizer: Optimizer, warmup: int = 50, warmup_lr: float = 1e-6, first: int = 5, factor: int = 2,
+        final: float = 1e-7,
+    ) -> None:  # fmt: skip
+        self.warmup, self.warmup_lr, self.first, self.factor, self.final = warmup, warmup_lr, first, factor, final
+        super().__init__(optimizer)
+
+    def rate(self, epoch: int, base: float) -> float:
+        """The learning rate of an epoch, the first one being 0."""
+        if epoch < self.warmup:
+            return self.warmup_lr + (base - self.warmup_lr) * epoch / self.warmup
+        done, length = epoch - self.warmup, self.first
+        while done >= length:
+            done, length = done - length, length * self.factor
+        return self.final + (base - self.final) * (1 + math.cos(math.pi * done / length)) / 2
+
+    def get_lr(self) -> list[Any]:
+        return [self.rate(self.last_epoch, base) for base in self.base_lrs]
+
+
+__all__ = ["WarmupCosineRestarts", "WarmupHoldDecay"]
