@@ -1,0 +1,1 @@
+"""CLIP-EBC and its relatives: counting by classifying blocks."""
