@@ -94,6 +94,24 @@ def _conv(inside: int, out: int, stride: int = 1) -> nn.Sequential:
     )
 
 
+def grid_positions(table: Tensor, native: int, grid: tuple[int, int]) -> Tensor:
+    """Position embeddings for any grid, by bicubic interpolation where it is not the native one.
+
+    Args:
+        table: ``(1 + native * native, dim)``, the first row for the token that has no place.
+        native: side of the grid the table was made for.
+        grid: ``(gh, gw)`` rows and columns.
+
+    Returns:
+        ``(1, 1 + gh * gw, dim)``.
+    """
+    if not torch.compiler.is_exporting() and grid == (native, native):
+        return table[None]
+    plane = table[1:].T.unflatten(1, (native, native))[None]  # (1, dim, native, native)
+    plane = interpolate(plane, grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[None, :1], plane.flatten(2).transpose(1, 2)], 1)
+
+
 class DenseViT(nn.Module):
     """Patch features of a CLIP ViT at any size that is a multiple of the patch, with or without visual prompts.
 
@@ -168,23 +186,14 @@ class DenseViT(nn.Module):
         grid = patches.shape[-2:]
         tokens = patches.flatten(2).transpose(1, 2)  # (B, N, dim)
         tokens = torch.cat([embeddings.class_embedding.to(tokens.dtype).expand(x.shape[0], 1, -1), tokens], 1)
-        tokens = tokens + self._positions((grid[0], grid[1]))
+        table = embeddings.position_embedding.weight
+        tokens = tokens + grid_positions(table, self.native_size // self.patch, (grid[0], grid[1]))
         tokens = self._transform(tokens)[:, 1:]
         features = tokens.transpose(1, 2).unflatten(2, grid)  # (B, dim, h, w)
         if self.stem is None or skip is None:
             return features
         lateral = self.lateral(features.contiguous(memory_format=torch.channels_last))
         return self.fuse(skip + interpolate(lateral, scale_factor=2.0, mode="nearest"))
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """``(1, 1 + gh * gw, dim)`` position embeddings, interpolated where the grid is not the native one."""
-        table = self.model.embeddings.position_embedding.weight
-        native = self.native_size // self.patch
-        if not torch.compiler.is_exporting() and grid == (native, native):
-            return table[None]
-        plane = table[1:].T.unflatten(1, (native, native))[None]  # (1, dim, native, native)
-        plane = interpolate(plane, grid, mode="bicubic", align_corners=False)
-        return torch.cat([table[None, :1], plane.flatten(2).transpose(1, 2)], 1)
 
     def _transform(self, tokens: Tensor) -> Tensor:
         """``(B, 1 + N, dim)`` through the transformer; prompts come and go inside."""
@@ -206,4 +215,4 @@ class DenseViT(nn.Module):
         return self.norm(hidden)
 
 
-__all__ = ["ConvStem", "DenseViT", "PromptIndexing", "ResidualBlock", "Stem", "VisualPrompts"]
+__all__ = ["ConvStem", "DenseViT", "PromptIndexing", "ResidualBlock", "Stem", "VisualPrompts", "grid_positions"]
