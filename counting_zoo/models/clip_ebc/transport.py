@@ -1,0 +1,307 @@
+"""Entropic optimal transport between head points and a density map, for all pictures of a batch at once.
+
+The squared distance between a point and the centre of a cell is a sum over the two axes, so the Gibbs kernel
+``exp(-cost / epsilon)`` is an outer product ``Ky * Kx`` for each point, and both of Sinkhorn's products become small
+matrix products; the kernel of points x cells that the reference builds (losses/ot_loss.py) never exists.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from counting_zoo.errors import InputError
+
+TINY = 1e-16  # the reference adds it wherever it divides or takes a logarithm (losses/bregman_pytorch.py)
+CHECK_EVERY = 10  # iterations
+CHUNK = 2**22  # numbers of the largest tensor in the logarithmic domain: 16 MB
+PADDING = 1.5  # on the CPU, pictures share a batch while the fullest has at most this many times the points of another
+
+
+def transport_loss(
+    density: Tensor, points: Sequence[Tensor], cell: int, *,
+    epsilon: float = 10.0, iterations: int = 100, tolerance: float = 1e-9, log_domain: bool = False,
+) -> Tensor:  # fmt: skip
+    """Transport term of DM-Count for each picture (Wang et al., "Distribution Matching for Crowd Counting", 2020).
+
+    Its gradient with respect to the density is :func:`transport_gradient`. Its value is the inner product of the two,
+    which is zero up to rounding, whatever the density: what is left is the noise of a difference of large numbers.
+
+    Args:
+        density: ``(B, 1, h, w)`` predicted objects per cell.
+        points: B tensors ``(N_i, 2)`` of x, y in pixels.
+        cell: side of a cell in pixels.
+        epsilon: strength of the entropic regularisation, in squared pixels.
+        iterations: of Sinkhorn, at most.
+        tolerance: a picture is done when the squared distance of its column marginal to the normalised density is at
+            most this; looked at every ten iterations.
+        log_domain: see :func:`transport_potentials`.
+
+    Returns:
+        ``(B,)`` float32; a picture without points has 0, and a gradient of 0.
+
+    Raises:
+        InputError: see :func:`transport_potentials`.
+    """
+    gradient = transport_gradient(
+        density, points, cell, epsilon=epsilon, iterations=iterations, tolerance=tolerance, log_domain=log_domain
+    )
+    return (density.float() * gradient).sum((1, 2, 3))
+
+
+@torch.no_grad()
+def transport_gradient(
+    density: Tensor, points: Sequence[Tensor], cell: int, *,
+    epsilon: float = 10.0, iterations: int = 100, tolerance: float = 1e-9, log_domain: bool = False,
+) -> Tensor:  # fmt: skip
+    """Gradient of the transport cost with respect to the density that is not normalised.
+
+    With S the sum of the density and beta the potential of the cells, ``S / (S^2 + 1e-8) * beta - <beta, density> /
+    (S^2 + 1e-8)``. Arguments and errors are those of :func:`transport_loss`.
+
+    Returns:
+        ``(B, 1, h, w)`` float32, without a graph.
+    """
+    density = density.detach().float()
+    beta = transport_potentials(
+        points, density[:, 0], cell,
+        epsilon=epsilon, iterations=iterations, tolerance=tolerance, log_domain=log_domain,
+    )[:, None]  # fmt: skip
+    total = density.sum((1, 2, 3), keepdim=True)
+    scale = 1 / (total.square() + 1e-8)
+    return total * scale * beta - (beta * density).sum((1, 2, 3), keepdim=True) * scale
+
+
+@torch.no_grad()
+def transport_potentials(
+    points: Sequence[Tensor], density: Tensor, cell: int, *,
+    epsilon: float = 10.0, iterations: int = 100, tolerance: float = 1e-9, log_domain: bool = False,
+) -> Tensor:  # fmt: skip
+    """Dual potentials of the cells, by Sinkhorn's iterations between the points and the normalised density.
+
+    The plain iteration in float32 repeats the reference's arithmetic. It does not solve the problem on real crops:
+    the kernel of a cell further than about 32 pixels from a point is zero (epsilon 10), so mass beyond that stays
+    where it is and such cells get the potential ``epsilon * log(1e16)`` = 368. The logarithmic domain has no such
+    limit and costs N * h * w exponentials for each product; use it for new training only, its gradients differ.
+
+    Everything runs in float32, under autocast and with TF32 switched on too. On CUDA the host waits once, at the end.
+
+    Args:
+        points: B tensors ``(N_i, 2)`` of x, y in pixels.
+        density: ``(B, h, w)``, at least 0; negative cells carry no mass.
+        cell: side of a cell in pixels.
+        epsilon: strength of the entropic regularisation, in squared pixels.
+        iterations: at most.
+        tolerance: of the squared error of the column marginal, looked at every ten iterations, for each picture.
+        log_domain: iterate on logarithms.
+
+    Returns:
+        ``(B, h, w)`` float32 in squared pixels: 0 for pictures without points, and, with a warning, for those whose
+        density has no mass or is not finite.
+
+    Raises:
+        InputError: a setting out of its range, or points and density of different numbers of pictures.
+
+    Example:
+        >>> transport_potentials([torch.tensor([[4.0, 4.0]])], torch.ones(1, 1, 2), 8).round()
+        tensor([[[-7., 57.]]])
+    """
+    if epsilon <= 0 or iterations < 1 or cell <= 0:
+        raise InputError(f"transport with {epsilon=}, {iterations=}, {cell=}; expected all of them above 0")
+    if density.dim() != 3 or len(points) != len(density):
+        raise InputError(
+            f"points of {len(points)} pictures for a density of shape {tuple(density.shape)}; "
+            "expected (B, h, w) and one tensor of points for each of the B pictures"
+        )
+    beta = [torch.zeros(density.shape[1:], device=density.device)] * len(points)
+    solved = []
+    with torch.autocast(density.device.type, enabled=False), _true_float32():
+        for group in _groups([len(p) for p in points], together=density.is_cuda):
+            own = [points[i].reshape(-1, 2).to(density.device, torch.float32) for i in group]
+            mass, usable = _probabilities(torch.stack([density[i] for i in group]))
+            solver = (LogSinkhorn if log_domain else Sinkhorn)(own, mass, cell, epsilon)
+            for i, potential in zip(group, _solve(solver, usable, iterations, tolerance), strict=True):
+                beta[i] = potential
+            solved.append(usable)
+    if solved and not bool(torch.cat(solved).all()):
+        warnings.warn(
+            "the transport term left out pictures whose predicted density has no mass or is not finite; "
+            "if this goes on, the model predicts zero everywhere or diverges",
+            stacklevel=2,
+        )
+    return torch.stack(beta) if beta else torch.zeros(density.shape, device=density.device)
+
+
+class Sinkhorn:
+    """Scaling iterations with the separable kernel; the scalings u of the points and v of the cells are at most 1e16.
+
+    With masses of at least 0 no iterate overflows, so the reference's checks for NaN and infinity in each iteration
+    can fail only in the first one, for a density that :func:`transport_potentials` recognises beforehand.
+
+    Args:
+        points: B tensors ``(N_i, 2)``, each with at least one point.
+        mass: ``(B, h, w)`` normalised densities.
+        cell: side of a cell in pixels.
+        epsilon: in squared pixels.
+    """
+
+    def __init__(self, points: Sequence[Tensor], mass: Tensor, cell: int, epsilon: float) -> None:
+        cost_y, cost_x, self.supply = _costs(points, mass, cell)
+        self.mass, self.epsilon = mass, epsilon
+        self.ky = (cost_y / -epsilon).exp_()  # (B, N, h)
+        self.kx = (cost_x / -epsilon).exp_()  # (B, N, w)
+        # Denormal numbers are many times slower, and this small they are lost beside TINY.
+        for kernel in (self.ky, self.kx):
+            kernel.masked_fill_(kernel < torch.finfo(kernel.dtype).tiny, 0.0)
+        self.ky_t = self.ky.mT.contiguous()  # (B, h, N)
+        self.u, self.v = self.supply.clone(), torch.empty_like(mass)
+        self._scaled, self._rows = torch.empty_like(self.ky_t), torch.empty_like(self.kx)  # (B, h, N), (B, N, w)
+        self._columns = self._transport_columns()
+
+    def step(self) -> None:
+        """One iteration: v from u, then u from v."""
+        torch.div(self.mass, self._columns.add_(TINY), out=self.v)
+        torch.bmm(self.ky, self.v, out=self._rows)
+        torch.div(self.supply, self._rows.mul_(self.kx).sum(-1).add_(TINY), out=self.u)
+        self._columns = self._transport_columns()
+
+    def marginal(self) -> Tensor:
+        """``(B, h, w)``: mass that the plan brings to each cell."""
+        return self._columns * self.v
+
+    def potential(self) -> Tensor:
+        """``(B, h, w)`` in squared pixels."""
+        return self.epsilon * (self.v + TINY).log_()
+
+    def _transport_columns(self) -> Tensor:
+        torch.mul(self.ky_t, self.u[:, None], out=self._scaled)
+        return torch.bmm(self._scaled, self.kx)
+
+
+class LogSinkhorn:
+    """The iterations of :class:`Sinkhorn` on logarithms, which nothing underflows; a cell has a mass of at least 1e-16.
+
+    Args:
+        points: B tensors ``(N_i, 2)``, each with at least one point.
+        mass: ``(B, h, w)`` normalised densities.
+        cell: side of a cell in pixels.
+        epsilon: in squared pixels.
+    """
+
+    def __init__(self, points: Sequence[Tensor], mass: Tensor, cell: int, epsilon: float) -> None:
+        cost_y, cost_x, supply = _costs(points, mass, cell)
+        self.epsilon = epsilon
+        self.ky, self.kx = cost_y / -epsilon, cost_x / -epsilon  # (B, N, h), (B, N, w)
+        self.mass, self._log_mass, self.supply = (
+            mass,
+            mass.clamp(min=TINY).log(),
+            supply.log(),
+        )  # -inf for padded points
+        self.u, self.v = self.supply, torch.zeros_like(mass)
+        rows = max(1, CHUNK // (supply.numel() * mass.shape[2]))
+        self._chunks = [slice(i, i + rows) for i in range(0, mass.shape[1], rows)]
+        self._columns = self._transport_columns()
+
+    def step(self) -> None:
+        """One iteration: v from u, then u from v."""
+        self.v = self._log_mass - self._columns
+        inner = [(self.kx[:, :, None] + self.v[:, None, rows]).logsumexp(-1) for rows in self._chunks]  # (B, N, rows)
+        self.u = self.supply - (torch.cat(inner, -1) + self.ky).logsumexp(-1)
+        self._columns = self._transport_columns()
+
+    def marginal(self) -> Tensor:
+        """``(B, h, w)``: mass that the plan brings to each cell."""
+        return (self._columns + self.v).exp()
+
+    def potential(self) -> Tensor:
+        """``(B, h, w)`` in squared pixels."""
+        return self.epsilon * self.v
+
+    def _transport_columns(self) -> Tensor:
+        points = self.ky + self.u[..., None]  # (B, N, h)
+        done = [(points[:, :, rows, None] + self.kx[:, :, None]).logsumexp(1) for rows in self._chunks]
+        return torch.cat(done, 1)  # (B, h, w)
+
+
+def _solve(solver: Sinkhorn | LogSinkhorn, usable: Tensor, iterations: int, tolerance: float) -> Tensor:
+    """Iterate; the potential of each picture is that of the check which found it done, whatever its neighbours do."""
+    running, beta = usable, torch.zeros_like(solver.mass)
+    for iteration in range(1, iterations + 1):
+        solver.step()
+        if iteration % CHECK_EVERY and iteration < iterations:
+            continue
+        beta = torch.where(running[:, None, None], solver.potential(), beta)
+        running = running & ((solver.mass - solver.marginal()).square().sum((1, 2)) > tolerance)
+        if not running.is_cuda and not bool(running.any()):
+            break
+    return beta
+
+
+def _groups(lengths: Sequence[int], together: bool) -> list[list[int]]:
+    """Pictures that share a batch: those with points, all of them or such that little is padded.
+
+    Example:
+        >>> _groups([800, 0, 100, 120, 700], together=False)
+        [[2, 3], [4, 0]]
+    """
+    groups: list[list[int]] = []
+    for i in sorted((i for i, n in enumerate(lengths) if n), key=lengths.__getitem__):
+        if groups and (together or lengths[i] <= PADDING * lengths[groups[-1][0]]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _costs(points: Sequence[Tensor], mass: Tensor, cell: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared distances along y ``(B, N, h)`` and along x ``(B, N, w)``, and the mass of each point ``(B, N)``.
+
+    The square is expanded, term by term as the reference does it (losses/ot_loss.py): its rounding is part of what
+    official results contain. Padded points have no mass.
+    """
+    padded = pad_sequence(list(points), batch_first=True)  # (B, N, 2)
+    supply = pad_sequence([p.new_full((len(p),), 1 / len(p)) for p in points], batch_first=True)
+    height, width = mass.shape[-2:]
+    costs = []
+    for position, n in ((padded[..., 1:], height), (padded[..., :1], width)):
+        centre = torch.arange(n, device=mass.device, dtype=mass.dtype) * cell + cell / 2
+        costs.append(-2 * position * centre + position * position + centre * centre)
+    return costs[0], costs[1], supply
+
+
+def _probabilities(density: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B, h, w)`` densities that sum to one, and ``(B,)`` where that is possible; elsewhere they are zero."""
+    mass = density.float().clamp(min=0)
+    total = mass.sum((1, 2))
+    usable = total.isfinite() & (total > 0)
+    return torch.where(usable[:, None, None], mass / total[:, None, None], 0.0), usable
+
+
+@contextmanager
+def _true_float32() -> Iterator[None]:
+    """Matrix products without TF32 or bfloat16, which :func:`torch.set_float32_matmul_precision` switches on."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    saved = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, saved, strict=True):
+            backend.fp32_precision = precision
+
+
+__all__ = ["transport_gradient", "transport_loss", "transport_potentials"]
