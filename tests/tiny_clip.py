@@ -28,6 +28,11 @@ def config(patch: int = 16, image: int = 32, *, layers: int = 2, text_layers: in
     }
 
 
+def resnet_config() -> dict[str, Any]:
+    """A CLIP with a ResNet and random weights."""
+    return config() | {"vision_config": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}}
+
+
 def counter(clip: Any = None, *, tokens: bool = True, seed: int = 0, **options: Any) -> CLIPCount:
     """A small random CLIPCount in evaluation mode, which knows NAMES."""
     torch.manual_seed(seed)
@@ -119,6 +124,40 @@ def clip_shapes(
                 f"{block}.mlp.c_proj.weight": (w, 4 * w), f"{block}.mlp.c_proj.bias": (w,),
             }  # fmt: skip
     return shapes | {f"{name}.{leaf}": (w,) for name, w in norms for leaf in ("weight", "bias")}
+
+
+def resnet_state(salt: str = "") -> dict[str, Tensor]:
+    """OpenAI's state dict of a CLIP ResNet with 8 channels and 1, 2, 1, 1 blocks, for pictures of 64 pixels."""
+    text = {name: shape for name, shape in clip_shapes().items() if not name.startswith("visual.")}
+    state = {name: fill(name, shape, salt) for name, shape in text.items()}
+    for i, (inside, out, side) in enumerate([(3, 4, 3), (4, 4, 3), (4, 8, 3)], 1):
+        state |= _convolution(f"visual.conv{i}", f"visual.bn{i}", inside, out, side, salt)
+    inside = 8
+    for stage, n in enumerate((1, 2, 1, 1)):
+        planes = 8 << stage
+        for i in range(n):
+            block = f"visual.layer{stage + 1}.{i}"
+            state |= _convolution(f"{block}.conv1", f"{block}.bn1", inside, planes, 1, salt)
+            state |= _convolution(f"{block}.conv2", f"{block}.bn2", planes, planes, 3, salt)
+            state |= _convolution(f"{block}.conv3", f"{block}.bn3", planes, 4 * planes, 1, salt)
+            if i == 0:
+                state |= _convolution(f"{block}.downsample.0", f"{block}.downsample.1", inside, 4 * planes, 1, salt)
+            inside = 4 * planes
+    pool = "visual.attnpool"
+    state[f"{pool}.positional_embedding"] = fill(f"{pool}.positional_embedding", (5, 256), salt)
+    for letter, out in (("q", 256), ("k", 256), ("v", 256), ("c", 128)):
+        for leaf, shape in (("weight", (out, 256)), ("bias", (out,))):
+            state[f"{pool}.{letter}_proj.{leaf}"] = fill(f"{pool}.{letter}_proj.{leaf}", shape, salt)
+    return state
+
+
+def _convolution(conv: str, norm: str, inside: int, out: int, side: int, salt: str) -> dict[str, Tensor]:
+    """A convolution without bias, and the batch norm behind it."""
+    state = {f"{conv}.weight": fill(f"{conv}.weight", (out, inside, side, side), salt)}
+    state |= {f"{norm}.{leaf}": fill(f"{norm}.{leaf}", (out,), salt) for leaf in ("weight", "bias", "running_mean")}
+    state[f"{norm}.running_var"] = 1 + fill(f"{norm}.running_var", (out,), salt).abs()
+    state[f"{norm}.num_batches_tracked"] = torch.tensor(7)
+    return state
 
 
 def own_shapes(

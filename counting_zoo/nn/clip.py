@@ -1,12 +1,14 @@
-"""CLIP weights: from the hub, a folder, a config with random weights, or OpenAI's own layout."""
+"""CLIP weights: from the hub, a folder, a file, a config with random weights, or OpenAI's own layout."""
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
 import socket
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -14,6 +16,17 @@ from urllib.parse import urlsplit
 from torch import Tensor, nn
 
 from counting_zoo.errors import InputError, WeightsError
+from counting_zoo.nn.clip_layout import (
+    clip_config_of_openai,
+    is_resnet,
+    openai_to_huggingface,
+    openai_to_resnet,
+    resnet_config_of_openai,
+    text_to_openai,
+)
+from counting_zoo.nn.clip_names import PUBLISHED
+from counting_zoo.nn.clip_resnet import CLIPResNetModel
+from counting_zoo.nn.weight_files import read_state_dict
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -21,8 +34,123 @@ if TYPE_CHECKING:
 CLIPSource = str | dict[str, Any]
 
 
+def build_towers(source: CLIPSource | Path | CLIPModel | CLIPResNetModel) -> CLIPModel | CLIPResNetModel:
+    """Both towers of a CLIP, whose image tower is a vision transformer or a ResNet.
+
+    Args:
+        source: one of
+
+            - a name of :data:`~counting_zoo.nn.clip_names.PUBLISHED` (``resnet50``, ``vit_b_16``, ...; a folder of
+              that name is ``./resnet50``), or a hub name (``openai/clip-vit-base-patch16``,
+              ``timm/resnet50_clip.openai``);
+            - a file in OpenAI's layout, which is also open_clip's: ``.safetensors``, one of ``torch.save``, or a
+              TorchScript archive such as OpenAI's ``RN50.pt``. No tensor shows the activation: it is OpenAI's
+              ``quick_gelu``, unless an ``open_clip_config.json`` beside open_clip's own file says otherwise;
+            - a folder that holds open_clip's ``open_clip_model.safetensors`` or ``open_clip_pytorch_model.bin``, or
+              was written by ``save_pretrained``;
+            - a mapping for random weights: see :func:`random_clip`, or :class:`CLIPResNetModel` where its
+              ``vision_config`` has ``layers``;
+            - a CLIP, which is given back.
+
+    Raises:
+        InputError: a mapping that is no config of a CLIP.
+        WeightsError: nothing is found there, the hub cannot be reached, or weights are missing or do not fit.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    if isinstance(source, Mapping):
+        return random_clip_resnet(source) if "layers" in source.get("vision_config", ()) else random_clip(source)
+    name = PUBLISHED[str(source)].hub if str(source) in PUBLISHED else str(source)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _from_file(path, path.parent.name)
+    if path.is_dir():
+        file = next((path / leaf for leaf in _OPEN_CLIP_FILES if (path / leaf).is_file()), None)
+        # A folder may hold the same CLIP of transformers beside that of open_clip.
+        if file is None or _json(path / "config.json").get("model_type") == "clip":
+            return build_clip(name)
+        return _from_file(file, path.name)
+    if not _is_hub_name(name):
+        raise WeightsError(
+            f"clip={name!r} is no file or folder, no hub name ('owner/name'), and none of {', '.join(PUBLISHED)}"
+        )
+    if name.startswith("timm/"):  # whose CLIPs are all in open_clip's layout
+        return _from_file(_download(name), name)
+    return build_clip(name)
+
+
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file of settings, or nothing where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise WeightsError(f"{str(path)!r} is no JSON: {error}") from error
+
+
+def _from_file(path: Path, repository: str) -> CLIPModel | CLIPResNetModel:
+    state, activation = read_state_dict(path), "quick_gelu"
+    config = _json(path.parent / _OPEN_CLIP_CONFIG) if path.name in _OPEN_CLIP_FILES else {}
+    # The first configs of OpenAI's own models on the hub did not mention theirs.
+    if config and not repository.endswith(".openai") and not config.get("model_cfg", {}).get("quick_gelu"):
+        activation = "gelu"
+    try:
+        return load_openai_towers(state, activation)
+    except WeightsError as error:
+        raise WeightsError(f"{str(path)!r} holds no CLIP in OpenAI's layout: {error}") from error
+
+
+def _download(repository: str) -> Path:
+    """open_clip's file of a hub repository, out of the local cache where it is there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    for leaf in _OPEN_CLIP_FILES:
+        try:
+            return Path(hf_hub_download(repository, leaf, local_files_only=True))
+        except LocalEntryNotFoundError:
+            continue
+    if not hub_answers():
+        raise _offline(repository)
+    try:
+        hf_hub_download(repository, _OPEN_CLIP_CONFIG)
+        try:
+            return Path(hf_hub_download(repository, _OPEN_CLIP_FILES[0]))
+        except EntryNotFoundError:
+            return Path(hf_hub_download(repository, _OPEN_CLIP_FILES[1]))
+    except (HfHubHTTPError, OSError) as error:
+        raise WeightsError(f"no CLIP weights {repository!r} on the hub: {error}") from error
+
+
+def towers_config(model: CLIPModel | CLIPResNetModel) -> dict[str, Any]:
+    """The plain-data config from which :func:`build_towers` makes a CLIP of the same shapes."""
+    return clip_resnet_config(model) if isinstance(model, CLIPResNetModel) else clip_config(model)
+
+
+def tokenizer_of(source: Any) -> str | None:
+    """Where the tokenizer of a CLIP is: a folder or hub name, or ``None`` for a config or a model.
+
+    Args:
+        source: as in :func:`build_towers`. OpenAI's models share one vocabulary, which is taken where a file or
+            folder comes without.
+    """
+    if not isinstance(source, str | Path):
+        return None
+    name = str(source)
+    path = Path(name).expanduser()
+    if name in PUBLISHED or not path.exists():
+        hub = PUBLISHED[name].hub if name in PUBLISHED else name
+        return PUBLISHED["vit_b_16"].hub if hub.startswith("timm/") else hub
+    folder = path if path.is_dir() else path.parent
+    known = any((folder / leaf).is_file() for leaf in ("tokenizer.json", "vocab.json"))
+    return str(folder) if known else PUBLISHED["vit_b_16"].hub
+
+
 def build_clip(source: CLIPSource | Path) -> CLIPModel:
-    """Both towers of a CLIP.
+    """Both towers of a CLIP whose image tower is a vision transformer.
 
     Args:
         source: a hub name (``openai/clip-vit-base-patch16``), a folder written by ``save_pretrained``, or a mapping
@@ -39,7 +167,7 @@ def build_clip(source: CLIPSource | Path) -> CLIPModel:
             return _from_pretrained(str(Path(source).expanduser()), local_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise WeightsError(f"{source!r} cannot be read as CLIP weights: {error}") from error
-    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not _is_hub_name(source):
         raise WeightsError(
             f"clip={source!r} is no folder, and no hub name either (expected 'owner/name'); give a folder written by "
             "save_pretrained, a hub name such as 'openai/clip-vit-base-patch16', or a config mapping"
@@ -48,16 +176,24 @@ def build_clip(source: CLIPSource | Path) -> CLIPModel:
         return _from_pretrained(source, local_only=True)
     except OSError as error:
         if not hub_answers():
-            raise WeightsError(
-                f"CLIP weights {source!r} are not in the local cache and the hub cannot be reached. Either download "
-                f"them once where there is a network (huggingface-cli download {source}), or point to a folder that "
-                "holds them (--model.clip /path/to/folder), or train from random weights (--model.clip with a config "
-                "mapping, as in configs/model/clip_count_small.yaml)"
-            ) from error
+            raise _offline(source) from error
     try:
         return _from_pretrained(source, local_only=False)
     except OSError as error:
         raise WeightsError(f"no CLIP weights {source!r} on the hub: {error}") from error
+
+
+def _is_hub_name(source: str) -> bool:
+    return not source.startswith((".", "/", "~")) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+
+
+def _offline(repository: str) -> WeightsError:
+    return WeightsError(
+        f"CLIP weights {repository!r} are not in the local cache and the hub cannot be reached. Either download them "
+        f"once where there is a network (huggingface-cli download {repository}), or point to a folder that holds them "
+        "(--model.clip /path/to/folder), or train from random weights (--model.clip with a config mapping, as in "
+        "configs/model/clip_count_small.yaml)"
+    )
 
 
 def _from_pretrained(source: str, *, local_only: bool) -> CLIPModel:
@@ -115,13 +251,40 @@ def random_clip(config: Mapping[str, Any]) -> CLIPModel:
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     settings["text_config"] = ids | dict(settings["text_config"])
     model = CLIPModel._from_config(CLIPConfig(**settings), attn_implementation=attention)
+    _draw(model)
+    return model.eval()
+
+
+def random_clip_resnet(config: Mapping[str, Any]) -> CLIPResNetModel:
+    """A CLIP ResNet with random weights: convolutions as He et al. draw them, the rest as in :func:`random_clip`.
+
+    Args:
+        config: see :class:`~counting_zoo.nn.clip_resnet.CLIPResNetModel`.
+
+    Raises:
+        InputError: the mapping is no config of a CLIP ResNet.
+    """
+    model = CLIPResNetModel(config)
+    _draw(model)
+    for module in model.visual.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model.eval()
+
+
+def _draw(model: nn.Module) -> None:
+    """Weights that train from scratch."""
     for name, p in model.named_parameters():
         if "embedding.weight" in name and p.ndim == 2:
             # A position must not drown the word or patch it stands for.
             nn.init.normal_(p, std=0.05 if "position" in name else 0.5)
         elif p.ndim >= 2:
             nn.init.xavier_uniform_(p.flatten(1))
-    return model.eval()
+
+
+def clip_resnet_config(model: CLIPResNetModel) -> dict[str, Any]:
+    """The plain-data config from which :func:`random_clip_resnet` builds a CLIP of the same shapes."""
+    return deepcopy(model.config)
 
 
 def clip_config(model: CLIPModel) -> dict[str, Any]:
@@ -143,102 +306,60 @@ _CONFIG_KEYS = (
 )  # fmt: skip
 
 
-def clip_config_of_openai(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config an OpenAI-layout CLIP ViT state dict was made with, read off its shapes.
+def load_openai_towers(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> CLIPModel | CLIPResNetModel:
+    """A CLIP with the weights of an OpenAI-layout state dict, loaded strictly.
+
+    What counting does without may be missing, and then the model has ``None`` in its place: the projection of a
+    vision transformer (``visual_projection``) and the attention pool of a ResNet (``attnpool``).
+
+    Args:
+        state: the weights, in any precision; they become float32.
+        activation: see :func:`~counting_zoo.nn.clip_layout.clip_config_of_openai`.
 
     Raises:
-        WeightsError: the state dict is no OpenAI CLIP ViT.
+        WeightsError: keys are missing, unknown or do not fit; lists them.
     """
-    try:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        positions = state["visual.positional_embedding"].shape[0]
-        vocab, text_width = state["token_embedding.weight"].shape
-        projection = state["text_projection"].shape[1]
-        context = state["positional_embedding"].shape[0]
-    except KeyError as error:
-        raise WeightsError(f"not an OpenAI CLIP ViT state dict: it has no {error}") from error
-    grid = round((positions - 1) ** 0.5)
-
-    def layers(prefix: str) -> int:
-        return 1 + max(int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix))
-
-    def tower(width: int, n_layers: int) -> dict[str, Any]:
-        return {
-            "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": n_layers,
-            "num_attention_heads": max(1, width // 64), "hidden_act": "quick_gelu", "projection_dim": projection,
-        }  # fmt: skip
-
-    return {
-        "projection_dim": projection,
-        "vision_config": tower(width, layers("visual.transformer.resblocks."))
-        | {"image_size": grid * patch, "patch_size": patch},
-        "text_config": tower(text_width, layers("transformer.resblocks."))
-        | {
-            "vocab_size": vocab, "max_position_embeddings": context,
-            "bos_token_id": vocab - 2, "eos_token_id": vocab - 1, "pad_token_id": vocab - 1,
-        },
-    }  # fmt: skip
-
-
-_OPENAI_TO_HF = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.ln_post.": "vision_model.post_layernorm.",
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
-    "visual.proj": "visual_projection.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "transformer.resblocks.": "text_model.encoder.layers.",
-    "ln_final.": "text_model.final_layer_norm.",
-    "text_projection": "text_projection.weight",
-    "logit_scale": "logit_scale",
-}
-_OPENAI_LAYER = {
-    "attn.out_proj.": "self_attn.out_proj.",
-    "ln_1.": "layer_norm1.",
-    "ln_2.": "layer_norm2.",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
-}
-_OPENAI_DROPPED = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
-
-
-def openai_to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's CLIP ViT state dict under the names of ``transformers.CLIPModel``.
-
-    Raises:
-        WeightsError: a key has no place in a CLIP ViT (ResNet towers have no counterpart in transformers).
-    """
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key in _OPENAI_DROPPED:
-            continue
-        prefix = next((p for p in _OPENAI_TO_HF if key == p or (p.endswith(".") and key.startswith(p))), None)
-        if prefix is None:
-            raise WeightsError(f"no place in a CLIP ViT for the key {key!r} of an OpenAI-layout state dict")
-        name = _OPENAI_TO_HF[prefix] + key[len(prefix) :]
-        value = value.float()
-        if ".attn.in_proj_" in key:
-            kind = key.rsplit("_", 1)[1]
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                out[name.replace(f"attn.in_proj_{kind}", f"self_attn.{letter}_proj.{kind}")] = part.clone()
-            continue
-        for old, new in _OPENAI_LAYER.items():
-            name = name.replace(f".{old}", f".{new}")
-        out[name] = value.t().contiguous() if key in ("visual.proj", "text_projection") else value
-    return out
+    if is_resnet(state):
+        return load_openai_clip_resnet(state, activation)
+    return _load_vit(state, activation, projection="visual.proj" in state)
 
 
 def load_openai_clip(state: Mapping[str, Tensor]) -> CLIPModel:
-    """A CLIP with the weights of an OpenAI-layout state dict, loaded strictly.
+    """A CLIP ViT with the weights of an OpenAI-layout state dict, loaded strictly.
 
     Raises:
         WeightsError: keys are missing or do not fit; lists them.
     """
-    model = random_clip(clip_config_of_openai(state))
-    converted = openai_to_huggingface(state)
+    return _load_vit(state, "quick_gelu", projection=True)
+
+
+def load_openai_clip_resnet(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> CLIPResNetModel:
+    """A CLIP ResNet with the weights of an OpenAI-layout state dict, loaded strictly, with or without attention pool.
+
+    Args:
+        state: the weights, in any precision; they become float32.
+        activation: of the text tower.
+
+    Raises:
+        WeightsError: keys are missing, unknown or do not fit; lists them.
+    """
+    converted = openai_to_resnet(state)
+    model = random_clip_resnet(resnet_config_of_openai(state, activation))
+    # Batch norms of archives from before PyTorch 0.4 have not counted, and nothing here reads the count.
+    counted = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
+    _load(model, counted | converted)
+    return model
+
+
+def _load_vit(state: Mapping[str, Tensor], activation: str, *, projection: bool) -> CLIPModel:
+    model = random_clip(clip_config_of_openai(state, activation))
+    if not projection:
+        model.visual_projection = None  # type: ignore[assignment]
+    _load(model, openai_to_huggingface(state))
+    return model
+
+
+def _load(model: CLIPModel | CLIPResNetModel, converted: dict[str, Tensor]) -> None:
     converted.setdefault("logit_scale", model.logit_scale.detach().clone())
     own = model.state_dict()
     missing = sorted(set(own) - set(converted))
@@ -246,10 +367,10 @@ def load_openai_clip(state: Mapping[str, Tensor]) -> CLIPModel:
     if missing or wrong:
         raise WeightsError(f"CLIP weights do not fit: missing {missing[:5]}, not matching {wrong[:5]}")
     model.load_state_dict(converted, strict=True)
-    return model
 
 
 __all__ = [
-    "CLIPSource", "build_clip", "clip_config", "clip_config_of_openai", "hub_answers", "load_openai_clip",
-    "openai_to_huggingface", "random_clip",
+    "CLIPSource", "build_clip", "build_towers", "clip_config", "clip_config_of_openai", "clip_resnet_config",
+    "hub_answers", "load_openai_clip", "load_openai_clip_resnet", "load_openai_towers", "openai_to_huggingface",
+    "openai_to_resnet", "random_clip", "random_clip_resnet", "text_to_openai", "tokenizer_of", "towers_config",
 ]  # fmt: skip
