@@ -84,7 +84,13 @@ def fill(name: str, shape: tuple[int, ...], salt: str = "") -> Tensor:
     seed = zlib.crc32((salt + name).encode())
     values = np.random.RandomState(seed).standard_normal(math.prod(shape)).astype(np.float32).reshape(shape)
     last = name.split(".")[-1]
-    if last == "logit_scale":
+    if last == "num_batches_tracked":
+        return torch.zeros(shape, dtype=torch.int64)
+    if last == "running_mean":
+        values = np.float32(0.1) * values
+    elif last == "running_var":
+        values = np.exp(np.float32(0.1) * values)
+    elif last == "logit_scale":
         values = np.full(shape, math.log(1 / 0.07), np.float32)
     elif "embedding" in name or last.startswith("vpt_") or "visual_prompt" in name or "learnable_context" in name:
         values = np.float32(0.1) * values
@@ -95,7 +101,7 @@ def fill(name: str, shape: tuple[int, ...], salt: str = "") -> Tensor:
     elif len(shape) >= 2:
         values = values / np.float32(math.sqrt(math.prod(shape[1:])))
     elif last == "weight":
-        values = 1 + np.float32(0.1) * values
+        values = np.float32(0.3 if name.endswith("bn3.weight") else 1.0) + np.float32(0.1) * values
     else:
         values = np.float32(0.05) * values
     return torch.from_numpy(np.asarray(values, np.float32))
@@ -154,10 +160,9 @@ def resnet_state(salt: str = "") -> dict[str, Tensor]:
 def _convolution(conv: str, norm: str, inside: int, out: int, side: int, salt: str) -> dict[str, Tensor]:
     """A convolution without bias, and the batch norm behind it."""
     state = {f"{conv}.weight": fill(f"{conv}.weight", (out, inside, side, side), salt)}
-    state |= {f"{norm}.{leaf}": fill(f"{norm}.{leaf}", (out,), salt) for leaf in ("weight", "bias", "running_mean")}
-    state[f"{norm}.running_var"] = 1 + fill(f"{norm}.running_var", (out,), salt).abs()
-    state[f"{norm}.num_batches_tracked"] = torch.tensor(7)
-    return state
+    leaves = ("weight", "bias", "running_mean", "running_var")
+    state |= {f"{norm}.{leaf}": fill(f"{norm}.{leaf}", (out,), salt) for leaf in leaves}
+    return state | {f"{norm}.num_batches_tracked": fill(f"{norm}.num_batches_tracked", (), salt)}
 
 
 def own_shapes(
