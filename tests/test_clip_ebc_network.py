@@ -168,9 +168,7 @@ def test_every_size_gives_every_block_and_loses_no_pixel(height: int, width: int
 
 
 def test_padding_is_mean_grey_and_what_lies_in_it_is_cut_off() -> None:
-    net = BlockwiseNet(
-        Cells(8, 16), Decoder(3, [], "basic"), identity_head(), reduction=8, normalization="imagenet"
-    )
+    net = BlockwiseNet(Cells(8, 16), Decoder(3, [], "basic"), identity_head(), reduction=8, normalization="imagenet")
     with torch.no_grad():
         found = net(torch.rand(1, 3, 20, 12).mul_(0).add_(net.mean)).density
     assert found.shape == (1, 1, 3, 2)

@@ -108,6 +108,7 @@ def test_provides_points_and_counts(tmp_path: Path) -> None:
     data = Pictures(tmp_path)
     assert data.provides == {"points", "labels", "counts"}
     assert [len(points) for points in data.train_points()] == [1, 2, 3, 4, 5]
+    assert data.train_sizes() == [record.size for record in data.records("train")]
     assert data.class_names() == sorted(CLASSES)
     assert Pictures(tmp_path, classes=["x"]).class_names() == ["x"]
 

@@ -214,6 +214,19 @@ class CountingDataModule(L.LightningDataModule):
             raise InputError(f"{type(self).__name__} gives {sorted(self.provides)} for training, but no points")
         return [record.points for record in self.records("train") if record.points is not None]
 
+    def train_sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of every training picture, in the order of :meth:`train_points`.
+
+        Raises:
+            InputError: the size of a picture is not known.
+        """
+        sizes = []
+        for record in self.records("train"):
+            if record.size is None:
+                raise InputError(f"{record.image_id}: neither its annotation nor its file says how large the picture is")
+            sizes.append(record.size)
+        return sizes
+
     def asked_counts(self, split: Split, records: Sequence[Record] | None = None, *, total: bool = False) -> np.ndarray:
         """What evaluation asks about every picture of a split: the targets of its scores.
 

@@ -10,7 +10,10 @@ from counting_zoo.errors import InputError
 
 
 class SmallEncoder(nn.Module):
-    """A pyramid of residual convolutions and a way back up to the block grid.
+    """A pyramid of residual convolutions and a way back up to the block grid, without batch norm.
+
+    Batches of a few pictures have other statistics than the pictures counted later, and a density is a sum over
+    thousands of cells, so a small bias of each becomes a large error of the count.
 
     Args:
         reduction: pixels of an output cell: 2, 4, 8, 16 or 32.
@@ -41,6 +44,10 @@ class SmallEncoder(nn.Module):
         for s in reversed([s for s in strides[:-1] if s >= reduction]):
             self.lateral.append(nn.Conv2d(widths[2 * s], widths[s], 1))
             self.smooth.append(_Residual(widths[s]))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         # Convolutions on a CPU are several times faster so, in bfloat16 above all.
@@ -56,19 +63,19 @@ class SmallEncoder(nn.Module):
 
 
 class _Residual(nn.Module):
+    """``relu(x + gain * conv(conv(x)))``; a gain of 0 at first takes the place of batch norm (SkipInit, 2002.10444)."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = _conv(width, width)
-        self.conv2 = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.conv1, self.conv2 = _conv(width, width), nn.Conv2d(width, width, 3, padding=1)
+        self.gain = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.conv2(self.conv1(x)))
+        return torch.relu(x + self.gain * self.conv2(self.conv1(x)))
 
 
 def _conv(inside: int, out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inside, out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(nn.Conv2d(inside, out, 3, stride=stride, padding=1), nn.ReLU(inplace=True))
 
 
 __all__ = ["SmallEncoder"]

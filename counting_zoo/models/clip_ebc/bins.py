@@ -1,0 +1,288 @@
+"""Bins of block counts, the count that stands for each of them, and the statistics it is taken from."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from counting_zoo.errors import InputError
+
+Granularity = Literal["fine", "dynamic", "coarse"]
+Windows = Literal["sliding", "aligned"]
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Consecutive ranges of counts, from zero up (paper, section 3.1).
+
+    Args:
+        edges: lowest and highest count of each bin, both inside it; ``None`` for a last bin without an upper end.
+
+    Raises:
+        InputError: a gap, an overlap, an empty range, or a first bin that does not begin at 0.
+
+    Example:
+        >>> Bins.make("dynamic", 8).to_list()
+        [[0, 0], [1, 1], [2, 2], [3, 3], [4, 5], [6, 7], [8, None]]
+    """
+
+    edges: tuple[tuple[int, int | None], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.edges) < 2:
+            raise InputError(f"bins has {len(self.edges)} bins; expected at least 2, such as [[0, 0], [1, inf]]")
+        expected: int | None = 0
+        for i, (low, high) in enumerate(self.edges):
+            if expected is None:
+                raise InputError(f"bin {i} {[low, high]} follows one without an upper end; only the last may have none")
+            if low != expected:
+                what = "begins" if not i else "leaves a gap" if low > expected else "overlaps"
+                raise InputError(
+                    f"bins: bin {i} {[low, high]} {what} at {low}; every count falls into exactly one bin, so it must "
+                    f"begin at {expected}"
+                )
+            if high is not None and high < low:
+                raise InputError(f"bins: bin {i} {[low, high]} ends before it begins; give [lowest, highest]")
+            expected = None if high is None else high + 1
+
+    @classmethod
+    def of(cls, value: Bins | Sequence[Any]) -> Bins:
+        """Bins from plain data: ``[[0, 0], [1, 1], [2, inf]]``; the end may be ``inf``, ``"inf"`` or ``None``.
+
+        Raises:
+            InputError: not a list of pairs of whole numbers, or what the class itself refuses.
+        """
+        if isinstance(value, cls):
+            return value
+        try:
+            edges = tuple((_whole(low), None if _open(high) else _whole(high)) for low, high in value)  # type: ignore[union-attr]
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"bins is {value!r}; expected pairs of whole numbers such as [[0, 0], [1, 1], [2, inf]] ({error})"
+            ) from error
+        return cls(edges)
+
+    @classmethod
+    def make(cls, granularity: Granularity, maximum: int) -> Bins:
+        """Bins up to a maximum count, which the last bin, without an upper end, holds.
+
+        Args:
+            granularity: ``fine`` has a bin for each count, ``coarse`` pairs from 1 on, ``dynamic`` single counts
+                below half the maximum and pairs from there on.
+            maximum: at least 1.
+
+        Raises:
+            InputError: another granularity, or a maximum below 1.
+        """
+        if maximum < 1:
+            raise InputError(f"the maximum count of the bins is {maximum}; expected at least 1")
+        if granularity not in ("fine", "dynamic", "coarse"):
+            raise InputError(f"granularity is {granularity!r}; expected 'fine', 'dynamic' or 'coarse'")
+        first_pair = {"fine": maximum + 1, "dynamic": -(-maximum // 2), "coarse": 1}[granularity]
+        edges: list[tuple[int, int | None]] = [(k, k) for k in range(min(first_pair, maximum + 1))]
+        edges += [(k, k + 1) for k in range(first_pair, maximum + 1, 2)]
+        edges[-1] = (edges[-1][0], None)
+        return cls(tuple(edges))
+
+    @classmethod
+    def for_block(cls, block: int, head_size: int, granularity: Granularity = "fine") -> Bins:
+        """Bins for blocks of which the smallest recognisable objects fill ``(block // head_size) ** 2`` (paper, 3.1).
+
+        Raises:
+            InputError: objects larger than the block, or sizes below 1.
+        """
+        if not 1 <= head_size <= block:
+            raise InputError(
+                f"head_size is {head_size} for blocks of {block} pixels; expected 1 to {block}, or give max_count"
+            )
+        return cls.make(granularity, (block // head_size) ** 2)
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the last bin has an upper end, beyond which counts fit no bin."""
+        return self.edges[-1][1] is not None
+
+    def to_list(self) -> list[list[int | None]]:
+        """Plain data, as it is stored in a checkpoint."""
+        return [[low, high] for low, high in self.edges]
+
+    def middle(self) -> list[float]:
+        """The middle of each bin; the lowest count of one without an upper end."""
+        return [float(low) if high is None else (low + high) / 2 for low, high in self.edges]
+
+    def check(self, representatives: Sequence[float]) -> list[float]:
+        """The representatives, if there is one inside each bin.
+
+        Raises:
+            InputError: another number of them, or one outside its bin.
+        """
+        if len(representatives) != len(self):
+            raise InputError(f"{len(representatives)} representatives for {len(self)} bins; expected one for each")
+        for value, (low, high) in zip(representatives, self.edges, strict=True):
+            if not low <= value <= (math.inf if high is None else high) or not math.isfinite(value):
+                raise InputError(f"the representative {value} lies outside its bin {[low, high]}")
+        return [float(value) for value in representatives]
+
+    def classes_of(self, counts: Tensor, *, validate: bool = True) -> Tensor:
+        """The bin of each count.
+
+        Args:
+            counts: any shape.
+            validate: look for counts that fit no bin. On CUDA this waits for the device; counts of points need it
+                only where the bins are :attr:`closed`.
+
+        Returns:
+            int64 of the same shape.
+
+        Raises:
+            InputError: a count that is not whole, below zero, or beyond the last bin. The reference takes such a
+                count for none at all (losses/dace_loss.py:42).
+        """
+        lows = torch.tensor([low for low, _ in self.edges], dtype=counts.dtype, device=counts.device)
+        classes = torch.bucketize(counts, lows, right=True) - 1
+        if validate:
+            top = self.edges[-1][1]
+            fits = (counts >= 0) & (counts == counts.round()) & (counts <= (math.inf if top is None else top))
+            if not bool(fits.all()):
+                bad = counts[~fits].flatten()[:5].tolist()
+                raise InputError(
+                    f"blocks with counts of {bad} fit none of the bins {self.to_list()}; counts are whole numbers, and "
+                    "a last bin without an upper end ([4, inf]) takes all large ones"
+                )
+        return classes
+
+
+def block_count_histogram(
+    points: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, int]],
+    block: int,
+    *,
+    windows: Windows = "sliding",
+    unique: bool = True,
+) -> np.ndarray:
+    """How many blocks hold how many points, over all pictures.
+
+    Args:
+        points: ``(N_i, 2)`` x, y of each picture.
+        sizes: (H, W) of each picture.
+        block: side of a block in pixels.
+        windows: ``sliding`` looks at a block at every pixel, as the reference does, ``aligned`` at the grid of blocks
+            that training classifies (the last of which may reach beyond the picture).
+        unique: several points on one pixel count once, as in the reference.
+
+    Returns:
+        ``(largest count + 1,)`` int64.
+
+    Raises:
+        InputError: a picture without a size, or an unknown kind of windows.
+    """
+    if windows not in ("sliding", "aligned"):
+        raise InputError(f"windows is {windows!r}; expected 'sliding' or 'aligned'")
+    if len(points) != len(sizes):
+        raise InputError(f"points of {len(points)} pictures came with {len(sizes)} sizes; expected one for each")
+    total = np.zeros(1, np.int64)
+    for xy, size in zip(points, sizes, strict=True):
+        weight = _pixels(np.asarray(xy), size, unique)
+        own = _aligned(*weight, size, block) if windows == "aligned" else _sliding(*weight, size, block)
+        if len(own) > len(total):
+            total = np.pad(total, (0, len(own) - len(total)))
+        total[: len(own)] += own
+    return total[: total.nonzero()[0].max(initial=0) + 1]
+
+
+def _pixels(xy: np.ndarray, size: tuple[int, int], unique: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows and columns of the pixels that hold points, and how many each holds."""
+    pixel = np.clip(np.floor(xy.reshape(-1, 2)).astype(np.int64), 0, [size[1] - 1, size[0] - 1])
+    key, times = np.unique(pixel[:, 1] * size[1] + pixel[:, 0], return_counts=True)
+    return key // size[1], key % size[1], np.ones_like(times) if unique else times
+
+
+def _aligned(row: np.ndarray, column: np.ndarray, times: np.ndarray, size: tuple[int, int], block: int) -> np.ndarray:
+    grid = (-(-size[0] // block), -(-size[1] // block))
+    counts = np.bincount(row // block * grid[1] + column // block, weights=times, minlength=grid[0] * grid[1])
+    return np.bincount(counts.astype(np.int64))
+
+
+def _sliding(row: np.ndarray, column: np.ndarray, times: np.ndarray, size: tuple[int, int], block: int) -> np.ndarray:
+    """Lengths of the stretches between the places where a row of windows begins or ceases to see a point."""
+    rows, columns = size[0] - block + 1, size[1] - block + 1
+    if rows < 1 or columns < 1:
+        return np.zeros(1, np.int64)
+    line = row[:, None] - np.arange(block)  # (N, block): windows that begin in these rows see the point
+    seen = (line >= 0) & (line < rows)
+    begins = line * (columns + 1) + np.maximum(column - block + 1, 0)[:, None]
+    ends = line * (columns + 1) + np.minimum(column + 1, columns)[:, None]
+    place = np.concatenate([begins[seen], ends[seen]])
+    change = np.broadcast_to(times[:, None], line.shape)[seen]
+    order = place.argsort(kind="stable")
+    counts = np.concatenate([change, -change])[order].cumsum()[:-1]
+    found = np.bincount(counts, np.diff(place[order])).astype(np.int64) if len(counts) else np.zeros(1, np.int64)
+    found[0] = rows * columns - found[1:].sum()
+    return found
+
+
+def mean_representatives(bins: Bins, histogram: np.ndarray) -> list[float]:
+    """The mean count of the blocks in each bin: the choice that makes expected counts unbiased (paper, section 3.2).
+
+    A bin that no block falls into gets its middle, with a warning.
+
+    Args:
+        bins: the bins.
+        histogram: ``(largest count + 1,)`` number of blocks with each count; see :func:`block_count_histogram`.
+
+    Raises:
+        InputError: blocks with more points than closed bins take.
+
+    Example:
+        >>> mean_representatives(Bins.make("fine", 2), np.array([90, 7, 2, 1]))
+        [0.0, 1.0, 2.3333333333333335]
+    """
+    histogram = np.asarray(histogram, np.float64)
+    count = np.arange(len(histogram))
+    top = bins.edges[-1][1]
+    if top is not None and histogram[top + 1 :].any():
+        raise InputError(
+            f"the training data have blocks of up to {np.flatnonzero(histogram)[-1]} objects, but the last bin "
+            f"{[bins.edges[-1][0], top]} ends at {top}; leave its upper end open ([{bins.edges[-1][0]}, inf])"
+        )
+    values, empty = bins.middle(), []
+    for i, (low, high) in enumerate(bins.edges):
+        inside = slice(low, len(histogram) if high is None else high + 1)
+        if low == high:
+            continue
+        if (n := histogram[inside].sum()) > 0:
+            values[i] = float((count[inside] * histogram[inside]).sum() / n)
+        else:
+            empty.append([low, high])
+    if empty:
+        warnings.warn(
+            f"no block of the training data falls into the bins {empty}, so their middles (or lowest counts) stand "
+            "for them; a smaller max_count fits these data",
+            stacklevel=2,
+        )
+    return values
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or isinstance(value, str) or int(value) != value:
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
+def _open(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower().lstrip("+.") in ("inf", "infinity")
+    return value is None or (isinstance(value, float) and math.isinf(value) and value > 0)
+
+
+__all__ = ["Bins", "Granularity", "Windows", "block_count_histogram", "mean_representatives"]
