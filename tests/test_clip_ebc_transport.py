@@ -216,6 +216,41 @@ def test_autocast_half_precision_and_fast_products_change_nothing() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch < 2.9")
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_are_true_float32(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 keeps ten bits of the kernel; Lightning advises everybody to switch it on."""
+    seen: list[str] = []
+
+    def now() -> list[str]:
+        backends = torch.backends
+        return [backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision]  # type: ignore[attr-defined]
+
+    class Watched(transport.Sinkhorn):
+        def step(self) -> None:
+            seen.extend(now())
+            super().step()
+
+    monkeypatch.setattr(transport, "Sinkhorn", Watched)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        outside = now()
+        transport_potentials([torch.ones(1, 2)], torch.ones(1, 2, 2), 8, iterations=1)
+        assert now() == outside
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"ieee"}
+
+
+@pytest.mark.parametrize("iterations", [1, 7, 13])
+def test_iterations_between_two_checks(iterations: int) -> None:
+    points, density = random_case([20], (8, 9), 8)
+    expected, _ = potentials_of_one(points[0], density[0], 8, iterations=iterations)
+    assert close(transport_potentials(points, density, 8, iterations=iterations)[0], expected) < 5e-6
+
+
 def test_no_tensor_of_points_times_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
@@ -279,6 +314,21 @@ def test_log_domain_brings_all_the_mass_where_the_plain_one_cannot() -> None:
 
     assert error(log_domain=True) < 1e-3
     assert error(log_domain=False) > 0.1
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 9, 100])
+def test_log_domain_against_sums_of_exponentials_in_float64(iterations: int) -> None:
+    points, density = random_case([40, 1, 13], (15, 12), 8)
+    density[0, :, :5] = 0
+    found = transport_potentials(points, density, 8, iterations=iterations, tolerance=0.0, log_domain=True)
+    for i, own in enumerate(points):
+        logs = squared_distances(own, density.shape[1:], 8, torch.float64) / -10
+        mass = (density[i].double() / density[i].sum()).clamp(min=1e-16).log().flatten()
+        u = torch.full((len(own),), -math.log(len(own)), dtype=torch.float64)
+        for _ in range(iterations):
+            v = mass - (logs + u[:, None]).logsumexp(0)
+            u = -math.log(len(own)) - (logs + v).logsumexp(1)
+        assert close(found[i].flatten().double(), 10 * v) < 1e-5
 
 
 def test_log_domain_in_closed_form() -> None:
