@@ -29,6 +29,20 @@ def reference(*parts: str) -> Any:
     return json.loads(path.read_text())
 
 
+def dense(stored: dict[str, int]) -> np.ndarray:
+    """A histogram of the reference, which has an entry for each count that occurs."""
+    histogram = np.zeros(1 + max(map(int, stored)), np.int64)
+    histogram[[int(count) for count in stored]] = list(stored.values())
+    return histogram
+
+
+def shanghaitech_b() -> list[np.ndarray]:
+    path = DATA / "points_only" / "ShanghaiTech" / "part_B" / "train.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there (set COUNTING_ZOO_DATA)")
+    return [np.array(json.loads(line)["points"]).reshape(-1, 2) for line in path.read_text().splitlines()]
+
+
 # -- bins -------------------------------------------------------------------------------------------------------------
 
 
@@ -59,6 +73,10 @@ def test_all_tables_the_reference_ships() -> None:
         ([3, 4], "pairs"),
         ([[0, None]], "at least 2"),
         ([[0, 0], [1, float("nan")]], "pairs"),
+        ([[0, 0], [math.inf, None]], "pairs"),
+        ([[0, 0], [1, -math.inf]], "pairs"),
+        ([[0, 0], [1, "-inf"]], "no whole number"),
+        ([[0, 0], [1, True]], "no whole number"),
     ],
 )
 def test_bad_bins_say_what_is_wrong(edges: list[Any], said: str) -> None:
@@ -66,13 +84,18 @@ def test_bad_bins_say_what_is_wrong(edges: list[Any], said: str) -> None:
         Bins.of(edges)
 
 
-@pytest.mark.parametrize("end", [None, math.inf, "inf", ".inf", "Infinity"])
+@pytest.mark.parametrize("end", [None, math.inf, np.float32("inf"), "inf", ".inf", "Infinity"])
 def test_plain_data_of_any_file_format(end: Any) -> None:
     bins = Bins.of([[0, 0.0], [1, end]])
     assert bins.to_list() == [[0, 0], [1, None]]
     assert Bins.of(bins.to_list()) == bins
     assert not bins.closed
     assert Bins.of([[0, 0], [1, 4]]).closed
+
+
+def test_ends_that_are_not_int_need_plain_data() -> None:
+    with pytest.raises(InputError, match=r"bin 0 \[0, 0\.5\] has ends that are not int"):
+        Bins(((0, 0.5), (1.5, None)))  # type: ignore[arg-type]
 
 
 def test_maximum_from_block_and_head_size() -> None:
@@ -102,6 +125,20 @@ def test_every_count_has_one_bin(granularity: Any, maximum: int) -> None:
 def test_count_that_fits_no_bin_is_an_error(count: float) -> None:
     with pytest.raises(InputError, match="fit none of the bins"):
         Bins.of([[0, 0], [1, 4]]).classes_of(torch.tensor([[0.0, count]]))
+
+
+def test_infinite_count_is_no_count() -> None:
+    with pytest.raises(InputError, match="fit none of the bins"):
+        Bins.make("fine", 2).classes_of(torch.tensor([math.inf]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8])
+@pytest.mark.filterwarnings("error")
+def test_counts_of_any_type_and_layout(dtype: torch.dtype) -> None:
+    counts = torch.tensor([[0, 1, 9], [2, 4, 3]]).to(dtype).T
+    classes = Bins.make("fine", 4).classes_of(counts)
+    assert classes.dtype == torch.int64
+    assert classes.tolist() == [[0, 2], [1, 4], [4, 3]]
 
 
 def test_middle_and_check() -> None:
@@ -156,25 +193,52 @@ def test_histograms_of_pictures_add_up() -> None:
         block_count_histogram(points, [(40, 40)] * 3, 8, windows="all")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"block": 0}, "block is 0"),
+        ({"sizes": [(9, 9), None]}, "picture 1 has the size None"),
+        ({"sizes": [(9, 9), (0, 9)]}, "picture 1 has the size"),
+        ({"points": [np.zeros((0, 2)), np.ones((4, 3))]}, r"picture 1, of shape \(4, 3\)"),
+        ({"points": [np.array([[np.nan, 1]]), np.ones((1, 2))]}, "picture 0.*finite"),
+    ],
+)
+@pytest.mark.parametrize("windows", ["sliding", "aligned"])
+def test_histogram_of_what_cannot_be_counted(options: dict[str, Any], said: str, windows: Any) -> None:
+    good: dict[str, Any] = {"points": [np.zeros((0, 2)), np.ones((1, 2))], "sizes": [(9, 9), (9, 9)], "block": 2}
+    with pytest.raises(InputError, match=said):
+        block_count_histogram(**{**good, **options}, windows=windows)
+
+
+@pytest.mark.parametrize("block", [4, 8, 16, 32, 64])
+def test_histograms_of_shanghaitech_b_are_the_stored_ones(block: int) -> None:
+    points = shanghaitech_b()
+    histogram = block_count_histogram(points, [(768, 1024)] * len(points), block)
+    assert histogram.sum() == 400 * (768 - block + 1) * (1024 - block + 1)
+    stored = reference("clip_ebc_notebooks", "counts", "shb", f"counts_{block}.json")
+    assert histogram.tolist() == dense(stored).tolist()
+
+
 def test_shanghaitech_b_from_its_points() -> None:
-    path = DATA / "points_only" / "ShanghaiTech" / "part_B" / "train.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there (set COUNTING_ZOO_DATA)")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    points = [np.array(row["points"], np.float32).reshape(-1, 2) for row in rows]
-    sizes = [(768, 1024)] * len(points)
-    histogram = block_count_histogram(points, sizes, 8)
-    assert histogram.sum() == 400 * (768 - 7) * (1024 - 7)
+    points = shanghaitech_b()
+    histogram = block_count_histogram(points, [(768, 1024)] * len(points), 8)
     assert mean_representatives(Bins.make("fine", 2), histogram)[-1] == pytest.approx(2.15171, abs=5e-6)
     assert mean_representatives(Bins.make("fine", 4), histogram)[-1] == pytest.approx(4.41009, abs=5e-6)
-    stored = reference("clip_ebc_notebooks", "counts", "shb", "counts_8.json")
-    assert histogram.tolist() == [stored.get(str(count), 0) for count in range(len(histogram))]
+
+
+@pytest.mark.parametrize(("dataset", "last"), [("sha", 4.3155), ("shb", 4.4097), ("qnrf", 4.3161), ("nwpu", 4.4151)])
+def test_centres_of_zip(dataset: str, last: float) -> None:
+    histogram = dense(reference(f"ebc_zip_counts_{dataset}.json")["8"])
+    bins = Bins.of(reference("ebc_zip_bin_config.json")[dataset]["8"])
+    assert bins == Bins.make("fine", 4)
+    assert round(mean_representatives(bins, histogram)[-1], 4) == last
 
 
 @pytest.mark.parametrize(
     ("folder", "block", "kind", "dataset"),
-    [("qnrf_6144", 8, ("fine", 2), "qnrf"), ("qnrf_4096", 8, ("fine", 4), "qnrf"), ("nwpu_6144", 8, ("fine", 2), "nwpu"),
-     ("nwpu_4096", 8, ("fine", 4), "nwpu"), ("jhu_6144", 8, ("fine", 2), "jhu"), ("jhu_6144", 8, ("fine", 4), "jhu"),
+    [("qnrf_6144", 8, ("fine", 2), "qnrf"), ("qnrf_4096", 8, ("fine", 4), "qnrf"),
+     ("nwpu_6144", 8, ("fine", 2), "nwpu"), ("nwpu_4096", 8, ("fine", 4), "nwpu"),
+     ("jhu_6144", 8, ("fine", 2), "jhu"), ("jhu_6144", 8, ("fine", 4), "jhu"),
      ("qnrf_2048", 16, ("fine", 8), "qnrf"), ("qnrf_2048", 16, ("dynamic", 8), "qnrf"),
      ("qnrf_2048", 16, ("coarse", 8), "qnrf"), ("qnrf_2048", 32, ("fine", 19), "qnrf"),
      ("qnrf_2048", 32, ("dynamic", 19), "qnrf"), ("qnrf_2048", 32, ("coarse", 19), "qnrf")],
@@ -183,10 +247,7 @@ def test_published_tables_from_the_stored_histograms(
     folder: str, block: int, kind: tuple[Any, int], dataset: str
 ) -> None:
     stored = reference("clip_ebc_notebooks", "counts", folder, f"counts_{block}.json")
-    histogram = np.zeros(1 + max(map(int, stored)), np.int64)
-    for count, n in stored.items():
-        histogram[int(count)] = n
-    found = mean_representatives(Bins.make(*kind), histogram)
+    found = mean_representatives(Bins.make(*kind), dense(stored))
     expected = published_bins(block, kind[1], dataset, kind[0])[1]
     assert [round(value, 5) for value in found] == expected
 

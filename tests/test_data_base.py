@@ -108,9 +108,17 @@ def test_provides_points_and_counts(tmp_path: Path) -> None:
     data = Pictures(tmp_path)
     assert data.provides == {"points", "labels", "counts"}
     assert [len(points) for points in data.train_points()] == [1, 2, 3, 4, 5]
-    assert data.train_sizes() == [record.size for record in data.records("train")]
+    assert data.train_sizes() == [(48, 64)] * 5
     assert data.class_names() == sorted(CLASSES)
     assert Pictures(tmp_path, classes=["x"]).class_names() == ["x"]
+
+
+def test_sizes_that_nothing_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Pictures(tmp_path)
+    first, *others = data.records("train")
+    monkeypatch.setitem(data._records, "train", [*others, replace(first, size=None)])
+    with pytest.raises(InputError, match=r"train0\.png: neither its annotation nor its file"):
+        data.train_sizes()
 
 
 def test_constant_predictors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

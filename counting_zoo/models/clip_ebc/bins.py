@@ -40,6 +40,8 @@ class Bins:
             raise InputError(f"bins has {len(self.edges)} bins; expected at least 2, such as [[0, 0], [1, inf]]")
         expected: int | None = 0
         for i, (low, high) in enumerate(self.edges):
+            if not isinstance(low, int) or not isinstance(high, int | None):
+                raise InputError(f"bins: bin {i} {[low, high]} has ends that are not int; Bins.of reads plain data")
             if expected is None:
                 raise InputError(f"bin {i} {[low, high]} follows one without an upper end; only the last may have none")
             if low != expected:
@@ -63,7 +65,7 @@ class Bins:
             return value
         try:
             edges = tuple((_whole(low), None if _open(high) else _whole(high)) for low, high in value)  # type: ignore[union-attr]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"bins is {value!r}; expected pairs of whole numbers such as [[0, 0], [1, 1], [2, inf]] ({error})"
             ) from error
@@ -145,14 +147,14 @@ class Bins:
             int64 of the same shape.
 
         Raises:
-            InputError: a count that is not whole, below zero, or beyond the last bin. The reference takes such a
-                count for none at all (losses/dace_loss.py:42).
+            InputError: a count that is not whole, below zero, or beyond the last bin. The reference gives such a count
+                the first class (losses/dace_loss.py:42).
         """
         lows = torch.tensor([low for low, _ in self.edges], dtype=counts.dtype, device=counts.device)
-        classes = torch.bucketize(counts, lows, right=True) - 1
+        classes = torch.bucketize(counts.contiguous(), lows, right=True) - 1
         if validate:
             top = self.edges[-1][1]
-            fits = (counts >= 0) & (counts == counts.round()) & (counts <= (math.inf if top is None else top))
+            fits = (counts >= 0) & (counts == counts.round()) & (counts < (math.inf if top is None else top + 1))
             if not bool(fits.all()):
                 bad = counts[~fits].flatten()[:5].tolist()
                 raise InputError(
@@ -173,7 +175,7 @@ def block_count_histogram(
     """How many blocks hold how many points, over all pictures.
 
     Args:
-        points: ``(N_i, 2)`` x, y of each picture.
+        points: ``(N_i, 2)`` x, y of each picture; what lies outside counts on the border, as in the reference.
         sizes: (H, W) of each picture.
         block: side of a block in pixels.
         windows: ``sliding`` looks at a block at every pixel, as the reference does, ``aligned`` at the grid of blocks
@@ -184,15 +186,27 @@ def block_count_histogram(
         ``(largest count + 1,)`` int64.
 
     Raises:
-        InputError: a picture without a size, or an unknown kind of windows.
+        InputError: a block below one pixel, a picture without a size, points that are no x, y, or an unknown kind of
+            windows.
+
+    Example:
+        >>> block_count_histogram([np.array([[0.5, 0.5], [3.0, 0.0]])], [(2, 4)], 2)  # windows at x = 0, 1, 2
+        array([1, 2])
     """
+    if block < 1:
+        raise InputError(f"block is {block} pixels; expected at least 1")
     if windows not in ("sliding", "aligned"):
         raise InputError(f"windows is {windows!r}; expected 'sliding' or 'aligned'")
     if len(points) != len(sizes):
         raise InputError(f"points of {len(points)} pictures came with {len(sizes)} sizes; expected one for each")
     total = np.zeros(1, np.int64)
-    for xy, size in zip(points, sizes, strict=True):
-        weight = _pixels(np.asarray(xy), size, unique)
+    for i, (xy, size) in enumerate(zip(points, sizes, strict=True)):
+        if size is None or min(size) < 1:
+            raise InputError(f"picture {i} has the size {size}; expected height and width in pixels")
+        xy = np.asarray(xy)
+        if xy.size and (xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy).all()):
+            raise InputError(f"points of picture {i}, of shape {xy.shape}: expected (N, 2) finite x, y in pixels")
+        weight = _pixels(xy, size, unique)
         own = _aligned(*weight, size, block) if windows == "aligned" else _sliding(*weight, size, block)
         if len(own) > len(total):
             total = np.pad(total, (0, len(own) - len(total)))
@@ -274,7 +288,7 @@ def mean_representatives(bins: Bins, histogram: np.ndarray) -> list[float]:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or isinstance(value, str) or int(value) != value:
+    if isinstance(value, bool | str) or int(value) != value:
         raise ValueError(f"{value!r} is no whole number")
     return int(value)
 
@@ -282,7 +296,7 @@ def _whole(value: Any) -> int:
 def _open(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip().lower().lstrip("+.") in ("inf", "infinity")
-    return value is None or (isinstance(value, float) and math.isinf(value) and value > 0)
+    return value is None or value == math.inf
 
 
 __all__ = ["Bins", "Granularity", "Windows", "block_count_histogram", "mean_representatives"]

@@ -10,11 +10,11 @@ from counting_zoo.models.clip_ebc.bins import Bins
 Style = Literal["word", "number"]
 Wording = Literal["corrected", "official"]
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def number_word(number: int) -> str:
@@ -44,7 +44,7 @@ def bin_prompts(
         style: numbers as a ``word`` or as digits (``number``).
         wording: ``official`` is the reference's, which says "There is no person." and "There is 0 person.", and "more
             than four" of a bin that four is in; ``corrected`` says what the bins mean.
-        singular, plural: what is counted.
+        singular, plural: what is counted, such as ``cell`` and ``cells``.
 
     Raises:
         InputError: an unknown style or wording.
