@@ -87,9 +87,9 @@ def transport_potentials(
 
     The plain iteration in float32 repeats the reference's arithmetic. It does not solve the problem on real crops:
     the kernel of a cell further than about 32 pixels from a point is zero (epsilon 10), so mass beyond that stays
-    where it is and such cells get the potential ``epsilon * log(1e16)`` = 368. The logarithmic domain has no such
-    limit and takes N * h * w exponentials in each iteration, 5 to 40 times as long on a CPU; use it for new training only,
-    its gradients differ.
+    where it is and the potentials of such cells are near ``epsilon * log(1e16)`` = 368. The logarithmic domain has
+    no such limit; it takes N * h * w exponentials in each iteration, 5 to 40 times as long on a CPU. Use it for new
+    training only: its gradients differ.
 
     Everything runs in float32, under autocast and with TF32 switched on too. On CUDA the host waits once, at the end.
 
