@@ -18,6 +18,8 @@ _HOME = {
     "CountingModule": "counting_zoo.module",
     "CountingDataModule": "counting_zoo.data.base",
     "CLIPCount": "counting_zoo.models.clip_count",
+    "CLIPEBC": "counting_zoo.models.clip_ebc",
+    "EBC": "counting_zoo.models.clip_ebc",
     "SyntheticScenes": "counting_zoo.data.synthetic",
     "FSC147": "counting_zoo.data.fsc147",
     "CARPK": "counting_zoo.data.carpk",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from counting_zoo.geometry import Preprocess
     from counting_zoo.loading import load, load_official, save
     from counting_zoo.models.clip_count import CLIPCount
+    from counting_zoo.models.clip_ebc import CLIPEBC, EBC
     from counting_zoo.module import CountingModule
     from counting_zoo.types import Batch, CountOutput, Prediction
 
@@ -56,7 +59,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "CARPK", "FSC147", "Batch", "CLIPCount", "CountOutput", "CountingDataModule", "CountingModule", "ImageFolder",
+    "CARPK", "CLIPEBC", "EBC", "FSC147", "Batch", "CLIPCount", "CountOutput", "CountingDataModule", "CountingModule", "ImageFolder",
     "PackedCounts", "Prediction", "Preprocess", "ShanghaiTech", "SyntheticScenes", "__version__", "load",
     "load_official", "pack", "save",
 ]  # fmt: skip

@@ -131,7 +131,7 @@ def test_text_head_compares_directions() -> None:
 
 
 def test_linear_head_narrows_wide_features_first() -> None:
-    assert [k for k in LinearHead(512, 5).state_dict()] == ["layers.0.weight", "layers.0.bias"]
+    assert list(LinearHead(512, 5).state_dict()) == ["layers.0.weight", "layers.0.bias"]
     wide = LinearHead(513, 5)
     assert wide.layers[0].out_channels == 512
     assert wide(torch.zeros(1, 513, 2, 2)).shape == (1, 5, 2, 2)

@@ -24,6 +24,11 @@ def clip_config(patch: int = 16, width: int = 32, layers: int = 2, image: int = 
     }
 
 
+def resnet_config() -> dict[str, Any]:
+    """A CLIP ResNet with random weights."""
+    return clip_config() | {"vision_config": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}}
+
+
 #: What shrinks each model YAML; a new one without an entry fails the contract test, which says so.
 SHRUNK: dict[str, dict[str, Any]] = {
     "clip_count": {
@@ -34,6 +39,11 @@ SHRUNK: dict[str, dict[str, Any]] = {
         "clip": clip_config(), "window": 32, "input_size": 32, "preprocess": {"resize": "short", "size": 32},
         "contrast_epochs": 1, "window_batch_size": 64,
     },
+    "clip_ebc": {"clip": clip_config(), "visual_prompts": 2, "window": 32, "stride": 32, "count_loss": "dm"},
+    "clip_ebc_resnet50": {"clip": resnet_config(), "window": 64, "count_loss": "mae"},
+    "ebc_vgg19": {"encoder": "small", "pretrained": None, "width": 8, "window": 64},
+    "ebc_small": {"width": 8, "window": 64},
+    "density_small": {"width": 8, "window": 64},
 }  # fmt: skip
 
 SMALL = {"batch_size": 2, "num_workers": 0}

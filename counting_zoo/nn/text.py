@@ -14,6 +14,8 @@ from counting_zoo.nn.tokenizer import Tokenizer, TokenizerLike
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
+    from counting_zoo.nn.clip_resnet import CLIPResNetModel
+
 TextPool = Literal["eot", "words", "official"]
 
 
@@ -33,7 +35,7 @@ class TextTower(nn.Module):
         A list of n prompts gives ``(n, D)`` features, not normalised.
     """
 
-    def __init__(self, clip: CLIPModel, *, n_context: int, pool: TextPool, train: bool) -> None:
+    def __init__(self, clip: CLIPModel | CLIPResNetModel, *, n_context: int, pool: TextPool, train: bool) -> None:
         super().__init__()
         if pool not in ("eot", "words", "official"):
             raise InputError(f"text_pool is {pool!r}; expected 'eot', 'words' or 'official'")
