@@ -16,19 +16,25 @@ import counting_zoo
 PACKAGE = Path(counting_zoo.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+#: What a model folder holds beside its Lightning module and its reader of official weights: plain torch.
+PARTS = tuple(
+    f"models.*.{part}"
+    for part in ("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "small", "transport",
+                 "zip_loss")
+)  # fmt: skip
 #: A module may import its own layer's neighbours in the same folder, and lower layers. What is not named is on top.
 LAYERS = (
     ("version", "errors"),
     ("types", "geometry", "image_headers"),
     ("ops", "images", "prompts", "schedules", "config_safety"),
     ("inference", "metrics", "pictures", "nn"),
-    ("models.*.network", "models.*.heads", "models.*.loss"),
+    PARTS,
     ("counter", "data", "evaluation"),
     ("module",),
     ("models.*.module", "models.*.weights", "models.*", "models"),
     ("loading", "callbacks"),
 )
-PURE = ("types", "geometry", "ops", "inference", "nn", "models.*.network", "models.*.heads", "models.*.loss")
+PURE = ("types", "geometry", "ops", "inference", "nn", *PARTS)
 
 
 @dataclass(frozen=True)

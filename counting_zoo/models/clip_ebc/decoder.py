@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -90,7 +91,7 @@ class Decoder(nn.Sequential):
             raise InputError(f"decoder_block is {block!r}; expected 'basic' or 'bottleneck'")
         kind = BasicBlock if block == "basic" else Bottleneck
         widths = [inside, *channels]
-        super().__init__(*(kind(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        super().__init__(*(kind(a, b) for a, b in itertools.pairwise(widths)))
         self.dim = widths[-1]
         self.apply(_initialise)
 

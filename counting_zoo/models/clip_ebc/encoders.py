@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,7 +115,7 @@ class CSRNet(nn.Module):
         self.context = Context(512) if context else nn.Identity()
         widths = (512, 512, 512, 512, 256, 128, 64)
         self.decoder = nn.Sequential(
-            *(m for a, b in zip(widths, widths[1:], strict=False) for m in _conv(a, b, batch_norm, dilation=2))
+            *(m for a, b in itertools.pairwise(widths) for m in _conv(a, b, batch_norm, dilation=2))
         )
         self.dim, self.stride, self.multiple = 64, reduction, 8
         self.apply(_initialise)

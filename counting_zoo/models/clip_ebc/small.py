@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -37,7 +39,7 @@ class SmallEncoder(nn.Module):
         self.stem = nn.Sequential(nn.PixelUnshuffle(2), _conv(12, width), _conv(width, width))
         self.down = nn.ModuleList(
             nn.Sequential(_conv(widths[a], widths[b], stride=2), _Residual(widths[b]))
-            for a, b in zip(strides, strides[1:], strict=False)
+            for a, b in itertools.pairwise(strides)
         )
         self.lateral = nn.ModuleList()
         self.smooth = nn.ModuleList()
