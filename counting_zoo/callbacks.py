@@ -228,7 +228,7 @@ def count_again(module: CountingModule, batch: Batch, index: int, names: list[st
     output = module.count_batch([image], [names])
     assert isinstance(output, list)  # as for every list of pictures
     size = (int(image.shape[-2]), int(image.shape[-1]))
-    return module.to_prediction(output[0], names, size, batch["image_id"][index], image, tiled=bool(module.window))
+    return module.to_prediction(output[0], names, size, batch["image_id"][index], image)
 
 
 def _absent_name(module: CountingModule, trainer: L.Trainer, batch: Batch, index: int) -> str | None:

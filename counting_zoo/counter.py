@@ -41,6 +41,22 @@ class Counter(nn.Module, ABC):
         """Pixels along one side of a density cell, which tiles must be multiples of."""
         return 1
 
+    def extent(self, density: Tensor, size: tuple[int, int]) -> tuple[float, float] | None:
+        """Height and width of a picture in the cells of its density, whose last ones may reach beyond it.
+
+        Args:
+            density: ``(..., h, w)``.
+            size: (H, W) of the picture as the model saw it.
+
+        Returns:
+            ``(H / cell, W / cell)`` for a density of ``ceil(H / cell) x ceil(W / cell)`` cells, and ``None`` for
+            every other one: it covers exactly the picture.
+        """
+        (height, width), cell = size, self.cell
+        if cell == 1 or tuple(density.shape[-2:]) != (-(-height // cell), -(-width // cell)):
+            return None
+        return height / cell, width / cell
+
     def count_batch(
         self,
         images: Tensor | Sequence[Tensor],
@@ -131,11 +147,10 @@ class Counter(nn.Module, ABC):
         seen = self.preprocess(picture)
         output = self.count_batch([seen], [names], window, stride)
         assert isinstance(output, list)
-        tiled = bool(self.window if window is None else window)
-        return self.to_prediction(output[0], names, (picture.shape[1], picture.shape[2]), image_id, seen, tiled=tiled)
+        return self.to_prediction(output[0], names, (picture.shape[1], picture.shape[2]), image_id, seen)
 
     def to_prediction(
-        self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor, *, tiled: bool
+        self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor
     ) -> Prediction:
         """One picture's output as plain data on the CPU; points are density peaks.
 
@@ -145,10 +160,9 @@ class Counter(nn.Module, ABC):
             size: (H, W) of the picture given, which the points are in pixels of.
             image_id: what the picture is called.
             seen: ``(3, h, w)`` picture as the model saw it.
-            tiled: whether it was counted in tiles, whose cells may reach beyond it.
         """
         density = output.density[0].float()
-        extent = (seen.shape[1] / self.cell, seen.shape[2] / self.cell) if tiled else None
+        extent = self.extent(density, (seen.shape[1], seen.shape[2]))
         return Prediction(
             counts=output.counts[0].cpu(),
             names=list(names) if len(density) == len(names) else [" + ".join(names)],
@@ -174,7 +188,7 @@ class Counter(nn.Module, ABC):
         assert isinstance(outputs, list)
         sizes = batch.get("original_size") or [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
         return [
-            self.to_prediction(o, n, s, i, picture, tiled=bool(self.window))
+            self.to_prediction(o, n, s, i, picture)
             for o, n, s, i, picture in zip(outputs, names, sizes, batch["image_id"], images, strict=True)
         ]
 

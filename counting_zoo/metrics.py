@@ -276,7 +276,7 @@ class GAME(PictureRows):
         sizes: Sequence[tuple[int, int]],
         image_ids: Sequence[str],
         labels: Sequence[Tensor] | None = None,
-        cell: int | None = None,
+        extents: Sequence[tuple[float, float] | None] | None = None,
     ) -> None:
         """Add B pictures.
 
@@ -286,17 +286,17 @@ class GAME(PictureRows):
             sizes: B times ``(H, W)``, in the frame of the points.
             image_ids: B ids.
             labels: B tensors ``(N_i,)`` of class indices; needed when K is above 1.
-            cell: side of a cell in pixels, when maps reach beyond pictures that it does not divide; by default a map
-                covers exactly its picture.
+            extents: B heights and widths of pictures in cells, ``None`` where the map covers exactly its picture,
+                as all do by default; see :func:`grid_errors`.
         """
-        if not len(densities) == len(points) == len(sizes) == len(image_ids):
+        extents = [None] * len(densities) if extents is None else extents
+        if not len(densities) == len(points) == len(sizes) == len(image_ids) == len(extents):
             raise InputError(
-                f"{len(densities)} densities, {len(points)} point sets, {len(sizes)} sizes and {len(image_ids)} image "
-                "ids; expected one of each for every picture"
+                f"{len(densities)} densities, {len(points)} point sets, {len(sizes)} sizes, {len(image_ids)} image "
+                f"ids and {len(extents)} extents; expected one of each for every picture"
             )
-        for i, (density, dots, (height, width)) in enumerate(zip(densities, points, sizes, strict=True)):
-            extent = None if cell is None else (height / cell, width / cell)
-            errors = grid_errors(density, dots, (height, width), None if labels is None else labels[i], extent)
+        for i, (density, dots, size, extent) in enumerate(zip(densities, points, sizes, extents, strict=True)):
+            errors = grid_errors(density, dots, size, None if labels is None else labels[i], extent)
             self.append(image_ids[i : i + 1], **dict(zip(self.columns, errors.mT[:, None], strict=True)))
 
     def compute(self) -> dict[str, float]:

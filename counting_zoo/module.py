@@ -173,8 +173,8 @@ class CountingModule(Counter, L.LightningModule):
             density = [o.density[0, : target.shape[1]] for o in outputs]
             sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
             labels = None if self.class_blind else batch["labels"]
-            cell = self.cell if self.window else None
-            game.update(density, batch["points"], sizes, batch["image_id"], labels=labels, cell=cell)
+            extents = [self.extent(d, size) for d, size in zip(density, sizes, strict=True)]
+            game.update(density, batch["points"], sizes, batch["image_id"], labels=labels, extents=extents)
         if extra is not None:
             own = torch.tensor([[name == a[0] for name in e] for a, e in zip(asked, extra, strict=True)])
             wrong = counts[:, 1:4].masked_fill(own.to(counts.device), math.nan)

@@ -64,8 +64,8 @@ class Prediction:
         image_id: the file name, or what the caller called the picture.
         image: uint8 RGB picture ``(h, w, 3)`` as the model saw it, kept for :meth:`plot`; ``None`` where it was not.
         size: ``(H, W)`` of the picture given, whose pixels ``points`` and ``boxes`` are in.
-        extent: height and width of the picture in density cells, where its last cells reach beyond it (tiles whose
-            cells do not divide the picture); ``None`` where the density covers exactly the picture.
+        extent: height and width of the picture in density cells, where its last cells may reach beyond it; ``None``
+            where the density covers exactly the picture.
     """
 
     counts: Tensor

@@ -157,7 +157,8 @@ def test_game_matches_a_loop_over_regions(size, cell, seed):
     points = np.minimum(rng.random((6, 2)) * 1.1, 1) * [size[1], size[0]]
     points = points.astype(np.float32).astype(np.float64).clip(max=[size[1], size[0]])
     metric = GAME()
-    metric.update([torch.tensor(density)[None]], [torch.tensor(points)], [size], ["a"], cell=cell)
+    extents = [(size[0] / cell, size[1] / cell)] if cell else None
+    metric.update([torch.tensor(density)[None]], [torch.tensor(points)], [size], ["a"], extents=extents)
     result = metric.compute()
     for level in range(4):
         assert result[f"game{level}"] == pytest.approx(naive_game(density, points, size, level, cell), abs=1e-9)
