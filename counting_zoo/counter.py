@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Counter(nn.Module, ABC):
     blend: Literal["average", "official"]
     pad: Literal["minimal", "official"]
     default_classes: list[str] | None
+    #: Whether the model counts without names: K is 1 and it is scored on the sum over all names.
+    class_blind: ClassVar[bool] = False
     device: Any  # LightningModule's
 
     @abstractmethod
@@ -75,6 +77,8 @@ class Counter(nn.Module, ABC):
         Returns:
             One output for a tensor; for a list one output (of batch 1) for each picture.
         """
+        if self.class_blind:
+            classes = [[" + ".join(names)] for names in classes]
         pictures = [image.to(self.device) for image in images]
         side = (self.window or 0) if window is None else window
         step = (self.stride if window is None else None) if stride is None else stride

@@ -47,8 +47,6 @@ class CountingModule(Counter, L.LightningModule):
     requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points"}),)
     #: Whether the count depends on the name asked about.
     text_guided: ClassVar[bool] = False
-    #: Whether the model counts without names: K is 1 and it is scored on the sum over all names.
-    class_blind: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -218,11 +216,23 @@ class CountingModule(Counter, L.LightningModule):
                 f"{type(self).__name__} trains on {needs}, which {type(datamodule).__name__} does not give (it gives "
                 f"{', '.join(sorted(provides)) or 'nothing'}); choose data with {needs}, or test and predict only"
             )
+        if self.class_blind:
+            self._warn_of_names(datamodule)
         if hasattr(datamodule, "class_names") and self.default_classes is None:
             known = datamodule.class_names("train")
             if self.class_blind or not self.text_guided or len(known) == 1:
                 self.default_classes = self.hparams["default_classes"] = list(known)
         self.read_facts(datamodule)
+
+    def _warn_of_names(self, datamodule: Any) -> None:
+        """A model without names learns every object it is shown, so it must be shown all of them."""
+        mixed = getattr(datamodule, "prompts", "all") == "target" and hasattr(datamodule, "records")
+        if mixed and any(len(record.classes) > 1 for record in datamodule.records("train")):
+            warnings.warn(
+                f"{type(self).__name__} counts without names, but data.prompts is 'target', so it is trained and scored "
+                "on the first class of each picture, among objects of others; use --data.prompts all for all objects",
+                stacklevel=2,
+            )
 
     def configure_optimizers(self) -> Any:
         trainable = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
