@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad as pad_image
 
 from counting_zoo.errors import InputError
 
@@ -159,7 +158,7 @@ def count_tiled(
     """Density maps of pictures of any sizes, from a model applied to windows of them.
 
     Windows of all pictures form one queue, cut into batches of at most ``window_batch_size`` and gathered batch by
-    batch, so that memory does not grow with the number of windows.
+    batch, so that memory does not grow with the number of windows. Pictures are neither copied nor padded as a whole.
 
     Args:
         forward: takes ``(n, 3, *window)`` float and n lists of K names, returns ``(n, K, window / cell)`` objects
@@ -219,29 +218,32 @@ class _Picture:
 
     def __init__(self, image: Tensor, names: list[str], tiling: Tiling) -> None:
         self.names, self.tiling = names, tiling
+        self.image = image
         self.height, self.width = image.shape[-2:]
         if not image.numel():
             raise InputError(f"a picture of shape {tuple(image.shape)} has no pixels")
         self.starts = rows, columns = tiling.starts(self.height, self.width)
         self.n_windows = len(rows) * len(columns)
-        right = max(0, columns[-1] + tiling.window[1] - self.width)
-        bottom = max(0, rows[-1] + tiling.window[0] - self.height)
-        self.image = pad_image(image, (0, right, 0, bottom)) if right or bottom else image
         self.canvas: Tensor | None = None
 
     def windows(self, part: slice) -> Tensor:
         """``(n, 3, *window)`` float: the windows ``part``, row by row, with zeros beyond the picture."""
-        y, x = self._places(part, 1)
-        windows = self.image[:, y[:, :, None], x[:, None, :]].transpose(0, 1)
-        return windows.float() / 255 if windows.dtype == torch.uint8 else windows.float()
+        (rows, columns), (height, width) = self.starts, self.tiling.window
+        windows = torch.zeros(part.stop - part.start, len(self.image), height, width, device=self.image.device)
+        # One copy of a slice for each window is several times faster than one gather by index for all.
+        for window, index in zip(windows, range(part.start, part.stop), strict=True):
+            y, x = rows[index // len(columns)], columns[index % len(columns)]
+            piece = self.image[:, y : y + height, x : x + width]
+            window[:, : piece.shape[1], : piece.shape[2]] = piece
+        return windows.div_(255) if self.image.dtype == torch.uint8 else windows
 
     def add(self, part: slice, density: Tensor) -> None:
         """Join ``(n, K, h, w)`` densities of the windows ``part``."""
         (rows, columns), (height, width), cell = self.starts, self.tiling.window, self.tiling.cell
         if self.canvas is None:
             self.canvas = density.new_zeros((rows[-1] + height) // cell, (columns[-1] + width) // cell, len(self.names))
-        y, x = self._places(part, cell)  # (n, h), (n, w)
         index = torch.arange(part.start, part.stop, device=density.device)
+        y, x = self._cells(index)
         weight_y = _weights(tuple(rows), height, cell, self.tiling.blend).to(density)[index // len(columns)]
         weight_x = _weights(tuple(columns), width, cell, self.tiling.blend).to(density)[index % len(columns)]
         density = density * weight_y[:, None, :, None] * weight_x[:, None, None, :]
@@ -253,10 +255,9 @@ class _Picture:
         height, width = -(-self.height // self.tiling.cell), -(-self.width // self.tiling.cell)
         return self.canvas[:height, :width].permute(2, 0, 1).contiguous()
 
-    def _places(self, part: slice, cell: int) -> tuple[Tensor, Tensor]:
-        """Rows ``(n, h)`` and columns ``(n, w)`` of the windows ``part``, in cells of ``cell`` pixels."""
-        device = self.image.device
-        index = torch.arange(part.start, part.stop, device=device)
+    def _cells(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows ``(n, h)`` and columns ``(n, w)`` of the cells of n windows."""
+        cell, device = self.tiling.cell, index.device
         rows, columns = (torch.tensor(start, device=device) // cell for start in self.starts)
         height, width = (torch.arange(side // cell, device=device) for side in self.tiling.window)
         return (
