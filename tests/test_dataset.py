@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -12,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from counting_zoo.data.crowd_augmentation import CrowdAugmentation
 from counting_zoo.data.dataset import CountingDataset, collate
-from counting_zoo.data.records import Record, ask
+from counting_zoo.data.pack import PackedCounts, pack
+from counting_zoo.data.records import Record, Sample, ask
 from counting_zoo.data.sampling import EvaluationSampler, TrainingSampler
+from counting_zoo.data.synthetic import SyntheticScenes
 from counting_zoo.data.transforms import CLIPCountAugmentation, PlainAugmentation
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.geometry import Preprocess
+from counting_zoo.images import decode_image
 
 CLASSES = ["cat", "dog", "cow"]
 
@@ -143,7 +148,9 @@ def test_preprocess_moves_points_and_boxes_with_the_picture() -> None:
     width=st.integers(1, 60),
     n=st.integers(0, 30),
     rule=st.sampled_from([Preprocess(), Preprocess("short", 33), Preprocess("warp", 20), Preprocess(multiple=16)]),
-    augmentation=st.sampled_from([None, PlainAugmentation(crop=24, scale=(0.5, 2)), CLIPCountAugmentation(crop=32)]),
+    augmentation=st.sampled_from(
+        [None, PlainAugmentation(crop=24, scale=(0.5, 2)), CLIPCountAugmentation(crop=32), CrowdAugmentation(crop=24)]
+    ),
 )
 def test_counts_are_true_after_everything(
     seed: int, height: int, width: int, n: int, rule: Preprocess, augmentation: Any
@@ -163,6 +170,7 @@ def test_counts_are_true_after_everything(
         PlainAugmentation(crop=16, scale=(0.5, 2), flip=True),
         CLIPCountAugmentation(crop=16, mosaic=1, augment=0),
         CLIPCountAugmentation(crop=16, mosaic=0, augment=1),
+        CrowdAugmentation(crop=16, vflip=True),
     ],
 )
 def test_counts_only_pictures_are_never_cropped(augmentation: Any) -> None:
@@ -307,6 +315,96 @@ def test_workers_change_nothing_and_epochs_change_every_crop(augmentation: Any) 
         assert torch.equal(first[name], with_workers[name])
     draws = {image.numpy().tobytes() for epoch in (first, second) for image in epoch.values()}
     assert len(draws) == 18
+
+
+# -- several crops of a picture ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crops", [1, 2, 3])
+def test_crops_of_a_picture_are_items_of_the_batch(crops: int) -> None:
+    records = [make_record(0), make_record(1, 30, 60, n=0)]
+    dataset = make_dataset(records, training=True, augmentation=CrowdAugmentation(crop=16, crops=crops))
+    loaded = [dataset[index, 7] for index in range(2)]
+    items = [item for given in loaded for item in ([given] if crops == 1 else given)]
+    assert len(items) == 2 * crops
+    for item in items:
+        assert_true_counts(item)
+        assert item["image"].shape == (3, 16, 16)
+    batch = collate(loaded, training=True)
+    assert batch["image"].shape == (2 * crops, 3, 16, 16)
+    assert batch["counts"].shape == (2 * crops, 3)
+    assert batch["image_id"] == ["0.png"] * crops + ["1.png"] * crops
+    assert {len(values) for values in batch.values()} == {2 * crops}  # type: ignore[arg-type]
+    assert len({image.numpy().tobytes() for image in batch["image"]}) == 2 * crops
+    single = make_dataset(records, training=True, augmentation=CrowdAugmentation(crop=16))
+    assert torch.equal(single[0, 7]["image"], batch["image"][0])  # the first is the same, however many follow
+
+
+def test_a_picture_is_read_once_for_all_its_crops_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[np.ndarray] = []
+
+    def decode(data: bytes, name: str) -> np.ndarray:
+        decoded.append(decode_image(data, name))
+        return decoded[-1]
+
+    class Watching(CrowdAugmentation):
+        def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+            assert np.shares_memory(sample.image, decoded[-1])
+            return super().__call__(sample, rng)
+
+    monkeypatch.setattr("counting_zoo.data.dataset.decode_image", decode)
+    dataset = make_dataset([make_record(0)], training=True, augmentation=Watching(crop=16, crops=4))
+    before = decode_image(read(make_record(0)), "0.png")
+    assert len(dataset[0, 3]) == 4
+    assert len(decoded) == 1
+    assert np.array_equal(decoded[0], before)  # no crop wrote into the picture
+
+
+def test_evaluation_knows_no_crops() -> None:
+    dataset = make_dataset([make_record(0)], augmentation=CrowdAugmentation(crop=16, crops=3))
+    item = dataset[0]
+    assert isinstance(item, dict)
+    assert item["image"].shape == (3, 40, 50)
+    assert item["counts"].sum() == 20
+
+
+def test_several_crops_of_counts_only_pictures_keep_the_counts() -> None:
+    record = Record("1.png", classes=CLASSES, counts=np.float32([4, 0, 2.5]), size=(30, 44))
+    dataset = make_dataset([record], training=True, augmentation=CrowdAugmentation(crop=16, crops=2))
+    batch = collate([dataset[0, 1]], training=True)
+    assert batch["image"].shape == (2, 3, 30, 44)
+    assert batch["counts"].tolist() == [[4, 0, 2.5]] * 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_no_crop(workers: int) -> None:
+    def batches(workers: int) -> list[torch.Tensor]:
+        augmentation = CrowdAugmentation(crop=16, crops=3, blur_probability=0.5)
+        dataset = make_dataset([make_record(i, 60, 60) for i in range(7)], training=True, augmentation=augmentation)
+        loader = DataLoader(
+            dataset,
+            batch_size=2,
+            sampler=TrainingSampler(dataset, seed=5),
+            num_workers=workers,
+            collate_fn=lambda loaded: collate(loaded, training=True),
+        )
+        return [batch["image"] for batch in loader]
+
+    alone, together = batches(0), batches(workers)
+    assert [len(images) for images in alone] == [6, 6, 6, 3]
+    for images, expected in zip(together, alone, strict=True):
+        assert torch.equal(images, expected)
+
+
+def test_crops_of_packed_pictures_are_the_same(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "num_workers": 0, "augmentation": CrowdAugmentation(crop=32, crops=2)}
+    scenes = SyntheticScenes(tmp_path, sizes={"train": 3, "val": 1, "test": 1}, **options)
+    packed = PackedCounts(pack(scenes, tmp_path / "scenes.h5"), **options)
+    ours, theirs = list(packed.train_dataloader()), list(scenes.train_dataloader())
+    assert [len(batch["image"]) for batch in ours] == [4, 2]
+    for batch, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(batch["image"], expected["image"])
+        assert all(torch.equal(*pair) for pair in zip(batch["points"], expected["points"], strict=True))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -242,6 +242,20 @@ def test_plain_crop_with_scale_equals_scaling_the_whole_picture() -> None:
             assert after.image[int(y - 0.5), int(x - 0.5), 0] > 100
 
 
+def test_resize_takes_another_way_to_resample() -> None:
+    sample = random_sample(0, 20, 30)
+    nearest = moves.resize(sample, 60, 40, lambda image, width, height: image.repeat(2, 0).repeat(2, 1))
+    linear = moves.resize(sample, 60, 40)
+    assert np.array_equal(nearest.image[::2, ::2], sample.image)
+    assert not np.array_equal(linear.image, nearest.image)
+    for name in ("points", "labels", "boxes", "exemplars"):
+        assert np.array_equal(getattr(nearest, name), getattr(linear, name))
+
+
+def test_one_crop_of_a_picture_unless_said_otherwise() -> None:
+    assert {augmentation.crops for augmentation in PIPELINES.values()} == {1}
+
+
 def test_brightness_is_the_stated_line() -> None:
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
     sample = replace(dotted(1, 256, []), image=ramp)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ class CountingDataset(Dataset):
         read_bytes: gives the encoded picture of a record.
         choose_names: which names to ask about; gets a generator in training, ``None`` in evaluation.
         preprocess: the model's geometry.
-        augmentation: training only; ``None`` in evaluation.
+        augmentation: training only; ``None`` in evaluation. Of each picture it takes ``augmentation.crops`` samples.
         outside: what happens to points outside the picture: ``error``, ``clamp`` or ``drop``.
         tolerate: predict only: an unreadable picture becomes an item with ``failed`` instead of an error.
     """
@@ -60,17 +59,23 @@ class CountingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | list[dict[str, Any]]:
+        """The item of a picture, or the list of its items where the augmentation takes several crops of it.
+
+        Args:
+            key: the index, or what :class:`~counting_zoo.data.sampling.TrainingSampler` yields: index and seed.
+        """
         index, seed = key if isinstance(key, tuple) else (key, None)
         record = self.records[index]
-        if not self.tolerate:
-            return self._item(record, seed)
         try:
-            return self._item(record, seed)
+            items = self._items(record, seed)
         except (ImageError, OSError) as error:
+            if not self.tolerate:
+                raise
             return {"failed": (record.image_id, f"{type(error).__name__}: {error}")}
+        return items[0] if len(items) == 1 else items
 
-    def _item(self, record: Record, seed: int | None) -> dict[str, Any]:
+    def _items(self, record: Record, seed: int | None) -> list[dict[str, Any]]:
         if self.training and seed is None:
             # Indexed by hand, without the sampler: a function of the picture, so still reproducible.
             seed = zlib.crc32(record.image_id.encode())
@@ -79,51 +84,48 @@ class CountingDataset(Dataset):
         original_size = image.shape[:2]
         record = check_inside(record, original_size, self.outside)
         asked = ask(record, self.choose_names(record, rng))
-        picture = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
-        picture = self.preprocess(picture)
+        picture = self.preprocess(torch.from_numpy(image).permute(2, 0, 1))  # (3, H, W), a view unless it is resized
         size = (picture.shape[1], picture.shape[2])
-        geometry = {
-            "points": _moved(scale_points, asked.points, 2, original_size, size),
-            "boxes": _moved(scale_boxes, asked.boxes, 4, original_size, size),
-            "exemplars": _moved(scale_boxes, asked.exemplars, 4, original_size, size),
-        }
-        counts = asked.counts
+        image = picture.permute(1, 2, 0).numpy()
+        sample = Sample(
+            image=np.ascontiguousarray(image) if self.training else image,
+            points=_moved(scale_points, asked.points, 2, original_size, size),
+            labels=asked.labels if asked.labels is not None else np.zeros(0, np.int64),
+            boxes=_moved(scale_boxes, asked.boxes, 4, original_size, size),
+            box_labels=asked.box_labels if asked.box_labels is not None else np.zeros(0, np.int64),
+            exemplars=_moved(scale_boxes, asked.exemplars, 4, original_size, size),
+            has_points=asked.points is not None,
+        )
+        samples = [sample]
         if self.training and self.augmentation is not None:
-            sample = Sample(
-                image=np.ascontiguousarray(picture.permute(1, 2, 0).numpy()),
-                labels=asked.labels if asked.labels is not None else np.zeros(0, np.int64),
-                box_labels=asked.box_labels if asked.box_labels is not None else np.zeros(0, np.int64),
-                has_points=asked.points is not None,
-                **geometry,
-            )
             assert rng is not None  # training draws its generator above
-            sample = self.augmentation(sample, rng)
-            picture = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1)
-            geometry = {"points": sample.points, "boxes": sample.boxes, "exemplars": sample.exemplars}
-            if asked.points is not None:
-                counts = np.bincount(sample.labels, minlength=len(asked.classes)).astype(np.float32)
-            asked = replace(
-                asked,
-                labels=None if asked.labels is None else sample.labels,
-                box_labels=None if asked.box_labels is None else sample.box_labels,
-            )
+            samples = [self.augmentation(sample, rng) for _ in range(self.augmentation.crops)]
+        items = [self._item(asked, one) for one in samples]
+        for item in items:
+            item.update(image_id=record.image_id, present=present_names(record), original_size=original_size)
+        return items
+
+    def _item(self, asked: Record, sample: Sample) -> dict[str, Any]:
+        """Picture and annotation of a sample as tensors: what ``asked`` has, at the places that ``sample`` says."""
+        image = np.ascontiguousarray(sample.image) if self.training else sample.image
+        picture = torch.from_numpy(image).permute(2, 0, 1)
         item: dict[str, Any] = {
             "image": picture.float() / 255 if self.training else picture.contiguous(),
-            "classes": asked.classes,
-            "image_id": record.image_id,
-            "present": present_names(record),
-            "original_size": original_size,
+            "classes": list(asked.classes),
         }
-        if counts is not None:
-            item["counts"] = torch.from_numpy(counts)
         if asked.points is not None:
-            item["points"] = torch.from_numpy(geometry["points"])
-            item["labels"] = torch.from_numpy(asked.labels)
+            item["points"] = torch.from_numpy(sample.points)
+            item["labels"] = torch.from_numpy(sample.labels)
+            item["counts"] = torch.from_numpy(
+                np.bincount(sample.labels, minlength=len(asked.classes)).astype(np.float32)
+            )
+        elif asked.counts is not None:
+            item["counts"] = torch.from_numpy(asked.counts)
         if asked.boxes is not None:
-            item["boxes"] = torch.from_numpy(geometry["boxes"])
-            item["box_labels"] = torch.from_numpy(asked.box_labels)
+            item["boxes"] = torch.from_numpy(sample.boxes)
+            item["box_labels"] = torch.from_numpy(sample.box_labels)
         if asked.exemplars is not None:
-            item["exemplars"] = torch.from_numpy(geometry["exemplars"])
+            item["exemplars"] = torch.from_numpy(sample.exemplars)
         if asked.captions is not None:
             item["captions"] = list(asked.captions)
         return item
@@ -142,15 +144,20 @@ def _moved(
     return scale(torch.from_numpy(np.asarray(values, np.float32)), old, new).numpy()
 
 
-def collate(items: list[dict[str, Any]], *, training: bool = False) -> Batch:
+def collate(loaded: Sequence[dict[str, Any] | list[dict[str, Any]]], *, training: bool = False) -> Batch:
     """Put items into one batch: pictures are stacked in training and stay a list in evaluation.
+
+    Args:
+        loaded: what the data set gives for each picture: its item, or the list of its crops' items.
+        training: whether to stack the pictures.
 
     Raises:
         InputError: training pictures differ in size, the pictures are asked about different numbers of names, or some
             have a kind of annotation that others lack.
     """
-    failed = [item["failed"] for item in items if "failed" in item]
-    items = [item for item in items if "failed" not in item]
+    every = [one for given in loaded for one in (given if isinstance(given, list) else [given])]
+    failed = [item["failed"] for item in every if "failed" in item]
+    items = [item for item in every if "failed" not in item]
     batch: dict[str, Any] = {
         "image": [item["image"] for item in items],
         "classes": [item["classes"] for item in items],

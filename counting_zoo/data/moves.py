@@ -60,13 +60,29 @@ def crop(sample: Sample, x: int, y: int, width: int, height: int) -> Sample:
     )
 
 
-def resize(sample: Sample, width: int, height: int) -> Sample:
-    """Resize to ``width`` x ``height``: pixels are averaged when both sides shrink, and interpolated otherwise."""
+def averaged_or_linear(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resample a picture: pixels are averaged when both sides shrink, and interpolated linearly otherwise."""
+    shrinks = width <= image.shape[1] and height <= image.shape[0]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def resize(
+    sample: Sample,
+    width: int,
+    height: int,
+    resample: Callable[[np.ndarray, int, int], np.ndarray] = averaged_or_linear,
+) -> Sample:
+    """Resize to ``width`` x ``height``.
+
+    Args:
+        sample: before.
+        width, height: after, in pixels.
+        resample: gives the picture of that width and height.
+    """
     old_height, old_width = sample.size
     if (old_height, old_width) == (height, width):
         return sample
-    how = cv2.INTER_AREA if width <= old_width and height <= old_height else cv2.INTER_LINEAR
-    image = cv2.resize(sample.image, (width, height), interpolation=how)
+    image = resample(sample.image, width, height)
     return _moved(sample, image, np.array([[width / old_width, 0, 0], [0, height / old_height, 0]]))
 
 
@@ -139,4 +155,4 @@ def _moved_boxes(boxes: np.ndarray, matrix: np.ndarray, frame: np.ndarray) -> np
     return np.clip(limits, 0, np.tile(frame, 2)).astype(np.float32)
 
 
-__all__ = ["affine", "crop", "flip_horizontal", "flip_vertical", "resize", "rot90"]
+__all__ = ["affine", "averaged_or_linear", "crop", "flip_horizontal", "flip_vertical", "resize", "rot90"]

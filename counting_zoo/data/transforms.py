@@ -22,6 +22,9 @@ from counting_zoo.errors import InputError
 class Augmentation(ABC):
     """What is done to a training sample; all randomness comes from the generator it is handed."""
 
+    crops: int = 1
+    """How often it is called for each picture, which is decoded once; every result is an item of the batch."""
+
     @abstractmethod
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """Return the augmented sample; the one given stays as it is.
@@ -79,11 +82,9 @@ class PlainAugmentation(Augmentation):
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if sample.has_points:
             sample = self._scaled_crop(sample, rng)
-        sample = _random_flips(sample, rng, self.flip, self.vflip)
+        sample = random_flips(sample, rng, self.flip, self.vflip)
         if self.rot90:
-            height, width = sample.size
-            turns = int(rng.integers(4))
-            sample = moves.rot90(sample, turns if height == width else 2 * (turns % 2))
+            sample = random_turn(sample, rng)
         if self.brightness or self.offset:
             factor = rng.uniform(1 - self.brightness, 1 + self.brightness)
             shift = rng.uniform(-self.offset, self.offset)
@@ -98,7 +99,7 @@ class PlainAugmentation(Augmentation):
             return moves.resize(sample, width, height)
         # Cutting first and resizing the piece is the same as resizing the picture, without the work.
         height, width = (max(1, round(side / factor)) for side in self.crop)
-        return moves.resize(_random_crop(sample, rng, height, width), self.crop[1], self.crop[0])
+        return moves.resize(random_crop(sample, rng, height, width), self.crop[1], self.crop[0])
 
 
 class CLIPCountAugmentation(Augmentation):
@@ -167,9 +168,9 @@ class CLIPCountAugmentation(Augmentation):
         if augment:
             if sample.has_points:
                 sample = moves.affine(sample, self._random_matrix(sample.size, rng))
-            sample = _random_flips(sample, rng, horizontal=True, vertical=True)
+            sample = random_flips(sample, rng, horizontal=True, vertical=True)
         if sample.has_points:
-            sample = _random_crop(sample, rng, self.crop, self.crop)
+            sample = random_crop(sample, rng, self.crop, self.crop)
         return self._recoloured(sample, rng, self._photometric) if augment else sample
 
     def _random_matrix(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -223,7 +224,8 @@ def _albumentations() -> Any:
     return albumentations
 
 
-def _random_flips(sample: Sample, rng: np.random.Generator, horizontal: bool, vertical: bool) -> Sample:
+def random_flips(sample: Sample, rng: np.random.Generator, horizontal: bool, vertical: bool) -> Sample:
+    """Mirror left and right, and top and bottom, each with even odds."""
     if horizontal and rng.random() < 0.5:
         sample = moves.flip_horizontal(sample)
     if vertical and rng.random() < 0.5:
@@ -231,7 +233,15 @@ def _random_flips(sample: Sample, rng: np.random.Generator, horizontal: bool, ve
     return sample
 
 
-def _random_crop(sample: Sample, rng: np.random.Generator, height: int, width: int) -> Sample:
+def random_turn(sample: Sample, rng: np.random.Generator) -> Sample:
+    """Turn by a random number of quarters; by halves where a quarter would change the shape."""
+    height, width = sample.size
+    turns = int(rng.integers(4))
+    return moves.rot90(sample, turns if height == width else 2 * (turns % 2))
+
+
+def random_crop(sample: Sample, rng: np.random.Generator, height: int, width: int) -> Sample:
+    """Cut out ``height`` x ``width`` pixels at a random place, padded where the picture is smaller."""
     y = int(rng.integers(max(0, sample.size[0] - height) + 1))
     x = int(rng.integers(max(0, sample.size[1] - width) + 1))
     return moves.crop(sample, x, y, width, height)
@@ -249,7 +259,7 @@ def _mosaic(sample: Sample, rng: np.random.Generator, side: int) -> Sample:
         tiles = []
         for left, width in zip((0, sizes[0]), sizes, strict=True):
             square = min(round(rng.uniform(150, 384) / 384 * side), *sample.size)
-            tile = moves.resize(_random_crop(sample, rng, square, square), width + 2 * margin, height + 2 * margin)
+            tile = moves.resize(random_crop(sample, rng, square, square), width + 2 * margin, height + 2 * margin)
             tiles.append(tile.image)
             core = moves.crop(tile, margin, margin, width, height)
             pieces.append((core, np.array([left, top], np.float32)))
@@ -275,4 +285,11 @@ def _cross_faded(left: np.ndarray, right: np.ndarray, margin: int) -> np.ndarray
     return np.concatenate([left[:, margin:-overlap], blend, right[:, overlap:-margin]], 1, dtype=np.float32)
 
 
-__all__ = ["Augmentation", "CLIPCountAugmentation", "PlainAugmentation"]
+__all__ = [
+    "Augmentation",
+    "CLIPCountAugmentation",
+    "PlainAugmentation",
+    "random_crop",
+    "random_flips",
+    "random_turn",
+]
