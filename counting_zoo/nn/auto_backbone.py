@@ -53,7 +53,7 @@ class HubBackbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.body(x).feature_maps[-1]  # (B, dim, H / native, W / native)
         size = (x.shape[-2] // self.stride, x.shape[-1] // self.stride)
-        if tuple(features.shape[-2:]) == size:
+        if not torch.compiler.is_exporting() and tuple(features.shape[-2:]) == size:
             return features
         return interpolate(features, size, mode="bilinear", align_corners=False)
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
@@ -99,7 +100,7 @@ class Decoder(nn.Sequential):
         """``(B, inside, h, w)`` to ``(B, dim, *size)``."""
 
         def resize(features: Tensor) -> Tensor:
-            if tuple(features.shape[-2:]) == size:
+            if not torch.compiler.is_exporting() and tuple(features.shape[-2:]) == size:
                 return features
             return interpolate(features, size, mode="bilinear", align_corners=False)
 

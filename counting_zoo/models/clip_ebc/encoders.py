@@ -167,7 +167,7 @@ def _conv(inside: int, out: int, batch_norm: bool, dilation: int = 1) -> list[nn
 def _to_blocks(features: Tensor, x: Tensor, reduction: int) -> Tensor:
     """Features of a picture on its grid of blocks."""
     size = (x.shape[-2] // reduction, x.shape[-1] // reduction)
-    if tuple(features.shape[-2:]) == size:
+    if not torch.compiler.is_exporting() and tuple(features.shape[-2:]) == size:
         return features
     return interpolate(features, size, mode="bilinear", align_corners=False)
 

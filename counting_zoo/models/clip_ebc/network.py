@@ -60,11 +60,13 @@ class BlockwiseNet(nn.Module):
         height, width = image.shape[-2:]
         x = (image - self.mean) / self.std
         down, right = -height % self.multiple, -width % self.multiple
-        if torch.compiler.is_exporting() or down or right:
+        # An exported graph serves every size, so there the padding stays in even where it adds nothing.
+        uneven = torch.compiler.is_exporting() or down or right
+        if uneven:
             x = pad(x, (0, right, 0, down))
         grid = (x.shape[-2] // self.reduction, x.shape[-1] // self.reduction)
         output = self.head(self.decoder(self.encoder(x), grid))
-        if down or right:
+        if uneven:
             output = _cut(output, -(-height // self.reduction), -(-width // self.reduction))
         return output
 
