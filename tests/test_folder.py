@@ -11,7 +11,8 @@ import fakes
 import numpy as np
 import pytest
 
-from counting_zoo.data.annotation_files import read_dots, read_json, read_marks
+from counting_zoo.data.annotation_files import read_json, read_marks
+from counting_zoo.data.dot_pictures import read_dots
 from counting_zoo.data.folder import ImageFolder
 from counting_zoo.data.picture_folder import list_pictures
 from counting_zoo.data.records import Record
@@ -137,9 +138,160 @@ def test_faint_dots_count_and_alpha_does_not(tmp_path: Path, dtype: type, channe
     if channels == 4:
         dots[..., 3] = np.iinfo(dtype).max
     (tmp_path / "d.png").write_bytes(cv2.imencode(".png", dots)[1].tobytes())
-    points, size = read_dots(tmp_path / "d.png")
+    points, size, _ = read_dots(tmp_path / "d.png")
     assert points.tolist() == [[6.5, 2.5]]
     assert size == (5, 7)
+
+
+def _marrow(root: Path, n: int = 3, folders: tuple[str, str] = ("BM_{stem}.png", "BM_{stem}_dots.png")) -> list[int]:
+    """Pictures and dot pictures as MBM's bone marrow has them; the number of cells of each."""
+    for i in range(n):
+        dots = np.zeros((60, 60, 3), np.uint8)
+        dots[3 + 2 * np.arange(5 + i), 7 * i % 60, 2] = 255
+        for pattern, image in zip(folders, (np.full((60, 60, 3), 200 - i, np.uint8), dots), strict=True):
+            path = root / pattern.replace("{stem}", f"GRAZ_{i:04d}_01")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    return [5 + i for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("picture", "dots"),
+    [("{stem}.png", "{stem}_dots.png"), (None, "{stem}_dots.png"), ("BM_{stem}.*", "BM_{stem}_dots.*")],
+)
+def test_a_picture_pattern_that_fits_the_dot_pictures_too(tmp_path: Path, picture: str | None, dots: str) -> None:
+    counts = _marrow(tmp_path)
+    options: dict[str, Any] = {"picture": picture, "dots": dots}
+    data = ImageFolder(tmp_path, **options)
+    names = [f"BM_GRAZ_{i:04d}_01.png" for i in range(3)]
+    assert [(r.image_id, len(r.points)) for r in data.records("test")] == list(zip(names, counts, strict=True))
+    assert [r.image_id for r in data.records("predict")] == names
+    # A picture without dots is predicted, dots without a picture are not; neither is passed over in a test.
+    (tmp_path / names[1].replace(".png", "_dots.png")).unlink()
+    (tmp_path / names[2]).unlink()
+    assert [r.image_id for r in ImageFolder(tmp_path, **options).records("predict")] == names[:2]
+    with pytest.raises(InputError, match=rf"{names[1][:-4]}_dots\.(png|\*): the dot picture cannot be read"):
+        ImageFolder(tmp_path, **options, missing="skip").records("test")
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(InputError, match=r"1 of 2 pictures are missing: .*BM_GRAZ_0002_01\.(png|\*)"):
+        ImageFolder(tmp_path, **options).records("test")
+
+
+def test_dot_pictures_are_not_predicted_in_another_folder(tmp_path: Path) -> None:
+    _marrow(tmp_path / "old")
+    _marrow(tmp_path / "new", 2)
+    (tmp_path / "new" / "BM_GRAZ_0001_01.png").rename(tmp_path / "new" / "plain.png")
+    data = ImageFolder(tmp_path / "old", dots="{stem}_dots.png", predict_root=tmp_path / "new")
+    found = [record.image_id for record in data.records("predict")]
+    assert found == ["BM_GRAZ_0000_01.png", "BM_GRAZ_0001_01_dots.png", "plain.png"]  # the second belongs to nothing
+
+
+@pytest.mark.parametrize("patterns", ["images/{stem}.png dots/{stem}.png", "{stem}/cells.png {stem}/dots.png"])
+def test_dots_in_folders_of_their_own(tmp_path: Path, patterns: str) -> None:
+    picture, dots = patterns.split()
+    counts = _marrow(tmp_path, folders=(picture, dots))
+    data = ImageFolder(tmp_path, picture=picture, dots=dots)
+    assert [len(record.points) for record in data.records("test")] == counts
+    assert len(data.records("predict")) == len(counts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dots": "../dots/{stem}.png"}, r"data\.dots is .*leads out.*data\.root the folder that holds both"),
+        ({"dots": "/dots/{stem}.png"}, "leads out"),
+        ({"dots": "dots.png"}, r"one \{stem\}"),
+        ({"dots": "{stem}_d*s.png"}, r"BM_GRAZ_0000_01_dots\.png and .*both fit data\.dots"),
+        ({"dots": "{stem}_dots.png", "picture": "{stem}.*"}, r"\.jpg and .*\.png both fit data\.picture"),
+        ({"dots": "{stem}_dots.png", "dot": "cross"}, r"data\.dot is 'cross'"),
+    ],
+)
+def test_patterns_that_pair_nothing_or_too_much(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    _marrow(tmp_path)
+    (tmp_path / "BM_GRAZ_0001_01.jpg").write_bytes((tmp_path / "BM_GRAZ_0001_01.png").read_bytes())
+    if "d*s" in options["dots"]:
+        (tmp_path / "BM_GRAZ_0001_01.jpg").rename(tmp_path / "BM_GRAZ_0000_01_drops.png")
+    with pytest.raises(InputError, match=message):
+        ImageFolder(tmp_path, **options).records("test")
+
+
+STAMPS = {
+    "square": np.ones((2, 2)),
+    "disc": np.ones((3, 3)),
+    "plus": np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]]),
+    "diagonal": np.eye(3),
+    "faint": np.full((2, 2), 0.25),  # a single pixel moved by half a pixel and resampled
+}
+
+
+@pytest.mark.parametrize("stamp", STAMPS)
+def test_blobs_are_asked_about_and_counted_once(tmp_path: Path, stamp: str) -> None:
+    shape, corners = STAMPS[stamp], np.array([[1, 0], [10, 4], [20, 27], [30, 9]])  # x, y
+    dots = np.zeros((40, 50), np.uint8)
+    for x, y in corners:
+        dots[y : y + len(shape), x : x + len(shape)] = np.rint(255 * shape)
+    path = tmp_path / "d.png"
+    path.write_bytes(cv2.imencode(".png", dots)[1].tobytes())
+    with pytest.raises(InputError, match=r"d\.png: .*in 4 blobs.*data\.dot to 'blob'"):
+        read_dots(path)
+    points, size, n_large = read_dots(path, "blob")
+    assert points[points[:, 0].argsort()].tolist() == (corners + len(shape) / 2).tolist()
+    assert (size, n_large) == ((40, 50), 0)
+    assert len(read_dots(path, "pixel").points) == 4 * (shape > 0).sum()
+
+
+def test_single_pixels_may_touch_and_blobs_that_do_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pixels = np.zeros((40, 50), np.uint8)
+    pixels[2:30:3, 5:45:5] = pixels[2, 6] = 1
+    (tmp_path / "a_dots.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    fakes.write_picture(tmp_path / "a.png", np.zeros((0, 2)), 40, 50)
+    assert len(read_dots(tmp_path / "a_dots.png").points) == 81
+    blobs = cv2.dilate(pixels, np.ones((2, 2), np.uint8))
+    (tmp_path / "a_dots.png").write_bytes(cv2.imencode(".png", blobs)[1].tobytes())
+    (record,) = ImageFolder(tmp_path, dots="{stem}_dots.png", dot="blob").records("test")
+    assert len(record.points) == 80
+    assert "1 blobs in the dot pictures of test" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["1 bit", "palette", "grey and alpha", "RGBA", "transparent", "16 bit"])
+def test_every_kind_of_png(tmp_path: Path, kind: str) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    marks = np.zeros((30, 40), np.uint8)
+    marks[[4, 4, 29], [0, 5, 39]] = 255
+    grey = image_module.fromarray(marks)
+    if kind == "1 bit":
+        image = grey.convert("1")
+    elif kind == "palette":
+        image = image_module.fromarray(marks // 255).convert("P")
+        image.putpalette([0, 0, 0, 9, 0, 0])
+    elif kind == "grey and alpha":
+        image = image_module.merge("LA", [grey, grey.point(lambda _: 255)])
+    elif kind == "RGBA":  # black is opaque too
+        image = image_module.merge("RGBA", [grey, *[grey.point(lambda _: 0)] * 2, grey.point(lambda _: 255)])
+    elif kind == "transparent":  # painted on an empty layer, whose colour is white
+        image = image_module.merge("RGBA", [grey.point(lambda _: 255)] * 3 + [grey])
+    else:
+        image = image_module.fromarray(marks.astype(np.uint16))
+    image.save(tmp_path / "d.png")
+    assert read_dots(tmp_path / "d.png").points.tolist() == [[0.5, 4.5], [5.5, 4.5], [39.5, 29.5]]
+
+
+def test_dot_pictures_that_cannot_be_meant(tmp_path: Path) -> None:
+    marks = np.zeros((30, 40, 4), np.uint8)
+    marks[[4, 20], [0, 5]] = 255
+    ghost = marks.copy()
+    ghost[..., :3] = 0
+    for name, image, message in (
+        ("a.jpg", marks[..., :3], r"a\.jpg: a lossy picture"),
+        ("a.webp", marks[..., :3], r"a\.webp: a lossy picture"),
+        ("a.png", 255 - marks[..., :3], r"1198 of 1200 pixels are not black.*invert"),
+        ("b.png", ghost, r"b\.png: 2 black pixels on a transparent ground"),
+    ):
+        (tmp_path / name).write_bytes(cv2.imencode(name[1:], image, [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes())
+        with pytest.raises(InputError, match=message):
+            read_dots(tmp_path / name)
+    (tmp_path / "none.png").write_bytes(cv2.imencode(".png", marks[5:9, 6:9])[1].tobytes())
+    assert read_dots(tmp_path / "none.png").points.shape == (0, 2)
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Reading the common annotation files: CSV tables, JSON, COCO, MATLAB and dot pictures; errors name file and line."""
+"""Reading the common annotation files: CSV tables, JSON, COCO and MATLAB; errors name file and line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from counting_zoo.data.points import as_points
 from counting_zoo.errors import InputError
-from counting_zoo.images import decode_image
 
 log = logging.getLogger(__name__)
 
@@ -210,26 +208,6 @@ def read_mat_points(path: Path) -> np.ndarray:
     return points
 
 
-def read_dots(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
-    """Points and (height, width) of a dot picture: each pixel that is not black is one object at its centre.
-
-    A pixel in column x, row y is the point (x + 0.5, y + 0.5). An alpha channel is not looked at.
-
-    Raises:
-        InputError: the picture is missing, truncated or no picture.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: the dot picture cannot be read ({error})") from error
-    decode_image(data, str(path))  # raises on damage; its 8 bits could round a faint 16-bit dot to black
-    image = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
-    channels = image.reshape(*image.shape[:2], -1)  # (H, W, C)
-    colour = channels[..., : 1 if channels.shape[2] <= 2 else 3]
-    y, x = np.nonzero(colour.any(-1))
-    return np.stack([x, y], 1).astype(np.float32) + np.float32(0.5), (image.shape[0], image.shape[1])
-
-
 def _header(path: Path) -> set[str]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -342,4 +320,4 @@ def _coco(path: Path, content: dict[str, Any]) -> dict[str, Marks]:
     return marks
 
 
-__all__ = ["Marks", "Table", "read_dots", "read_json", "read_marks", "read_mat_points", "read_table"]
+__all__ = ["Marks", "Table", "read_json", "read_marks", "read_mat_points", "read_table"]

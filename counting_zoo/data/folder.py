@@ -10,7 +10,8 @@ import numpy as np
 
 from counting_zoo.data.annotation_files import Marks
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.data.picture_folder import PictureFolder, list_pictures
+from counting_zoo.data.dot_pictures import Dot
+from counting_zoo.data.picture_folder import PictureFolder, list_pictures, without_dots
 from counting_zoo.data.records import Record, Split
 from counting_zoo.data.splits import draw, read_splits, take_ranges
 from counting_zoo.errors import InputError
@@ -29,8 +30,8 @@ class ImageFolder(CountingDataModule):
     - ``boxes.csv`` with ``image,x1,y1,x2,y2[,label]``, or COCO's ``annotations.json``; points are the box centres;
     - ``counts.csv`` with ``image,label,count``; beside points it is checked against them;
     - ``a.mat`` or ``GT_a.mat`` beside ``a.jpg``, as ShanghaiTech and UCF-QNRF have it;
-    - dot pictures, paired by ``picture`` and ``dots``: each pixel that is not black is one object, and a pixel in
-      column x, row y is the point (x + 0.5, y + 0.5).
+    - dot pictures, paired by ``picture`` and ``dots``: lossless pictures with a mark on black for each object, a
+      single pixel or a small blob (``dot``); a pixel in column x, row y is the point (x + 0.5, y + 0.5).
 
     A row of ``points.csv`` or ``boxes.csv`` with empty coordinates says that a picture has no objects.
 
@@ -47,13 +48,17 @@ class ImageFolder(CountingDataModule):
     pictures 1-100, and 101-200 to test, is ``splits={"train": [0, 100], "test": [100, 200]}, sizes={"train": 64,
     "val": 36}`` with one ``split_seed`` a draw.
 
-    Predict reads every picture below ``predict_root`` (or ``root``), in sorted order, and needs no annotation.
+    Predict reads every picture below ``predict_root`` (or ``root``), in sorted order, and needs no annotation; dot
+    pictures beside their pictures are left out.
 
     Args:
         root: the folder; its pictures lie in ``images/``, or in itself.
         annotation: the one annotation file to read, relative to ``root`` (or to each split's folder).
-        picture: pattern of the pictures' paths below ``root``, such as ``{stem}cell.png`` or ``images/{stem}.*``.
-        dots: pattern of the dot pictures' paths, such as ``{stem}dots.png`` or ``gt_dots/{stem}.png``.
+        picture: pattern of the pictures' paths below ``root``, such as ``{stem}cell.png`` or ``images/{stem}.*``; with
+            ``dots`` alone, every other picture.
+        dots: pattern of the dot pictures' paths below ``root``, such as ``{stem}_dots.png`` or ``dots/{stem}.png``.
+        dot: each marked ``pixel`` of a dot picture is one object, or each ``blob`` of pixels that touch; ``None``
+            takes pixels, and raises where they look like blobs.
         splits: ranges ``[start, stop]`` by split (from 0, ``stop`` not included, ``null`` for the end), or a file.
         sizes: numbers of pictures (below 1: fractions) to draw for each split.
         split_seed: seeds the draw.
@@ -75,6 +80,7 @@ class ImageFolder(CountingDataModule):
         annotation: str | None = None,
         picture: str | None = None,
         dots: str | None = None,
+        dot: Dot | None = None,
         splits: dict[str, list[int | None]] | str | None = None,
         sizes: dict[str, float] | None = None,
         split_seed: int = 0,
@@ -85,9 +91,12 @@ class ImageFolder(CountingDataModule):
         super().__init__(root, **options)
         if empty not in ("error", "allow"):
             raise InputError(f"data.empty is {empty!r}; expected 'error' or 'allow'")
+        if dot not in (None, "pixel", "blob"):
+            raise InputError(f"data.dot is {dot!r}; expected 'pixel' or 'blob'")
         self.annotation = annotation
         self.picture = picture
         self.dots = dots
+        self.dot = dot
         self.splits = splits
         self.sizes = sizes
         self.split_seed = split_seed
@@ -102,6 +111,12 @@ class ImageFolder(CountingDataModule):
         folder, names = self._members(split)
         pictures = self._folder(folder)
         marks = {name: pictures.marks(name) for name in names}
+        if large := {name: n for name in names if (n := pictures.n_large.get(name))}:
+            log.warning(
+                "%s: %d blobs in the dot pictures of %s have at least 1.5 times the usual size (the first in that of "
+                "%s); each counts as one object, also where several touch",
+                folder, sum(large.values()), split, next(iter(large)),
+            )  # fmt: skip
         silent = [name for name, found in marks.items() if found is None]
         if silent and self.empty == "error":
             raise InputError(
@@ -176,7 +191,7 @@ class ImageFolder(CountingDataModule):
         if folder not in self._folders:
             unnamed = self.classes[0] if self.classes else "objects"
             self._folders[folder] = PictureFolder(
-                folder, unnamed=unnamed, annotation=self.annotation, picture=self.picture, dots=self.dots
+                folder, unnamed=unnamed, annotation=self.annotation, picture=self.picture, dots=self.dots, dot=self.dot
             )
         return self._folders[folder]
 
@@ -220,10 +235,10 @@ class ImageFolder(CountingDataModule):
         place = self.predict_root or self.find_root()
         if place.is_file():
             return [Record(place.name, place)]
-        if self.predict_root is None and (self.picture or self.dots):
-            names = self._folder(place).names
-        else:
-            names = list_pictures(place)
+        names = list_pictures(place)
+        if self.picture or self.dots:
+            # Another folder may name its pictures as it likes; only what is surely no picture is left out there.
+            names = without_dots(names, self.picture, self.dots, keep_others=self.predict_root is not None)
         return [Record(name, place / name) for name in names]
 
 

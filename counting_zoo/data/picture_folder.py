@@ -9,8 +9,9 @@ import unicodedata
 from dataclasses import fields, replace
 from pathlib import Path
 
-from counting_zoo.data.annotation_files import Marks, read_dots, read_marks, read_mat_points
+from counting_zoo.data.annotation_files import Marks, read_marks, read_mat_points
 from counting_zoo.data.checks import inside_root
+from counting_zoo.data.dot_pictures import Dot, read_dots
 from counting_zoo.errors import InputError
 from counting_zoo.images import IMAGE_SUFFIXES, image_size
 
@@ -64,6 +65,24 @@ def _leads_inside(link: Path, top: Path) -> bool:
     return target.is_relative_to(top) and target.is_file()
 
 
+def without_dots(names: list[str], picture: str | None, dots: str | None, *, keep_others: bool) -> list[str]:
+    """The pictures to predict among the files of a folder; the patterns are those of :class:`PictureFolder`.
+
+    Args:
+        names: paths relative to the folder.
+        picture: pattern of pictures.
+        dots: pattern of dot pictures.
+        keep_others: leave out only dot pictures whose picture is there too, not what fits no pattern.
+
+    Example:
+        >>> without_dots(["a.png", "a_dots.png", "b.jpg"], "{stem}.png", "{stem}_dots.png", keep_others=True)
+        ['a.png', 'b.jpg']
+    """
+    pictures, dotted = _sorted_out(names, picture or "{stem}.*", dots)
+    stems = set(pictures.values())
+    return [name for name in names if dotted.get(name) not in stems] if keep_others else list(pictures)
+
+
 class PictureFolder:
     """Pictures with the marks that files beside them hold.
 
@@ -71,11 +90,14 @@ class PictureFolder:
         folder: has the pictures in ``images/``, or itself.
         unnamed: the name of objects that carry none.
         annotation: the one annotation file, relative to ``folder``; all of the usual names if ``None``.
-        picture: pattern of picture paths relative to ``folder``, with ``{stem}`` and any number of ``*``.
-        dots: pattern of the dot picture that belongs to a ``{stem}``.
+        picture: pattern of picture paths relative to ``folder``, with ``{stem}`` and any number of ``*``; all but the
+            dot pictures if ``None``.
+        dots: pattern of the dot picture that belongs to a ``{stem}``. A file that both patterns fit goes to the one
+            with more text of its own.
+        dot: what an object is in a dot picture, see :func:`~counting_zoo.data.dot_pictures.read_dots`.
 
     Raises:
-        InputError: an annotation file is absent or cannot be understood, or a pattern is none.
+        InputError: an annotation file is absent or cannot be understood, or a pattern is none or not one to one.
     """
 
     def __init__(
@@ -86,8 +108,10 @@ class PictureFolder:
         annotation: str | None = None,
         picture: str | None = None,
         dots: str | None = None,
+        dot: Dot | None = None,
     ) -> None:
         self.folder = folder
+        self.dot = dot
         self.unnamed = unnamed
         self.images = folder / "images" if (folder / "images").is_dir() else folder
         listed = list_pictures(folder if picture or dots else self.images)
@@ -96,6 +120,8 @@ class PictureFolder:
         self._known = {unicodedata.normalize("NFC", name): name for name in listed}
         self._dots: dict[str, str] = {}
         self._marks: dict[str, Marks] = {}
+        self.n_large: dict[str, int] = {}
+        """For each dot picture that was read, in how many of its blobs objects may touch."""
         self.has_files = False
         if picture or dots:
             listed = self._pair(listed, picture or "{stem}.*", dots)
@@ -111,7 +137,7 @@ class PictureFolder:
             InputError: a dot picture or ``.mat`` file is absent or damaged.
         """
         if name in self._dots:
-            points, size = read_dots(self.folder / self._dots[name])
+            points, size, self.n_large[name] = read_dots(self.folder / self._dots[name], self.dot)
             path = self.folder / name
             if path.is_file() and image_size(path) != size:
                 raise InputError(
@@ -174,30 +200,49 @@ class PictureFolder:
 
     def _pair(self, listed: list[str], picture: str, dots: str | None) -> list[str]:
         """The pictures among the files; fills in which dot picture belongs to each."""
-        is_picture = _pattern(picture, "data.picture")
-        stems = {name: match["stem"] for name in listed if (match := is_picture.fullmatch(name))}
+        stems, dotted = _sorted_out(listed, picture, dots)
         if dots is None:
             self._read_files(None)
             return list(stems)
-        is_dots = _pattern(dots, "data.dots")
-        partner = {name: dots.replace("{stem}", stem) for name, stem in stems.items()}
-        taken = set(partner.values())
-        self._dots = {name: dotted for name, dotted in partner.items() if name not in taken}
-        for name in listed:
-            match = is_dots.fullmatch(name)
-            if match and name not in taken and name not in self._dots:
-                orphan = picture.replace("{stem}", match["stem"])
-                if "*" in picture:
-                    raise InputError(f"{self.folder / name}: no picture like {orphan} belongs to this dot picture")
-                self._dots[orphan] = name
+        pictures = _by_stem(stems, self.folder, "data.picture")
+        partners = _by_stem(dotted, self.folder, "data.dots")
+        for stem in {**pictures, **partners}:
+            # What lacks its other half is named all the same, so that it is missed and not passed over.
+            name = pictures.get(stem) or picture.replace("{stem}", stem)
+            self._dots[name] = partners.get(stem) or dots.replace("{stem}", stem)
         return list(self._dots)
 
 
-def _pattern(pattern: str, option: str) -> re.Pattern[str]:
+def _sorted_out(names: list[str], picture: str, dots: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """The stems of pictures, and those of dot pictures, by name."""
+    pictures = _stems(names, picture, "data.picture")
+    dotted = {} if dots is None else _stems(names, dots, "data.dots")
+    for name in pictures.keys() & dotted.keys():
+        del (pictures if len(dots or "") > len(picture) else dotted)[name]
+    return pictures, dotted
+
+
+def _stems(names: list[str], pattern: str, option: str) -> dict[str, str]:
+    """The names that fit a pattern, each with what stands for ``{stem}`` in it."""
     if pattern.count("{stem}") != 1:
         raise InputError(f"{option} is {pattern!r}; expected one {{stem}} in it, such as '{{stem}}cell.png'")
+    if pattern.startswith("/") or ".." in pattern.split("/"):
+        raise InputError(
+            f"{option} is {pattern!r}, which leads out of the folder; make data.root the folder that holds both, and "
+            "begin both patterns there: picture 'images/{stem}.png' with dots 'dots/{stem}.png'"
+        )
     escaped = re.escape(pattern).replace(re.escape("{stem}"), "(?P<stem>.+)").replace(re.escape("*"), "[^/]*")
-    return re.compile(escaped)
+    fits = re.compile(escaped).fullmatch
+    return {name: match["stem"] for name in names if (match := fits(name))}
+
+
+def _by_stem(stems: dict[str, str], folder: Path, option: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, stem in stems.items():
+        if stem in found:
+            raise InputError(f"{folder / found[stem]} and {name} both fit {option}; expected one for {stem!r}")
+        found[stem] = name
+    return found
 
 
 def _merged(first: Marks, second: Marks, where: str) -> Marks:
@@ -211,4 +256,4 @@ def _merged(first: Marks, second: Marks, where: str) -> Marks:
     return replace(first, **changes)
 
 
-__all__ = ["ANNOTATION_FILES", "PictureFolder", "list_pictures"]
+__all__ = ["ANNOTATION_FILES", "PictureFolder", "list_pictures", "without_dots"]
