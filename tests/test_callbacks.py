@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import logging
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,25 @@ def test_every_picture_gets_a_file_of_its_own(tmp_path: Path) -> None:
     for overlay in overlays:
         assert (tmp_path / overlay).resolve().parent == (tmp_path / "pictures").resolve()
     assert "'=1+1.jpg" in {row["image"] for row in rows}
+
+
+def test_merging_holds_one_picture_at_a_time(tmp_path: Path) -> None:
+    """100,000 points are 15 MB as numbers of Python; they pass through in the rows of one picture after another."""
+    points = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) * 100
+    part = PartWriter(tmp_path, 0, densities=False, max_pictures=0)
+    for i in range(100):
+        part.add(replace(prediction(f"{i}.jpg"), points=[points]))
+    part.close()
+    tracemalloc.start()
+    try:
+        merge_parts(tmp_path, 1, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2e6
+    rows = table(tmp_path / "points.csv")
+    assert len(rows) == 100_000
+    assert [float(rows[-1][axis]) for axis in "xy"] == pytest.approx(points[-1].tolist(), rel=1e-6)
 
 
 def test_a_picture_that_came_twice_counts_once(tmp_path: Path) -> None:

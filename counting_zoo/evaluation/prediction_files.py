@@ -20,7 +20,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -109,70 +110,110 @@ class Merged:
 
 
 def merge_parts(folder: Path, n_parts: int, max_pictures: int | None) -> Merged:
-    """Join the parts of all processes into the final files and remove them.
+    """Join the parts of all processes into the final files and remove them, one picture in memory at a time.
 
     Args:
         folder: the folder of the predictions.
         n_parts: the number of processes.
         max_pictures: how many drawings stay, the first in the order in which the data was dealt out.
     """
-    rows = _read_rows(folder, n_parts)
-    counted = [row for row in rows if "error" not in row]
-    failed = [row for row in rows if "error" in row]
-    by_order = sorted(counted, key=lambda row: row["order"])
-    shown = {row["image"] for row in by_order[:max_pictures] if row["drawn"]}
-    stems = _stems([row["image"] for row in counted])
-    table, points = [], []
-    for row in counted:
-        image, many = row["image"], len(row["names"]) > 1
-        height, width = row["size"] or ("", "")
-        for k, (name, count, found) in enumerate(zip(row["names"], row["counts"], row["points"], strict=True)):
-            overlay = f"pictures/{stems[image]}{f'.{k}' if many else ''}.jpg" if image in shown else ""
-            density = f"{stems[image]}/{k}" if row["mapped"] else ""
-            table.append((image, name, float(count), len(found), width, height, overlay, density))
-            points += [(image, name, float(x), float(y)) for x, y in found]
-            if overlay:
+    found = _find_rows(folder, n_parts)
+    order = sorted(found)
+    counted = [image for image in order if not found[image].failed]
+    by_order = sorted(counted, key=lambda image: found[image].order)
+    shown = {image for image in by_order[:max_pictures] if found[image].drawn}
+    stems = _stems(counted)
+    with ExitStack() as stack:
+        files = [stack.enter_context(_part_file(folder, part, "rows.jsonl").open("rb")) for part in range(n_parts)]
+
+        def rows(images: list[str]) -> Iterator[dict[str, Any]]:
+            for image in images:
+                file = files[found[image].order[1]]
+                file.seek(found[image].place)
+                yield json.loads(file.readline())
+
+        for row in rows([image for image in counted if image in shown]):
+            for k in range(len(row["names"])):
                 (folder / "pictures").mkdir(exist_ok=True)
-                os.replace(_part(folder, row) / f"{_key(image)}-{k}.jpg", folder / overlay)
-    if any(row["mapped"] for row in counted):
-        _merge_densities(folder, n_parts, counted, stems)
-    write_table(folder / "points.csv", POINT_COLUMNS, points)
-    write_table(folder / "errors.csv", ERROR_COLUMNS, [(row["image"], row["error"]) for row in failed])
-    write_table(folder / "counts.csv", COUNT_COLUMNS, table)  # last: who sees it sees all files
+                drawing = _part_file(folder, row["part"], f"{_key(row['image'])}-{k}.jpg")
+                os.replace(drawing, folder / _overlay(row, k, stems))
+        if any(found[image].mapped for image in counted):
+            _merge_densities(folder, n_parts, rows(counted), stems)
+        write_table(
+            folder / "points.csv",
+            POINT_COLUMNS,
+            (
+                (row["image"], name, float(x), float(y))
+                for row in rows(counted)
+                for name, points in zip(row["names"], row["points"], strict=True)
+                for x, y in points
+            ),
+        )
+        failed = [image for image in order if found[image].failed]
+        write_table(folder / "errors.csv", ERROR_COLUMNS, ((row["image"], row["error"]) for row in rows(failed)))
+        table = (line for row in rows(counted) for line in _count_lines(row, stems, row["image"] in shown))
+        write_table(folder / "counts.csv", COUNT_COLUMNS, table)  # last: who sees it sees all files
     shutil.rmtree(folder / _PARTS)
     return Merged(len(counted), len(failed))
 
 
-def _read_rows(folder: Path, n_parts: int) -> list[dict[str, Any]]:
-    """Each picture once, ordered by name; samplers may have dealt one to two processes."""
-    found: dict[str, dict[str, Any]] = {}
+@dataclass(slots=True)
+class _Place:
+    """Where the row of a picture begins in its part's file, and what must be known of all pictures at once."""
+
+    order: tuple[int, int]  # number in its part, and the part
+    place: int
+    failed: bool
+    drawn: bool
+    mapped: bool
+
+
+def _find_rows(folder: Path, n_parts: int) -> dict[str, _Place]:
+    """Each picture once; samplers may have dealt one to two processes."""
+    found: dict[str, _Place] = {}
     for part in range(n_parts):
-        with (folder / _PARTS / str(part) / "rows.jsonl").open(encoding="utf-8") as file:
+        with _part_file(folder, part, "rows.jsonl").open("rb") as file:
+            place = 0
             for line in file:
                 row = json.loads(line)
-                known = found.setdefault(row["image"], row)
-                if row["order"] < known["order"]:
-                    found[row["image"]] = row
-    return [found[image] for image in sorted(found)]
+                n, rank = row["order"]
+                known = found.get(row["image"])
+                if known is None or (n, rank) < known.order:
+                    found[row["image"]] = _Place(
+                        (n, rank), place, "error" in row, row.get("drawn", False), row.get("mapped", False)
+                    )
+                place += len(line)
+    return found
 
 
-def _merge_densities(folder: Path, n_parts: int, rows: list[dict[str, Any]], stems: dict[str, str]) -> None:
-    parts = [h5py.File(folder / _PARTS / str(part) / "densities.h5", "r") for part in range(n_parts)]
-    try:
-        with replacing(folder / "densities.h5") as temporary, h5py.File(temporary, "w") as file:
-            for row in rows:
-                extent = row["extent"] or ()
-                group = file.create_group(stems[row["image"]])
-                for k, name in enumerate(row["names"]):
-                    parts[row["part"]].copy(f"{_key(row['image'])}/{k}", group)
-                    group[str(k)].attrs.update({"image": row["image"], "name": name, "extent": extent})
-    finally:
-        for part in parts:
-            part.close()
+def _count_lines(row: dict[str, Any], stems: dict[str, str], shown: bool) -> Iterator[tuple[str | int | float, ...]]:
+    """The lines of ``counts.csv`` that a picture has, one for each name."""
+    image = row["image"]
+    height, width = row["size"] or ("", "")
+    for k, (name, count, points) in enumerate(zip(row["names"], row["counts"], row["points"], strict=True)):
+        overlay = _overlay(row, k, stems) if shown else ""
+        density = f"{stems[image]}/{k}" if row["mapped"] else ""
+        yield image, name, float(count), len(points), width, height, overlay, density
 
 
-def _part(folder: Path, row: dict[str, Any]) -> Path:
-    return folder / _PARTS / str(row["part"])
+def _overlay(row: dict[str, Any], k: int, stems: dict[str, str]) -> str:
+    return f"pictures/{stems[row['image']]}{f'.{k}' if len(row['names']) > 1 else ''}.jpg"
+
+
+def _merge_densities(folder: Path, n_parts: int, rows: Iterable[dict[str, Any]], stems: dict[str, str]) -> None:
+    with ExitStack() as stack:
+        parts = [stack.enter_context(h5py.File(_part_file(folder, n, "densities.h5"))) for n in range(n_parts)]
+        temporary = stack.enter_context(replacing(folder / "densities.h5"))
+        file = stack.enter_context(h5py.File(temporary, "w"))
+        for row in rows:
+            group = file.create_group(stems[row["image"]])
+            for k, name in enumerate(row["names"]):
+                parts[row["part"]].copy(f"{_key(row['image'])}/{k}", group)
+                group[str(k)].attrs.update({"image": row["image"], "name": name, "extent": row["extent"] or ()})
+
+
+def _part_file(folder: Path, part: int, name: str) -> Path:
+    return folder / _PARTS / str(part) / name
 
 
 def _key(image_id: str) -> str:
