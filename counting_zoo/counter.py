@@ -198,6 +198,7 @@ class Counter(nn.Module, ABC):
 
 
 def _as_float(image: Tensor) -> Tensor:
+    image = image.contiguous()  # pictures from files have their colours beside each other
     return image if torch.is_floating_point(image) else image.float() / 255
 
 

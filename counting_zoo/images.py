@@ -20,6 +20,8 @@ from counting_zoo.image_headers import BrokenError, Data, Header, ShortError, ch
 MAX_PIXELS = 500_000_000
 """Larger pictures are refused before decoding; OpenCV's own limit of 2**30 pixels lies above it."""
 
+_BAND = 1 << 24  # values
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Lower-case file suffixes of the formats that can be read."""
 
@@ -60,10 +62,31 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
             f"{header.height} x {header.width}; the file is corrupt"
         )
     if image.dtype == np.uint16:
-        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        image = eight_bits(image)
     elif image.dtype != np.uint8:
         raise ImageError(f"{name}: pixels are {image.dtype}; expected 8 or 16 bits, convert the picture first")
-    return _upright(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), header.orientation)
+    for band in _bands(image):
+        band[:] = cv2.cvtColor(band, cv2.COLOR_BGR2RGB)
+    return _upright(image, header.orientation)
+
+
+def eight_bits(image: np.ndarray) -> np.ndarray:
+    """16-bit values divided by 257 and rounded, which maps full range to full range.
+
+    Example:
+        >>> eight_bits(np.array([[0, 128, 129, 65535]], np.uint16))
+        array([[  0,   0,   1, 255]], dtype=uint8)
+    """
+    result = np.empty(image.shape, np.uint8)
+    for source, target in zip(_bands(image), _bands(result), strict=True):
+        target[:] = (source.astype(np.uint32) + 128) // 257
+    return result
+
+
+def _bands(image: np.ndarray) -> list[np.ndarray]:
+    """Views of a few rows each: what is computed by band needs no second copy of a huge picture."""
+    rows = max(1, _BAND // max(1, image[:1].size))
+    return [image[first : first + rows] for first in range(0, len(image), rows)]
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -134,4 +157,4 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return image
 
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "decode_image", "image_size", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "decode_image", "eight_bits", "image_size", "read_image"]

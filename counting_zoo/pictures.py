@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from counting_zoo.errors import InputError
-from counting_zoo.images import read_image
+from counting_zoo.images import eight_bits, read_image
 from counting_zoo.ops import resize_density
 from counting_zoo.types import Prediction
 
@@ -32,7 +32,8 @@ def as_picture(source: Any) -> tuple[Tensor, str]:
             Grey becomes RGB, alpha is dropped.
 
     Returns:
-        ``(3, H, W)`` uint8 RGB and a name: the path, or ``picture``.
+        ``(3, H, W)`` uint8 RGB, colours beside each other in memory as in a decoded picture, and a name: the path, or
+        ``picture``. What the caller has is not shared.
 
     Raises:
         ImageError: the file cannot be read.
@@ -45,7 +46,7 @@ def as_picture(source: Any) -> tuple[Tensor, str]:
     """
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
-        return _chw(read_image(path)), str(path)
+        return torch.from_numpy(read_image(path)).permute(2, 0, 1), str(path)
     if isinstance(source, Tensor):
         return _chw(_as_uint8(_channels_last(source))), "picture"
     if isinstance(source, np.ndarray):
@@ -101,7 +102,7 @@ def _as_uint8(values: np.ndarray) -> np.ndarray:
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
     elif values.dtype == np.uint16:
-        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        values = eight_bits(values)
     elif np.issubdtype(values.dtype, np.floating):
         least, most = float(values.min()), float(values.max())
         if not (least >= 0 and most <= 1):  # NaN fails both
@@ -120,7 +121,7 @@ def _as_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def _chw(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # a copy: callers keep theirs
+    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # a copy: callers keep theirs
 
 
 def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:

@@ -6,26 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_zoo import BlockCounter
 from torch import Tensor
 
 from counting_zoo.callbacks import count_again
-from counting_zoo.module import CountingModule
 from counting_zoo.ops import sum_blocks
-from counting_zoo.types import Batch, CountOutput, Prediction
-
-
-class Blocks(CountingModule):
-    """Counts the red of blocks of 8 pixels exactly, in pictures of any size, as blockwise models do."""
-
-    @property
-    def cell(self) -> int:
-        return 8
-
-    def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
-        return CountOutput(sum_blocks(image[:, :1], 8))
-
-    def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
-        raise NotImplementedError
+from counting_zoo.types import Batch, Prediction
 
 
 def batch_of(*sizes: tuple[int, int]) -> Batch:
@@ -56,7 +42,7 @@ SIZES = ((8, 8), (9, 31), (61, 40), (1, 1), (100, 3), (48, 56))
 @pytest.mark.parametrize("window", [None, 16])
 def test_cells_lie_where_the_model_counts(window: int | None) -> None:
     """With tiles and without: extents, peaks, and the errors of regions (GAME) where cells cut the border."""
-    model, batch = Blocks(window=window), batch_of(*SIZES)
+    model, batch = BlockCounter(window=window), batch_of(*SIZES)
     for i, found in enumerate(model.predict_step(batch, 0)):
         height, width = SIZES[i]
         assert found.extent == (height / 8, width / 8)
@@ -75,7 +61,7 @@ def test_cells_lie_where_the_model_counts(window: int | None) -> None:
     assert [game[f"game{level}"] for level in range(4)] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-def _game(model: Blocks, batch: Batch, i: int) -> Tensor:
+def _game(model: BlockCounter, batch: Batch, i: int) -> Tensor:
     """``(1, 4)``: each block's objects spread over the part of the block that lies in the picture."""
     height, width = SIZES[i]
     density = sum_blocks(batch["image"][i][:1].float() / 255, 8)[0]
@@ -107,4 +93,4 @@ def _game(model: Blocks, batch: Batch, i: int) -> Tensor:
     ],
 )
 def test_a_density_of_other_cells_covers_exactly_its_picture(shape: Any, size: Any, extent: Any) -> None:
-    assert Blocks().extent(torch.zeros(1, *shape), size) == extent
+    assert BlockCounter().extent(torch.zeros(1, *shape), size) == extent
