@@ -110,7 +110,7 @@ class CountingDataset(Dataset):
         image = np.ascontiguousarray(sample.image) if self.training else sample.image
         picture = torch.from_numpy(image).permute(2, 0, 1)
         item: dict[str, Any] = {
-            "image": picture.float() / 255 if self.training else picture.contiguous(),
+            "image": picture.float() / 255 if self.training else picture,
             "classes": list(asked.classes),
         }
         if asked.points is not None:
