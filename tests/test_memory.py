@@ -1,6 +1,6 @@
 """What counting takes of memory: bounded for huge pictures, and the same after a thousand pictures as after one.
 
-Each measurement runs in a process of its own; its peak is the kernel's high-water mark of resident memory, which (unlike
+Each measurement runs in a process of its own; its peak is the high-water mark of resident memory, which (unlike
 ``getrusage``) does not start from that of the process it was started by.
 """
 
