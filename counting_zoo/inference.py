@@ -48,15 +48,19 @@ class Tiling:
 
     def __post_init__(self) -> None:
         for side, window, stride in zip(("height", "width"), self.window, self.stride, strict=True):
-            if self.cell < 1 or window % self.cell or stride % self.cell:
+            if self.cell < 1:
+                raise InputError(f"cell is {self.cell}; expected at least 1 pixel")
+            for name, value in (("window", window), ("stride", stride)):
+                if value < self.cell or value % self.cell:
+                    nearest = max(1, round(value / self.cell)) * self.cell
+                    raise InputError(
+                        f"{name} is {value} pixels ({side}); expected multiples of the density cell of {self.cell} "
+                        f"pixels: set model.{name} (or {name}= of count) to {nearest}"
+                    )
+            if stride > window:
                 raise InputError(
-                    f"{side} of the window is {window} and its stride {stride}; both must be multiples of the "
-                    f"density cell of {self.cell} pixels"
-                )
-            if not 0 < stride <= window:
-                raise InputError(
-                    f"{side} of the stride is {stride} for a window of {window}; expected 1 to {window}, so that "
-                    "windows leave no gap"
+                    f"stride is {stride} pixels ({side}) for a window of {window}; expected at most {window}, so that "
+                    "windows leave no gap: lower model.stride or raise model.window"
                 )
         if self.blend not in ("average", "official") or self.pad not in ("minimal", "official"):
             raise InputError(

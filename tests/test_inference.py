@@ -77,6 +77,37 @@ def test_named_shapes_with_a_224_window(shape, stride):
         assert density.sum().item() == pytest.approx(image[0].sum().item(), rel=1e-5)
 
 
+def test_thousands_of_sizes_lose_nobody():
+    """Blocks of 8 and 32 pixels, windows and strides any multiple of them, pictures of all sizes in one batch.
+
+    Objects are integers, so that the totals of windows side by side are exact in float32.
+    """
+    rng = np.random.default_rng(0)
+    named = [(200, 300), (500, 700), (1, 5000), (5000, 1), (1, 1), (224, 224), (225, 447)]
+    for cell, window, n in ((8, 224, 250), (32, 224, 150), (8, 64, 800), (16, 48, 800), (32, 32, 800), (7, 21, 400)):
+        sizes = [*named, *map(tuple, np.exp(rng.uniform(0, np.log(3 * window), (n, 2))).astype(int).tolist())]
+        images = []
+        for height, width in sizes:
+            dots = torch.zeros(3, height, width, dtype=torch.uint8)
+            places = rng.integers(0, [height, width], (int(rng.integers(0, 40)), 2))
+            dots[0, places[:, 0], places[:, 1]] = 255
+            dots[0, -1, -1] = 255  # the last pixel is the first to be lost
+            images.append(dots)
+        stride = int(rng.integers(1, window // cell + 1)) * cell
+        for step in {window, stride, cell if window <= 64 else window // 2 // cell * cell}:
+            for blend, pad in (("average", "minimal"), ("official", "official")):
+                few = images if step == window else images[:100]
+                maps = count_tiled(
+                    IdealModel(cell), few, window=window, stride=step, cell=cell, blend=blend, pad=pad,
+                    window_batch_size=int(rng.integers(1, 65)), classes=[["a"]] * len(few),
+                )  # fmt: skip
+                truth = torch.stack([image[0].count_nonzero() for image in few]).float()
+                found = torch.stack([density.sum() for density in maps])
+                torch.testing.assert_close(found, truth, rtol=1e-5, atol=0)
+                for density, (height, width) in zip(maps, sizes, strict=False):
+                    assert density.shape == (1, -(-height // cell), -(-width // cell))
+
+
 def composite(windows: np.ndarray, starts: list[int], length: int) -> np.ndarray:
     """Left to right, as the reference does it, one window after another."""
     out = windows[0].copy()
@@ -158,10 +189,14 @@ def test_garbage_in_the_padding_does_not_leak():
 
 
 def test_settings_that_do_not_fit_raise():
-    with pytest.raises(InputError, match="multiples of the density cell of 8"):
-        Tiling.of(224, 100, cell=8)
+    for window, stride, field, cure in ((224, 100, "stride", 96), (100, 96, "window", 96), (4, 4, "window", 8),
+                                        (0, 8, "window", 8), (8, 0, "stride", 8), (8, -8, "stride", 8)):  # fmt: skip
+        with pytest.raises(InputError, match=rf"{field} is .*density cell of 8 pixels: set model.{field} .* to {cure}"):
+            Tiling.of(window, stride, cell=8)
     with pytest.raises(InputError, match="no gap"):
         Tiling.of(8, 16)
+    with pytest.raises(InputError, match="cell is 0"):
+        Tiling.of(8, 8, cell=0)
     with pytest.raises(InputError, match="blend='linear'"):
         Tiling.of(8, 8, blend="linear")
     with pytest.raises(InputError, match=r"density of shape \(1, 1, 8, 8\)"):
