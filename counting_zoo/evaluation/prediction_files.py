@@ -55,7 +55,7 @@ class PartWriter:
         self._folder.mkdir(parents=True)
         self._rank = rank
         self._rows = (self._folder / "rows.jsonl").open("w", encoding="utf-8")
-        self._maps = h5py.File(self._folder / "densities.h5", "w") if densities else None
+        self._maps = _open_maps(self._folder / "densities.h5", "w") if densities else None
         self._max_pictures = max_pictures
         self._n = self._drawn = 0
 
@@ -202,14 +202,24 @@ def _overlay(row: dict[str, Any], k: int, stems: dict[str, str]) -> str:
 
 def _merge_densities(folder: Path, n_parts: int, rows: Iterable[dict[str, Any]], stems: dict[str, str]) -> None:
     with ExitStack() as stack:
-        parts = [stack.enter_context(h5py.File(_part_file(folder, n, "densities.h5"))) for n in range(n_parts)]
+        parts = [stack.enter_context(_open_maps(_part_file(folder, n, "densities.h5"), "r")) for n in range(n_parts)]
         temporary = stack.enter_context(replacing(folder / "densities.h5"))
-        file = stack.enter_context(h5py.File(temporary, "w"))
+        file = stack.enter_context(_open_maps(temporary, "w"))
         for row in rows:
             group = file.create_group(stems[row["image"]])
             for k, name in enumerate(row["names"]):
                 parts[row["part"]].copy(f"{_key(row['image'])}/{k}", group)
                 group[str(k)].attrs.update({"image": row["image"], "name": name, "extent": row["extent"] or ()})
+
+
+def _open_maps(path: Path, mode: str) -> h5py.File:
+    """An HDF5 file that keeps 1 MiB of its structure in memory; by default it is 32, which take up over 100."""
+    file = h5py.File(path, mode)
+    config = file.id.get_mdc_config()
+    config.set_initial_size = True
+    config.initial_size = config.min_size = config.max_size = 1 << 20
+    file.id.set_mdc_config(config)
+    return file
 
 
 def _part_file(folder: Path, part: int, name: str) -> Path:
