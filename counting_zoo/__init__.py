@@ -24,6 +24,9 @@ _HOME = {
     "FSC147": "counting_zoo.data.fsc147",
     "CARPK": "counting_zoo.data.carpk",
     "ShanghaiTech": "counting_zoo.data.shanghaitech",
+    "UCFQNRF": "counting_zoo.data.ucf_qnrf",
+    "NWPUCrowd": "counting_zoo.data.nwpu_crowd",
+    "JHUCrowd": "counting_zoo.data.jhu_crowd",
     "ImageFolder": "counting_zoo.data.folder",
     "PackedCounts": "counting_zoo.data.pack",
     "pack": "counting_zoo.data.pack",
@@ -37,9 +40,12 @@ if TYPE_CHECKING:
     from counting_zoo.data.carpk import CARPK
     from counting_zoo.data.folder import ImageFolder
     from counting_zoo.data.fsc147 import FSC147
+    from counting_zoo.data.jhu_crowd import JHUCrowd
+    from counting_zoo.data.nwpu_crowd import NWPUCrowd
     from counting_zoo.data.pack import PackedCounts, pack
     from counting_zoo.data.shanghaitech import ShanghaiTech
     from counting_zoo.data.synthetic import SyntheticScenes
+    from counting_zoo.data.ucf_qnrf import UCFQNRF
     from counting_zoo.geometry import Preprocess
     from counting_zoo.loading import load, load_official, save
     from counting_zoo.models.clip_count import CLIPCount
@@ -59,7 +65,27 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "CARPK", "CLIPEBC", "EBC", "FSC147", "Batch", "CLIPCount", "CountOutput", "CountingDataModule", "CountingModule", "ImageFolder",
-    "PackedCounts", "Prediction", "Preprocess", "ShanghaiTech", "SyntheticScenes", "__version__", "load",
-    "load_official", "pack", "save",
+    "CARPK",
+    "CLIPEBC",
+    "EBC",
+    "FSC147",
+    "UCFQNRF",
+    "Batch",
+    "CLIPCount",
+    "CountOutput",
+    "CountingDataModule",
+    "CountingModule",
+    "ImageFolder",
+    "JHUCrowd",
+    "NWPUCrowd",
+    "PackedCounts",
+    "Prediction",
+    "Preprocess",
+    "ShanghaiTech",
+    "SyntheticScenes",
+    "__version__",
+    "load",
+    "load_official",
+    "pack",
+    "save",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from counting_zoo.errors import InputError
 
+Interpolation = Literal["bilinear", "bicubic"]
 Rule = Literal["none", "short", "long", "height", "warp"]
 
 
@@ -23,13 +25,22 @@ class Preprocess:
         resize: which side becomes ``size``: ``none`` keeps the size, ``short``/``long``/``height`` keep the
             aspect ratio, ``warp`` makes the picture ``size`` x ``size``.
         size: pixels; needed by every rule but ``none``.
-        multiple: both sides are rounded down to a multiple of this (never below it).
+        multiple: both sides are rounded to a multiple of this (never below it).
         antialias: low-pass filter before shrinking.
         max_long: if set, pictures whose longer side would be above this are shrunk to it.
+        min_short: if set, pictures whose shorter side would be below this are enlarged to it, and ``max_long`` is
+            dropped where their aspect ratio cannot meet both (reference of CLIP-EBC: preprocess.py).
+        rounding: to the multiple below (``down``) or to the nearest one, halves to the even, within ``min_short`` and
+            ``max_long`` (``nearest``).
+        interpolation: ``bilinear`` or ``bicubic``.
+        fit: if set, (window, stride): both sides become the nearest ``window + k * stride`` instead of a multiple, so
+            that windows fit without a remainder (reference of CLIP-EBC: ``resize_to_multiple``).
 
     Example:
         >>> Preprocess("short", 384).target_size(480, 640)
         (384, 512)
+        >>> Preprocess(min_short=448, max_long=2048, multiple=32, rounding="nearest").target_size(300, 400)
+        (448, 608)
     """
 
     resize: Rule = "none"
@@ -37,6 +48,10 @@ class Preprocess:
     multiple: int = 1
     antialias: bool = True
     max_long: int | None = None
+    min_short: int | None = None
+    rounding: Literal["down", "nearest"] = "down"
+    interpolation: Interpolation = "bilinear"
+    fit: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.resize not in ("none", "short", "long", "height", "warp"):
@@ -48,7 +63,22 @@ class Preprocess:
                 f"preprocess.resize={self.resize!r} with preprocess.size={self.size!r}: "
                 "every rule but 'none' needs a size, and 'none' takes none"
             )
-        for name in ("size", "multiple", "max_long"):
+        for name, choices in (("rounding", ("down", "nearest")), ("interpolation", ("bilinear", "bicubic"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"preprocess.{name} is {getattr(self, name)!r}; expected one of {choices}")
+        if self.fit is not None:
+            object.__setattr__(self, "fit", tuple(self.fit))  # a list where it comes from a file
+            if len(self.fit) != 2 or min(self.fit) < 1 or self.multiple != 1:
+                raise InputError(
+                    f"preprocess.fit is {self.fit} with preprocess.multiple {self.multiple}; expected (window, stride) "
+                    "of at least 1 pixel, and no multiple beside it"
+                )
+        if self.min_short is not None and self.max_long is not None and self.min_short > self.max_long:
+            raise InputError(
+                f"preprocess.min_short is {self.min_short}, above preprocess.max_long, {self.max_long}; a shorter side "
+                "cannot be longer than the longer one"
+            )
+        for name in ("size", "multiple", "max_long", "min_short"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"preprocess.{name} is {value}; expected at least 1 pixel")
@@ -64,29 +94,49 @@ class Preprocess:
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
         """The size a ``height`` x ``width`` picture gets."""
+        sides: tuple[float, float] = (height, width)
         if self.resize == "warp":
             assert self.size is not None  # held by __post_init__
-            height = width = self.size
+            sides = (self.size, self.size)
         elif self.resize != "none":
-            side = {"short": min(height, width), "long": max(height, width), "height": height}[self.resize]
-            scale = self.size / side  # type: ignore[operator]
-            height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        if self.max_long is not None and max(height, width) > self.max_long:
-            scale = self.max_long / max(height, width)
-            height, width = max(1, round(height * scale)), max(1, round(width * scale))
+            side = {"short": min(sides), "long": max(sides), "height": height}[self.resize]
+            sides = self._scaled(sides, self.size / side)  # type: ignore[operator]
+        short, long = min(sides), max(sides)
+        fits_both = self.min_short is None or self.max_long is None or self.min_short * long <= self.max_long * short
+        if self.min_short is not None and short < self.min_short:
+            sides = self._scaled(sides, self.min_short / short)
+        elif self.max_long is not None and long > self.max_long and fits_both:
+            sides = self._scaled(sides, self.max_long / long)
+        return self._rounded(sides[0], fits_both), self._rounded(sides[1], fits_both)
+
+    def _scaled(self, sides: tuple[float, float], scale: float) -> tuple[float, float]:
+        if self.rounding == "nearest":  # once, at the end
+            return sides[0] * scale, sides[1] * scale
+        return max(1, round(sides[0] * scale)), max(1, round(sides[1] * scale))
+
+    def _rounded(self, side: float, fits_both: bool) -> int:
+        if self.fit is not None:
+            window, stride = self.fit
+            return window + max(0, round((side - window) / stride)) * stride
         m = self.multiple
-        return max(m, height // m * m), max(m, width // m * m)
+        if self.rounding == "down":
+            return max(m, int(side) // m * m)
+        lowest = max(m, self.min_short or 0)
+        highest = self.max_long if self.max_long is not None and fits_both else math.inf
+        return int(max(lowest, min(highest, round(side / m) * m)))
 
     def __call__(self, image: Tensor) -> Tensor:
         """Resize one ``(3, H, W)`` picture, uint8 or float."""
-        return resize_image(image, self.target_size(*image.shape[-2:]), self.antialias)
+        return resize_image(image, self.target_size(*image.shape[-2:]), self.antialias, self.interpolation)
 
 
-def resize_image(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """Bilinear resize of ``(3, H, W)`` to ``size``; uint8 stays uint8 (rounded)."""
+def resize_image(
+    image: Tensor, size: tuple[int, int], antialias: bool, interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """Resize ``(3, H, W)`` to ``size``; uint8 stays uint8 (rounded and clipped)."""
     if tuple(image.shape[-2:]) == size:
         return image
-    resize = partial(interpolate, size=size, mode="bilinear", align_corners=False, antialias=antialias)
+    resize = partial(interpolate, size=size, mode=interpolation, align_corners=False, antialias=antialias)
     if image.dtype != torch.uint8:
         return resize(image[None])[0]
     # One channel at a time, for a third of the memory in float32 (torch's uint8 kernel

@@ -129,3 +129,48 @@ def folder(
         writer = csv.writer(file)
         writer.writerow(header.split(","))
         writer.writerows((picture, *row) for picture, found in rows.items() for row in found)
+
+
+def ucf_qnrf(root: Path) -> dict[str, np.ndarray]:
+    """UCF-QNRF with 10 training and 3 test pictures; returns the points by picture."""
+    truth = {}
+    for folder, n_pictures in (("Train", 10), ("Test", 3)):
+        for n in range(1, n_pictures + 1):
+            points = draw_points(n, 48, 64, n)
+            write_picture(root / "UCF-QNRF_ECCV18" / folder / f"img_{n:04d}.jpg", points, seed=n + len(folder))
+            savemat(root / "UCF-QNRF_ECCV18" / folder / f"img_{n:04d}_ann.mat", {"annPoints": points.astype(float)})
+            truth[f"{folder}/img_{n:04d}.jpg"] = points
+    return truth
+
+
+def nwpu_crowd(root: Path, one_folder: bool = False) -> dict[str, np.ndarray]:
+    """NWPU-Crowd with 8 training, 2 validation and 3 test pictures, which have no annotation; returns the points."""
+    truth = {}
+    ids = {"train": [f"{i:04d}" for i in range(996, 1004)], "val": ["3110", "3111"], "test": ["3610", "0021", "5109"]}
+    (root / "mats").mkdir(parents=True)
+    for split, names in ids.items():
+        (root / f"{split}.txt").write_text("".join(f"{name} 0 1\n" for name in names))
+        for i, name in enumerate(names):
+            points = draw_points(i, 48, 64, int(name))  # the first of each has nobody in it
+            folder = "images" if one_folder else f"images_part{min(5, (int(name) - 1) // 1000 + 1)}"
+            write_picture(root / folder / f"{name}.jpg", points, seed=int(name))
+            if split != "test":
+                savemat(root / "mats" / f"{name}.mat", {"annPoints": points.astype(float)})
+                truth[f"{name}.jpg"] = points
+    return truth
+
+
+def jhu_crowd(root: Path) -> dict[str, np.ndarray]:
+    """JHU-Crowd++ with 8 training, 2 validation and 3 test pictures; returns the points by picture."""
+    truth = {}
+    for folder, n_pictures in (("train", 8), ("val", 2), ("test", 3)):
+        (root / folder / "gt").mkdir(parents=True)
+        lines = []
+        for n in range(n_pictures):
+            points = draw_points(n, 48, 64, n + 7).astype(int)
+            write_picture(root / folder / "images" / f"{n:04d}.jpg", points, seed=n + len(folder))
+            (root / folder / "gt" / f"{n:04d}.txt").write_text("".join(f"{x} {y} 5 6 1 0\n" for x, y in points))
+            lines.append(f"{n:04d},{n},street,{n % 3},0\n")
+            truth[f"{folder}/images/{n:04d}.jpg"] = points.astype(np.float32)
+        (root / folder / "image_labels.txt").write_text("".join(lines))
+    return truth

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,3 +109,52 @@ def test_bytes_are_resized_as_floats_are(size: tuple[int, int], antialias: bool)
     image = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).permute(2, 0, 1)
     exact = resize_image(image.double(), size, antialias)
     assert (resize_image(image, size, antialias) - exact).abs().max() < 0.501  # rounded once, to the nearest
+
+
+# -- the reference's rules for crowds ---------------------------------------------------------------------------------
+
+VECTORS = torch.load(Path(__file__).parent / "golden" / "clip_ebc_vectors.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("case", "expected"), VECTORS["calc_size"])
+def test_crowd_sizes_are_the_references(case: tuple[int, ...], expected: tuple[int, int]) -> None:
+    *size, least, most = case
+    rule = Preprocess(
+        min_short=least, max_long=most, multiple=32, rounding="nearest", interpolation="bicubic", antialias=False
+    )
+    assert rule.target_size(*size) == expected
+    assert rule.target_size(*size[::-1]) == expected[::-1]
+    assert Preprocess.of(rule.to_dict()) == rule
+
+
+@pytest.mark.parametrize(("case", "expected"), VECTORS["resize2multiple"])
+def test_sides_that_fit_windows_are_the_references(case: tuple[int, ...], expected: tuple[int, int]) -> None:
+    height, width, window, stride = case
+    assert Preprocess(fit=(window, stride)).target_size(height, width) == expected
+    assert Preprocess.of({"fit": [window, stride]}).target_size(height, width) == expected
+
+
+def test_bicubic_is_opencvs() -> None:
+    pixels = torch.randint(0, 256, (3, 40, 56), generator=torch.Generator().manual_seed(0))
+    image = pixels.to(torch.uint8)
+    rule = Preprocess("warp", 64, interpolation="bicubic", antialias=False)
+    expected = cv2.resize(image.permute(1, 2, 0).numpy(), (64, 64), interpolation=cv2.INTER_CUBIC)
+    found = rule(image)
+    assert found.dtype == torch.uint8
+    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rounding": "up"}, "rounding"),
+        ({"interpolation": "lanczos"}, "interpolation"),
+        ({"fit": (0, 8)}, "fit"),
+        ({"fit": (224, 224), "multiple": 8}, "multiple"),
+        ({"min_short": 448, "max_long": 400}, "min_short is 448"),
+        ({"min_short": 0}, "min_short"),
+    ],
+)
+def test_bad_rules_name_the_field(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Preprocess(**options)

@@ -64,6 +64,8 @@ def write_data(name: str, root: Path) -> dict[str, Any]:
         fakes.carpk(root)
     elif name.startswith("shanghaitech_"):
         fakes.shanghaitech(root, part=f"part_{name[-1].upper()}_final")
+    elif name in ("ucf_qnrf", "nwpu_crowd", "jhu_crowd"):
+        getattr(fakes, name)(root)
     elif name == "vgg_cells":
         fakes.dot_pairs(root)
         options |= {"splits": {"train": [0, 6], "test": [6, 10]}, "sizes": {"train": 4, "val": 2}}

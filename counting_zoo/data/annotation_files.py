@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from counting_zoo.data.points import as_points
@@ -176,19 +177,19 @@ def read_mat_points(path: Path) -> np.ndarray:
     """``(N, 2)`` float32 x, y from a MATLAB file.
 
     Known structures: ``image_info`` holding ``location`` and ``number`` (ShanghaiTech, nested in a cell or not) and
-    ``annPoints`` (UCF-QNRF).
+    ``annPoints`` (UCF-QNRF, NWPU-Crowd; also in files of version 7.3).
 
     Raises:
         InputError: the file is unreadable, has another structure, or its number differs from its points.
     """
     from scipy.io import loadmat
 
+    if h5py.is_hdf5(path):
+        return as_points(_read_version_73(path), f"{path}: annPoints")
     try:
         content = loadmat(path)
     except (OSError, ValueError, TypeError, NotImplementedError, KeyError, IndexError, EOFError) as error:
-        raise InputError(
-            f"{path}: cannot be read as a MATLAB file ({error}); expected version 7 or older: save it with -v7"
-        ) from error
+        raise InputError(f"{path}: cannot be read as a MATLAB file ({error}); expected one that save writes") from error
     except Exception as error:  # loadmat lets zlib's and its own errors through on a damaged file
         raise InputError(f"{path}: damaged MATLAB file ({type(error).__name__}: {error})") from error
     keys = sorted(key for key in content if not key.startswith("__"))
@@ -206,6 +207,21 @@ def read_mat_points(path: Path) -> np.ndarray:
         if number.size != 1 or number[0] != len(points):
             raise InputError(f"{path}: number is {number.tolist()} but location has {len(points)} points")
     return points
+
+
+def _read_version_73(path: Path) -> np.ndarray:
+    """``annPoints`` of a MATLAB file of version 7.3, which is HDF5 with all arrays transposed."""
+    try:
+        with h5py.File(path) as file:
+            found = file.get("annPoints")
+            if not isinstance(found, h5py.Dataset):
+                raise InputError(
+                    f"{path}: found {sorted(file)}; expected annPoints (other structures are read from files of "
+                    "version 7 or older only: save it with -v7)"
+                )
+            return np.zeros((0, 2)) if "MATLAB_empty" in found.attrs else found[()].T
+    except OSError as error:
+        raise InputError(f"{path}: damaged MATLAB file of version 7.3 ({error})") from error
 
 
 def _header(path: Path) -> set[str]:

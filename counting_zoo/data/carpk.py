@@ -24,7 +24,8 @@ class CARPK(CountingDataModule):
     Args:
         root: ``CARPK_devkit``, the folder above it, or its ``data`` folder.
         class_name: what the cars are called.
-        val_split: validate on pictures ``drawn`` from the training list, or on the official ``test`` list.
+        val_split: validate on pictures ``drawn`` from the training list, or on the test list (``official``, or
+            ``test``).
         val_fraction: how much of the training list is drawn.
         split_seed: seeds the draw.
         outside: what happens to boxes that reach over the border.
@@ -43,7 +44,7 @@ class CARPK(CountingDataModule):
         root: str | Path,
         *,
         class_name: str = "cars",
-        val_split: Literal["drawn", "test"] = "drawn",
+        val_split: Literal["drawn", "official", "test"] = "drawn",
         val_fraction: float = 0.1,
         split_seed: int = 0,
         outside: Literal["error", "clamp", "drop"] = "clamp",
@@ -60,7 +61,7 @@ class CARPK(CountingDataModule):
         """Every picture of a split; ``predict`` takes the test list without its annotation."""
         variants = ("data", "CARPK_devkit/data", "PUCPR+_devkit/data")
         root = self.find_root(*variants, holding="ImageSets")
-        official = split in ("test", "predict") or (split == "val" and self.val_split == "test")
+        official = split in ("test", "predict") or (split == "val" and self.val_split in ("official", "test"))
         names = self._names(root, "test" if official else "train")
         if not official and self.val_split == "drawn":
             held_out = draw(names, {"val": self.val_fraction}, self.split_seed)["val"]

@@ -30,7 +30,8 @@ class ShanghaiTech(CountingDataModule):
         root: the folder that holds the parts, or the part itself.
         part: ``A`` or ``B``.
         class_name: what the people are called.
-        val_split: validate on pictures ``drawn`` from the training folder, or on the official ``test`` folder.
+        val_split: validate on pictures ``drawn`` from the training folder, or on the test folder (``official``, or
+            ``test``), as the reference of CLIP-EBC does.
         test_split: test and predict on the official ``test`` folder, or on all of ``train``.
         val_fraction: how much of the training folder is drawn.
         split_seed: seeds the draw.
@@ -52,7 +53,7 @@ class ShanghaiTech(CountingDataModule):
         *,
         part: Literal["A", "B"] = "A",
         class_name: str = "people",
-        val_split: Literal["drawn", "test"] = "drawn",
+        val_split: Literal["drawn", "official", "test"] = "drawn",
         test_split: Literal["test", "train"] = "test",
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -72,7 +73,7 @@ class ShanghaiTech(CountingDataModule):
         """Every picture of a split; ``predict`` takes the tested folder without its annotation."""
         tested = split in ("test", "predict")
         whole = self.test_split if tested else self.val_split if split == "val" else "train"
-        folder = "test_data" if whole == "test" else "train_data"
+        folder = "test_data" if whole in ("test", "official") else "train_data"
         part = self._find_part(folder)
         names = list_pictures(part / folder / "images")
         if not tested and folder == "train_data" and self.val_split == "drawn":
