@@ -87,3 +87,43 @@ def test_a_picture_of_400_megapixels_takes_less_than_4_gb(tmp_path: Path, size: 
     assert max(drawn.shape[:2]) <= 4096
     assert found["peak"] < 4e9
     print(f"predict: {found['peak'] / 1e9:.2f} GB")
+
+
+def write_pictures(folder: Path, n: int) -> None:
+    folder.mkdir()
+    for i in range(n):
+        rng = np.random.default_rng(i)
+        image = rng.integers(0, 256, (*rng.integers(1, 250, 2), 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{i:05d}.png"), image)
+
+
+def slope(resident: list[int]) -> float:
+    """Bytes that resident memory grows by with each picture, by least squares, less the first third to warm up."""
+    after = np.array(resident[len(resident) // 3 :], np.float64)
+    return float(np.polyfit(np.arange(len(after)), after, 1)[0])
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
+    """Counted one by one and predicted with all files, 1,000 pictures of all sizes: below 10 kB for each."""
+    n = int(os.environ.get("COUNTING_ZOO_MEMORY_PICTURES", "1000"))
+    write_pictures(tmp_path / "photos", n)
+    save(BlockCounter(window=64, stride=32), tmp_path / "model.ckpt")
+
+    loop = "from pathlib import Path\nfound = []\nfor path in sorted(Path('photos').iterdir()):\n"
+    loop += "    model.count(path, 'dots')\n    found.append(memory('VmRSS'))\nresult = {'resident': found}"
+    found = measured(tmp_path, COUNT + loop)
+    assert len(found["resident"]) == n
+    print(f"count: {slope(found['resident']) / 1e3:.2f} kB for each picture")
+    assert slope(found["resident"]) < 10e3
+
+    watch = (
+        "from counting_zoo.callbacks import PartWriter\nfound, add = [], PartWriter.add\n"
+        "PartWriter.add = lambda self, prediction: (add(self, prediction), found.append(memory('VmRSS')))\n"
+    )
+    found = measured(tmp_path, watch + predict("--predictions.max_pictures=null") + "\nresult['resident'] = found")
+    assert (found["exit"], len(found["resident"])) == (0, n)
+    joining = found["peak"] - max(found["resident"])
+    print(f"predict: {slope(found['resident']) / 1e3:.2f} kB, and {joining / n / 1e3:.2f} kB to join the files")
+    assert slope(found["resident"]) < 10e3
+    assert joining / n < 10e3
