@@ -223,7 +223,9 @@ class CountingDataModule(L.LightningDataModule):
         sizes = []
         for record in self.records("train"):
             if record.size is None:
-                raise InputError(f"{record.image_id}: neither its annotation nor its file says how large the picture is")
+                raise InputError(
+                    f"{record.image_id}: neither its annotation nor its file says how large the picture is"
+                )
             sizes.append(record.size)
         return sizes
 
