@@ -19,13 +19,12 @@ from torch import Tensor
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.module import CountingModule
 
-
 # Scores beside the weights of the references' resume files; none of these runs anything.
+_MULTIARRAY: Any = importlib.import_module("numpy._core.multiarray")
 _PLAIN_NUMPY: list[Any] = [
-    np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray._reconstruct, (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, _codecs.encode,
-    defaultdict, list,
+    _MULTIARRAY.scalar, (_MULTIARRAY.scalar, "numpy.core.multiarray.scalar"),
+    _MULTIARRAY._reconstruct, (_MULTIARRAY._reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray,
+    np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, _codecs.encode, defaultdict, list,
 ]  # fmt: skip
 
 
@@ -181,9 +180,11 @@ def load_official(
         raise InputError(f"load_official knows no {name!r}; expected 'clip_count' or 'clip_ebc'")
     if isinstance(clip, str | Path) and Path(clip).expanduser().is_file():
         clip = read_checkpoint(clip)
-    content, settings = dict(source) if isinstance(source, Mapping) else None, {}
-    if content is None:
-        content, settings = _read_official(Path(source).expanduser())  # type: ignore[arg-type]
+    settings: dict[str, Any] = {}
+    if isinstance(source, Mapping):
+        content = dict(source)
+    else:
+        content, settings = _read_official(Path(source).expanduser())
     for key in ("hyper_parameters", "config"):
         if isinstance(content.get(key), Mapping):
             settings |= content[key]

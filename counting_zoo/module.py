@@ -229,8 +229,9 @@ class CountingModule(Counter, L.LightningModule):
         mixed = getattr(datamodule, "prompts", "all") == "target" and hasattr(datamodule, "records")
         if mixed and any(len(record.classes) > 1 for record in datamodule.records("train")):
             warnings.warn(
-                f"{type(self).__name__} counts without names, but data.prompts is 'target', so it is trained and scored "
-                "on the first class of each picture, among objects of others; use --data.prompts all for all objects",
+                f"{type(self).__name__} counts without names, but data.prompts is 'target', so it is trained and "
+                "scored on the first class of each picture, among objects of others; use --data.prompts all for all of "
+                "them",
                 stacklevel=2,
             )
 

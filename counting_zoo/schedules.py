@@ -74,7 +74,7 @@ class WarmupCosineRestarts(LRScheduler):
         return self.final + (base - self.final) * (1 + math.cos(math.pi * done / length)) / 2
 
     def get_lr(self) -> list[Any]:
-        return [self.rate(self.last_epoch, base) for base in self.base_lrs]
+        return [self.rate(self.last_epoch, float(base)) for base in self.base_lrs]
 
 
 __all__ = ["WarmupCosineRestarts", "WarmupHoldDecay"]

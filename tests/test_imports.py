@@ -19,9 +19,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: What a model folder holds beside its Lightning module and its reader of official weights: plain torch.
 PARTS = tuple(
     f"models.*.{part}"
-    for part in ("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "small", "transport",
-                 "zip_loss")
-)  # fmt: skip
+    for part in (
+        *("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "small", "transport"),
+        "zip_loss",
+    )
+)
 #: A module may import its own layer's neighbours in the same folder, and lower layers. What is not named is on top.
 LAYERS = (
     ("version", "errors"),
