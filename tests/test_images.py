@@ -267,3 +267,14 @@ def test_real_pictures_decode() -> None:
     assert paths
     for path in paths:
         assert image_size(path) == read_image(path).shape[:2]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_huge_pictures_are_converted_by_band(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of one row, of some rows and a rest, and of the whole picture give the same."""
+    stored = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (17, 13, 3), dtype=dtype)
+    data = cv2.imencode(".png", stored)[1].tobytes()
+    expected = np.rint(stored[..., ::-1] / (257 if dtype == np.uint16 else 1)).astype(np.uint8)
+    for band in (1, 5 * 13 * 3, 1 << 24):
+        monkeypatch.setattr("counting_zoo.images._BAND", band)
+        np.testing.assert_array_equal(decode_image(data, "a.png"), expected)
