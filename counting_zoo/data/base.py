@@ -286,6 +286,9 @@ class CountingDataModule(L.LightningDataModule):
                 f"data.prompts is {self.prompts}, but training knows only the names {self.class_names('train')}; "
                 "expected no more than these"
             )
+        if stage == "fit" and self.augmentation is not None and "points" in self.provides:
+            rule = self._preprocess()
+            self.augmentation.check_sizes([rule.target_size(*size) for size in self.train_sizes()])
         if stage == "fit" and self.duplicates != "ignore":
             check_duplicates(self._separate_splits(), action=self.duplicates)
 
@@ -321,7 +324,6 @@ class CountingDataModule(L.LightningDataModule):
         return self._loader(data, sampler, self.eval_batch_size, training=False)
 
     def _dataset(self, split: Split, *, training: bool) -> CountingDataset:
-        model = self.trainer.lightning_module if self.trainer is not None else None
         records = self.records(split)
         source = copy(self)  # what loader processes get; those started by spawn could not be given the trainer
         source.trainer = None
@@ -329,12 +331,17 @@ class CountingDataModule(L.LightningDataModule):
             records,
             source.read_verified,
             partial(source._choose_names, split),
-            preprocess=Preprocess.of(getattr(model, "preprocess", None)),
+            preprocess=self._preprocess(),
             augmentation=self.augmentation,
             training=training,
             outside=self.outside,
             tolerate=split == "predict",
         )
+
+    def _preprocess(self) -> Preprocess:
+        """The geometry that the model asks for."""
+        model = self.trainer.lightning_module if self.trainer is not None else None
+        return Preprocess.of(getattr(model, "preprocess", None))
 
     def _loader(self, data: CountingDataset, sampler: Any, batch_size: int, *, training: bool) -> DataLoader:
         return DataLoader(

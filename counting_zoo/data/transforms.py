@@ -6,7 +6,9 @@ albumentations is used for colour, noise and blur only: its geometry loses point
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +32,13 @@ class Augmentation(ABC):
         """Return the augmented sample; the one given stays as it is.
 
         A sample without points (``has_points`` false) knows its counts only, so nothing may leave its frame.
+        """
+
+    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Look at the (H, W) of all training pictures with points before training begins.
+
+        Raises:
+            InputError: they and the settings do not go together.
         """
 
 
@@ -91,6 +100,26 @@ class PlainAugmentation(Augmentation):
             table = np.clip(np.rint(np.arange(256) * factor + shift), 0, 255).astype(np.uint8)
             sample = replace(sample, image=cv2.LUT(sample.image, table))
         return sample
+
+    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """A crop larger than every picture is an error, one larger than some is said: those are padded."""
+        if self.crop is None:
+            return
+        height, width = (side / self.scale[1] for side in self.crop)
+        smaller = [size for size in sizes if size[0] < height or size[1] < width]
+        if not smaller:
+            return
+        if len(smaller) == len(sizes):
+            raise InputError(
+                f"augmentation.crop is {self.crop}, but no training picture is that large (the largest has "
+                f"{max(sizes, key=min)} rows and columns); give a smaller crop, enlarge the pictures "
+                "(model.preprocess.min_short), or take CrowdAugmentation, which enlarges what is too small"
+            )
+        warnings.warn(
+            f"{len(smaller)} of {len(sizes)} training pictures are smaller than augmentation.crop, {self.crop} (such as "
+            f"{smaller[0]}), and are padded with black",
+            stacklevel=2,
+        )
 
     def _scaled_crop(self, sample: Sample, rng: np.random.Generator) -> Sample:
         factor = rng.uniform(*self.scale)
