@@ -7,7 +7,6 @@ import importlib
 import json
 import pickle
 import sys
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ _MULTIARRAY: Any = importlib.import_module("numpy._core.multiarray")
 _PLAIN_NUMPY: list[Any] = [
     _MULTIARRAY.scalar, (_MULTIARRAY.scalar, "numpy.core.multiarray.scalar"),
     _MULTIARRAY._reconstruct, (_MULTIARRAY._reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray,
-    np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, _codecs.encode, defaultdict, list,
+    np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, _codecs.encode,
 ]  # fmt: skip
 
 
