@@ -355,7 +355,7 @@ def test_settings_out_of_range_are_named(make: Callable[[], Augmentation], named
 def test_a_crop_larger_than_every_picture_is_an_error() -> None:
     augmentation = PlainAugmentation(crop=(64, 96))
     augmentation.check_sizes([(64, 96), (100, 100)])
-    with pytest.raises(InputError, match="crop is \\(64, 96\\).*largest has \\(60, 200\\)"):
+    with pytest.raises(InputError, match=r"crop is \(64, 96\).*largest has \(60, 200\)"):
         augmentation.check_sizes([(60, 200), (10, 10)])
     with pytest.warns(UserWarning, match="1 of 2 training pictures"):
         augmentation.check_sizes([(64, 96), (63, 96)])

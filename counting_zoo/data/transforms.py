@@ -34,7 +34,7 @@ class Augmentation(ABC):
         A sample without points (``has_points`` false) knows its counts only, so nothing may leave its frame.
         """
 
-    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:  # noqa: B027  nothing to check by default
         """Look at the (H, W) of all training pictures with points before training begins.
 
         Raises:
@@ -116,8 +116,8 @@ class PlainAugmentation(Augmentation):
                 "(model.preprocess.min_short), or take CrowdAugmentation, which enlarges what is too small"
             )
         warnings.warn(
-            f"{len(smaller)} of {len(sizes)} training pictures are smaller than augmentation.crop, {self.crop} (such as "
-            f"{smaller[0]}), and are padded with black",
+            f"{len(smaller)} of {len(sizes)} training pictures are smaller than augmentation.crop, {self.crop}, such as "
+            f"one of {smaller[0]}, and are padded with black",
             stacklevel=2,
         )
 
