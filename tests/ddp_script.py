@@ -91,6 +91,16 @@ def long() -> None:
                 run("fit", *words, *model("clip_count", **more), *STEP, *scenes(), *equal)
 
 
+def blocks() -> None:
+    """One step of blockwise models on the same eight pictures, in one process and in two."""
+    for name in ("clip_ebc", "ebc_small"):
+        for loss in ("dm", "multiscale"):
+            for world in (1, 2):
+                equal = [f"--data.batch_size={8 // world}", "--data.augmentation=null", "--data.prompts=all"]
+                words = trainer(f"{name}_{loss}_{world}", world, limit_val_batches=1)
+                run("fit", *words, *model(name, count_loss=loss), *STEP, *scenes(), *equal)
+
+
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
-    {"short": short, "long": long}[sys.argv[2]]()
+    {"short": short, "long": long, "blocks": blocks}[sys.argv[2]]()

@@ -34,6 +34,11 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch(tmp_path_factory.mktemp("long"), "long")
 
 
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("blocks"), "blocks")
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -117,3 +122,19 @@ def test_gradients_do_not_depend_on_processes(long: Path, contrast: str, stage: 
     other = weights(long / "runs" / "patch_contrast_1" / "checkpoints" / "last.ckpt")
     if (contrast, stage) != ("patch", "contrast"):
         assert any(not torch.equal(one[key], other[key]) for key in one)  # each combination is another step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dm", "multiscale"])
+@pytest.mark.parametrize("name", ["clip_ebc", "ebc_small"])
+def test_blockwise_gradients_do_not_depend_on_processes(blocks: Path, name: str, loss: str) -> None:
+    """D3 for sums over blocks and for the transport."""
+    one, two = (weights(blocks / "runs" / f"{name}_{loss}_{n}" / "checkpoints" / "last.ckpt") for n in (1, 2))
+    moved = 0
+    for key, value in one.items():
+        if "bn" in key:
+            continue  # batch norm sees the pictures of its own process; sync_batchnorm is the cure on GPUs
+        scale = max(1.0, float(value.abs().max()))
+        assert float((value - two[key]).abs().max()) < 1e-4 * scale, key
+        moved += 1
+    assert moved > 10

@@ -116,8 +116,8 @@ class PlainAugmentation(Augmentation):
                 "(model.preprocess.min_short), or take CrowdAugmentation, which enlarges what is too small"
             )
         warnings.warn(
-            f"{len(smaller)} of {len(sizes)} training pictures are smaller than augmentation.crop, {self.crop}, such as "
-            f"one of {smaller[0]}, and are padded with black",
+            f"{len(smaller)} of {len(sizes)} training pictures, such as one of {smaller[0]}, are smaller than "
+            f"augmentation.crop, {self.crop}, and are padded with black",
             stacklevel=2,
         )
 
