@@ -82,6 +82,8 @@ class Counter(nn.Module, ABC):
         pictures = [image.to(self.device) for image in images]
         side = (self.window or 0) if window is None else window
         step = (self.stride if window is None else None) if stride is None else stride
+        if stride is not None and not side:
+            raise InputError(f"stride={stride} without a window; give a window too, or no stride to count in one piece")
         if side:
             found = count_tiled(
                 lambda tiles, names: self(tiles, names).density,

@@ -10,6 +10,7 @@ from tiny_zoo import BlockCounter
 from torch import Tensor
 
 from counting_zoo.callbacks import count_again
+from counting_zoo.errors import InputError
 from counting_zoo.ops import sum_blocks
 from counting_zoo.types import Batch, Prediction
 
@@ -94,3 +95,10 @@ def _game(model: BlockCounter, batch: Batch, i: int) -> Tensor:
 )
 def test_a_density_of_other_cells_covers_exactly_its_picture(shape: Any, size: Any, extent: Any) -> None:
     assert BlockCounter().extent(torch.zeros(1, *shape), size) == extent
+
+
+def test_a_stride_without_a_window_is_not_passed_over() -> None:
+    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    for model, options in ((BlockCounter(), {"stride": 8}), (BlockCounter(window=16), {"stride": 8, "window": 0})):
+        with pytest.raises(InputError, match="stride=8 without a window"):
+            model.count(picture, "dots", **options)
