@@ -97,3 +97,16 @@ def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         build_encoder({"model_type": "nonsense"}, 8)
     with pytest.raises(InputError, match="model_type is None"):
         build_encoder({"hidden_sizes": [8]}, 8)
+
+
+def test_norms_that_no_classifier_has_begin_as_ones(tmp_path: Path) -> None:
+    """Swin's and ConvNeXt's backbones add a norm on their feature maps."""
+    from safetensors.torch import load_file, save_file
+
+    made("convnext").body.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    kept = {k: v for k, v in state.items() if "hidden_states_norms" not in k}
+    assert len(kept) < len(state)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    norms = {k: v for k, v in HubBackbone(str(tmp_path), 8).state_dict().items() if "hidden_states_norms" in k}
+    assert all(torch.equal(v, torch.full_like(v, float(k.endswith("weight")))) for k, v in norms.items())
