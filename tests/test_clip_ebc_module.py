@@ -239,3 +239,11 @@ def test_clip_resnet_trains_and_gives_every_reduction() -> None:
 def test_regression_has_no_texts() -> None:
     with pytest.raises(InputError, match="use EBC"):
         clip_ebc(head="regression")
+
+
+def test_blocks_smaller_than_an_object() -> None:
+    model = EBC(**SMALL | {"reduction": 2}).eval()
+    assert len(model.bins) == 2
+    assert model(torch.rand(1, 3, 9, 16), [["x"]]).density.shape == (1, 1, 5, 8)
+    fine = EBC(**SMALL | {"reduction": 2, "head": "regression", "sigma": 1.5, "count_loss": "mse"}).train()
+    assert torch.isfinite(total(fine.training_losses(batch((5, 2)))))

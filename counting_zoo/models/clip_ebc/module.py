@@ -56,7 +56,8 @@ class BlockwiseCounter(CountingModule):
         granularity: one count in each bin (``fine``), in pairs from half the maximum on (``dynamic``), or in pairs
             throughout (``coarse``).
         max_count: the count from which on all are in the last bin; ``None`` derives it from ``head_size``.
-        head_size: side of the smallest recognisable object in pixels: the maximum is ``(reduction // head_size) ** 2``.
+        head_size: side of the smallest recognisable object in pixels: the maximum is ``(reduction // head_size) ** 2``,
+            and 1 for blocks that are smaller.
         representatives: the count that stands for each bin: ``mean`` of the training data, ``middle``, or a list.
         windows: blocks that the mean is taken over: at every pixel (``sliding``, the reference) or ``aligned``.
         count_loss: beside the classification: ``dm`` (DM-Count's transport, total variation and count), ``mae`` or
@@ -121,7 +122,7 @@ class BlockwiseCounter(CountingModule):
         elif max_count is not None:
             self.bins = Bins.make(granularity, max_count)
         else:
-            self.bins = Bins.for_block(reduction, head_size, granularity)
+            self.bins = Bins.for_block(reduction, min(head_size, reduction), granularity)
         self.hparams["bins"] = self.bins.to_list()
         self.reduction, self.head, self.windows = reduction, head, windows
         self.known_values: list[float] | None = None
