@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from counting_zoo.counter import Counter
+from counting_zoo.data.records import Split, n_objects
 from counting_zoo.errors import CheckpointError, InputError, SupervisionError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.metrics import GAME, CountErrors, PromptErrors
@@ -207,6 +208,10 @@ class CountingModule(Counter, L.LightningModule):
                 "use 'bf16-mixed', '16-mixed' or '32-true'"
             )
         datamodule = getattr(self.trainer, "datamodule", None)
+        if self.class_blind and hasattr(datamodule, "asked_counts"):
+            splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+            for split in splits.get(stage, ()):
+                self._warn_of_names(datamodule, split)
         if stage != "fit" or datamodule is None:
             return
         provides = getattr(datamodule, "provides", None)
@@ -216,22 +221,21 @@ class CountingModule(Counter, L.LightningModule):
                 f"{type(self).__name__} trains on {needs}, which {type(datamodule).__name__} does not give (it gives "
                 f"{', '.join(sorted(provides)) or 'nothing'}); choose data with {needs}, or test and predict only"
             )
-        if self.class_blind:
-            self._warn_of_names(datamodule)
         if hasattr(datamodule, "class_names") and self.default_classes is None:
             known = datamodule.class_names("train")
             if self.class_blind or not self.text_guided or len(known) == 1:
                 self.default_classes = self.hparams["default_classes"] = list(known)
         self.read_facts(datamodule)
 
-    def _warn_of_names(self, datamodule: Any) -> None:
-        """A model without names learns every object it is shown, so it must be shown all of them."""
-        mixed = getattr(datamodule, "prompts", "all") == "target" and hasattr(datamodule, "records")
-        if mixed and any(len(record.classes) > 1 for record in datamodule.records("train")):
+    def _warn_of_names(self, datamodule: Any, split: Split) -> None:
+        """A model without names counts every object it sees, so all of them must be asked about."""
+        present = np.array([n_objects(record) for record in datamodule.records(split)], np.float64)
+        left_out = np.nansum(present - datamodule.asked_counts(split, total=True)[:, 0])
+        if left_out > 0:
             warnings.warn(
-                f"{type(self).__name__} counts without names, but data.prompts is 'target', so it is trained and "
-                "scored on the first class of each picture, among objects of others; use --data.prompts all for all of "
-                "them",
+                f"{type(self).__name__} counts without names, but {left_out:.0f} of {np.nansum(present):.0f} objects "
+                f"in the {split} pictures have names that are not asked about, so counting them is taken for an error; "
+                "use --data.merge_classes objects to give all of them one name",
                 stacklevel=2,
             )
 

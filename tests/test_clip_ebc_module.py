@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
-from counting_zoo import CLIPEBC, EBC, load, save
+from counting_zoo import CLIPEBC, EBC, SyntheticScenes, load, save
 from counting_zoo.errors import InputError
 from counting_zoo.models.clip_ebc.heads import EBCOutput, TextHead, ZIPOutput
 from counting_zoo.types import Batch, CountOutput
@@ -247,3 +248,19 @@ def test_blocks_smaller_than_an_object() -> None:
     assert model(torch.rand(1, 3, 9, 16), [["x"]]).density.shape == (1, 1, 5, 8)
     fine = EBC(**SMALL | {"reduction": 2, "head": "regression", "sigma": 1.5, "count_loss": "mse"}).train()
     assert torch.isfinite(total(fine.training_losses(batch((5, 2)))))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({}, True), ({"prompts": "all"}, True), ({"merge_classes": "all"}, False)]
+)
+def test_objects_that_nobody_asks_about_are_said(
+    options: dict[str, Any], said: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Scenes show kinds of object in the test that training never names."""
+    scenes = SyntheticScenes(tmp_path, sizes={"train": 3, "val": 2, "test": 2}, num_workers=0, **options)
+    model = EBC(**SMALL)
+    L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu").test(
+        model, scenes, verbose=False
+    )
+    warned = [str(w.message) for w in recwarn if "merge_classes" in str(w.message)]
+    assert bool(warned) == said

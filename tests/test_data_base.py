@@ -399,3 +399,18 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
         return [batch["image"] for batch in data.train_dataloader()]
 
     assert all(torch.equal(a, b) for a, b in zip(images(0), images(2), strict=True))
+
+
+def test_merged_classes_are_all_objects_under_one_name(tmp_path: Path) -> None:
+    plain, data = Pictures(tmp_path), Pictures(tmp_path, merge_classes="objects")
+    assert data.class_names() == data.class_names("test") == ["objects"]
+    for before, after in zip(plain.records("train"), data.records("train"), strict=True):
+        assert after.classes == ["objects"]
+        assert after.counts is not None
+        assert after.counts.tolist() == [len(before.points)]  # type: ignore[arg-type]
+        assert after.labels is not None
+        assert not after.labels.any()
+    np.testing.assert_array_equal(data.asked_counts("train"), plain.asked_counts("train", total=True))
+    assert all(record.classes == ["objects"] for record in data.records("predict"))
+    with pytest.raises(InputError, match="merge_classes is empty"):
+        Pictures(tmp_path, merge_classes=" ")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from counting_zoo.data.checks import check_duplicates, check_kinds, check_records
 from counting_zoo.data.checksums import Checksums
 from counting_zoo.data.dataset import CountingDataset, collate
-from counting_zoo.data.records import Record, Split, ask, present_names, without_annotation
+from counting_zoo.data.records import Record, Split, ask, merged, present_names, without_annotation
 from counting_zoo.data.sampling import EvaluationSampler, TrainingSampler
 from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import InputError
@@ -42,6 +42,8 @@ class CountingDataModule(L.LightningDataModule):
             data set, in one fixed order), or in training that many: the target, other classes of the picture, and at
             least one that is absent; evaluation then asks for the target.
         classes: the names to ask about for pictures that carry none (predict), and the fixed list for ``all``.
+        merge_classes: one name for every object, whatever the annotation calls it, for models that count without
+            names; ``None`` keeps the names.
         outside: points outside their picture are an ``error``, or ``clamp``ed to its border, or ``drop``ped; what
             was touched is counted and reported.
         missing: an annotated picture that is not there is an ``error``, or ``skip``ped and reported.
@@ -69,6 +71,7 @@ class CountingDataModule(L.LightningDataModule):
         augmentation: Augmentation | None = None,
         prompts: Prompts = "target",
         classes: list[str] | None = None,
+        merge_classes: str | None = None,
         outside: Literal["error", "clamp", "drop"] = "error",
         missing: Literal["error", "skip"] = "error",
         duplicates: Literal["error", "warn", "ignore"] = "error",
@@ -95,6 +98,8 @@ class CountingDataModule(L.LightningDataModule):
             raise InputError(f"data.prompts is {prompts!r}; expected 'target', 'all' or a number of at least 1")
         if classes is not None and (not all(name.strip() for name in classes) or len(set(classes)) != len(classes)):
             raise InputError(f"data.classes is {classes}; expected names that are not empty, each once")
+        if merge_classes is not None and not merge_classes.strip():
+            raise InputError("data.merge_classes is empty; expected a name for every object, such as 'objects'")
         if constants is not None and not all(math.isfinite(value) for value in constants.values()):
             raise InputError(f"data.constants is {constants}; expected finite numbers by name")
         self.root = None if root is None else Path(root).expanduser()
@@ -104,6 +109,7 @@ class CountingDataModule(L.LightningDataModule):
         self.augmentation = augmentation
         self.prompts = prompts
         self.classes = classes
+        self.merge_classes = merge_classes
         self.outside = outside
         self.missing = missing
         self.duplicates = duplicates
@@ -185,6 +191,8 @@ class CountingDataModule(L.LightningDataModule):
                 if self._checksums is None:
                     self._checksums = Checksums((self.root or Path()) / self.checksums)
                 self._checksums.check_listed(records)
+            if self.merge_classes is not None:
+                records = [merged(record, self.merge_classes) for record in records]
             self._records[split] = records
         return self._records[split]
 
@@ -197,12 +205,17 @@ class CountingDataModule(L.LightningDataModule):
         return frozenset(found | ({"counts"} if "points" in found else set()))
 
     def class_names(self, split: Split = "train") -> list[str]:
-        """Every name annotated in a split, in a fixed order; ``data.classes`` if given."""
-        if self.classes is not None:
-            return list(self.classes)
+        """Every name annotated in a split, in a fixed order; ``data.merge_classes`` or ``data.classes`` if given."""
+        if (given := self._given_names()) is not None:
+            return given
         if split not in self._class_names:
             self._class_names[split] = sorted({name for record in self.records(split) for name in record.classes})
         return self._class_names[split]
+
+    def _given_names(self) -> list[str] | None:
+        if self.merge_classes is not None:
+            return [self.merge_classes]
+        return None if self.classes is None else list(self.classes)
 
     def train_points(self) -> list[np.ndarray]:
         """``(N_i, 2)`` points of every training picture, from the annotation alone.

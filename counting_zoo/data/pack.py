@@ -232,10 +232,10 @@ class PackedCounts(CountingDataModule):
         return self._split(split)
 
     def class_names(self, split: Split = "train") -> list[str]:
-        """The names of the packed data module's split; ``data.classes`` if given."""
+        """The names of the packed data module's split; ``data.merge_classes`` or ``data.classes`` if given."""
         names = self._read().class_names
-        if self.classes is not None:
-            return list(self.classes)
+        if (given := self._given_names()) is not None:
+            return given
         if split == "predict" and split not in names:
             split = "test"
         return list(names[split]) if split in names else super().class_names(split)

@@ -116,9 +116,34 @@ def present_names(record: Record) -> list[str]:
     return [name for name, count in zip(record.classes, counts, strict=True) if count > 0]
 
 
+def merged(record: Record, name: str) -> Record:
+    """The record with every object under one name, as a model sees it that counts without names.
+
+    Example:
+        >>> r = Record("a", classes=["cat", "dog"], points=np.float32([[1, 1], [2, 2]]), labels=np.array([0, 1]))
+        >>> merged(r, "animals").counts.tolist(), merged(r, "animals").labels.tolist()
+        ([2.0], [0, 0])
+    """
+    total = n_objects(record)
+    return replace(
+        record,
+        classes=[name],
+        labels=None if record.labels is None else np.zeros_like(record.labels),
+        box_labels=None if record.box_labels is None else np.zeros_like(record.box_labels),
+        counts=None if total is None else np.array([total], np.float32),
+    )
+
+
+def n_objects(record: Record) -> float | None:
+    """How many objects of any name the annotation knows; ``None`` where there is none."""
+    if record.labels is not None:
+        return float(len(record.labels))
+    return None if record.counts is None else float(record.counts.sum())
+
+
 def without_annotation(record: Record) -> Record:
     """What prediction may know of a picture: its id, place, size, and the names to ask about."""
     return Record(record.image_id, record.path, list(record.classes), size=record.size)
 
 
-__all__ = ["Record", "Sample", "Split", "ask", "present_names", "without_annotation"]
+__all__ = ["Record", "Sample", "Split", "ask", "merged", "n_objects", "present_names", "without_annotation"]

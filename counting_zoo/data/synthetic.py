@@ -77,9 +77,9 @@ class SyntheticScenes(CountingDataModule):
         ensure_scenes(self.scenes, self.root, self.processes)
 
     def class_names(self, split: Split = "train") -> list[str]:
-        """The names of the split's classes, also of those that no picture shows; ``data.classes`` if given."""
-        if self.classes is not None:
-            return list(self.classes)
+        """The names of the split's classes, also of those that no picture shows; those given with the data win."""
+        if (given := self._given_names()) is not None:
+            return given
         return list(self._split_names["test" if split == "predict" else split])
 
     def read_split(self, split: Split) -> list[Record]:
