@@ -123,6 +123,11 @@ def test_backbones_with_and_without_their_prefix(backbone: str) -> None:
     check(load_official("clip_ebc", state, config(backbone=backbone), tokenizer=tokenize), state)
 
 
+def test_a_tokenizer_may_know_the_prompts_by_their_order_alone() -> None:
+    state, rows = official(), tokenize(bin_prompts(Bins.of(BINS), "word", "official"))
+    check(load_official("clip_ebc", state, config(), tokenizer=lambda prompts: rows), state)
+
+
 # -- formats ----------------------------------------------------------------------------------------------------------
 
 

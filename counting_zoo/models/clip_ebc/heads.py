@@ -133,6 +133,8 @@ class TextHead(nn.Module):
     @torch.no_grad()
     def remember(self, text: TextTower) -> None:
         """Compute the texts' features once and keep them."""
+        if text.tokenizer is not None:
+            text.tokenizer(self.prompts)  # all at once, in the bins' order, in which a callable may expect them
         self.text_features.copy_(text.eval()(self.prompts))
 
     def forward(self, x: Tensor) -> Tensor:
