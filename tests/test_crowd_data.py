@@ -57,6 +57,21 @@ def test_the_older_readers_know_the_name_too(tmp_path: Path) -> None:
         assert [r.image_id for r in data.records("val")] == [r.image_id for r in data.records("test")]
 
 
+@pytest.mark.parametrize("kind", [UCFQNRF, NWPUCrowd, JHUCrowd, ShanghaiTech, CARPK])
+def test_an_unknown_split_never_falls_back_to_training_pictures(kind: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.val_split is 'training'; expected one of .*'drawn', 'official'"):
+        kind(tmp_path, val_split="training")
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [(JHUCrowd, "train_on", "train+test"), (ShanghaiTech, "test_split", "val"), (ShanghaiTech, "part", "C")],
+)
+def test_unknown_choices_are_named(kind: Any, option: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"data\.{option} is "):
+        kind(tmp_path, **{option: value})
+
+
 def test_jhu_may_train_on_its_validation_split_too(tmp_path: Path) -> None:
     fakes.jhu_crowd(tmp_path)
     assert len(JHUCrowd(tmp_path, val_split="official", train_on="train+val").records("train")) == 10
@@ -84,15 +99,15 @@ def test_matlab_files_of_version_7_3(tmp_path: Path) -> None:
         np.testing.assert_allclose(record.points, truth[record.image_id], atol=1e-4)
 
 
-def remove(path: str) -> Callable[[Path], None]:
+def remove(path: str) -> Callable[[Path], object]:
     return lambda root: (root / path).unlink()
 
 
-def write(path: str, text: str) -> Callable[[Path], None]:
+def write(path: str, text: str) -> Callable[[Path], object]:
     return lambda root: (root / path).write_text(text)
 
 
-def mat(path: str, **content: Any) -> Callable[[Path], None]:
+def mat(path: str, **content: Any) -> Callable[[Path], object]:
     return lambda root: savemat(root / path, content)
 
 

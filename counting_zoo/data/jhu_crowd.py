@@ -11,7 +11,7 @@ from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.checks import inside_root
 from counting_zoo.data.points import as_points
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.splits import draw
+from counting_zoo.data.splits import check_choice, draw
 from counting_zoo.errors import InputError
 
 
@@ -57,6 +57,8 @@ class JHUCrowd(CountingDataModule):
         **options: Any,
     ) -> None:
         super().__init__(root, outside=outside, duplicates=duplicates, **options)
+        check_choice("val_split", val_split, ("val", "drawn", "official"))
+        check_choice("train_on", train_on, ("train", "train+val"))
         if train_on == "train+val" and val_split == "val":
             raise InputError(
                 "data.train_on is 'train+val' with data.val_split 'val', so validation pictures would be trained on; "

@@ -11,7 +11,7 @@ from counting_zoo.data.annotation_files import read_mat_points
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.checks import inside_root
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.splits import draw
+from counting_zoo.data.splits import check_choice, draw
 from counting_zoo.errors import InputError
 
 
@@ -53,6 +53,7 @@ class NWPUCrowd(CountingDataModule):
         **options: Any,
     ) -> None:
         super().__init__(root, outside=outside, duplicates=duplicates, **options)
+        check_choice("val_split", val_split, ("drawn", "official"))
         self.class_name = class_name
         self.val_split = val_split
         self.val_fraction = val_fraction

@@ -12,7 +12,7 @@ from counting_zoo.data.annotation_files import read_mat_points
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.picture_folder import list_pictures
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.splits import draw
+from counting_zoo.data.splits import check_choice, draw
 from counting_zoo.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,9 @@ class ShanghaiTech(CountingDataModule):
         **options: Any,
     ) -> None:
         super().__init__(root, outside=outside, duplicates=duplicates, **options)
+        check_choice("part", part, ("A", "B"))
+        check_choice("val_split", val_split, ("drawn", "official", "test"))
+        check_choice("test_split", test_split, ("test", "train"))
         self.part = part
         self.class_name = class_name
         self.val_split = val_split

@@ -13,6 +13,16 @@ from counting_zoo.errors import InputError
 SPLITS = ("train", "val", "test")
 
 
+def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """An option of a data module is one of its choices; the command line has checked that before, Python has not.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value not in choices:
+        raise InputError(f"data.{option} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
 def draw(names: Sequence[str], sizes: Mapping[str, float], seed: int) -> dict[str, list[str]]:
     """Draw disjoint splits by seed; the order of the names is kept within each.
 
@@ -100,4 +110,4 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     return splits
 
 
-__all__ = ["SPLITS", "draw", "read_splits", "take_ranges"]
+__all__ = ["SPLITS", "check_choice", "draw", "read_splits", "take_ranges"]
