@@ -13,6 +13,7 @@ import pytest
 from scipy.io import savemat
 
 from counting_zoo import CARPK, UCFQNRF, JHUCrowd, NWPUCrowd, ShanghaiTech
+from counting_zoo.data.annotation_files import read_mat_points
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.errors import InputError
 
@@ -99,12 +100,43 @@ def test_matlab_files_of_version_7_3(tmp_path: Path) -> None:
         np.testing.assert_allclose(record.points, truth[record.image_id], atol=1e-4)
 
 
+def test_damaged_matlab_files_of_version_7_3(tmp_path: Path) -> None:
+    """Cut off or overwritten anywhere, they are read or named: HDF5 knows many kinds of error."""
+    path = tmp_path / "a.mat"
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file.create_dataset("annPoints", data=np.random.default_rng(0).random((2, 500)), chunks=(2, 50), compression=4)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for i in range(150):
+        content = bytearray(whole[: rng.integers(600, len(whole))] if i % 2 else whole)
+        for place in rng.integers(512, len(content), 5 * (1 - i % 2)):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            assert read_mat_points(path).shape[1] == 2
+        except InputError as error:
+            refused += 1
+            assert "a.mat" in str(error)
+    assert refused > 75
+
+
+def test_a_lost_picture_of_qnrf_may_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fakes.ucf_qnrf(tmp_path)
+    (tmp_path / QNRF.replace("_ann.mat", ".jpg")).unlink()
+    assert len(UCFQNRF(tmp_path, missing="skip").records("test")) == 2
+    assert "img_0002_ann.mat" in caplog.text
+
+
 def remove(path: str) -> Callable[[Path], object]:
     return lambda root: (root / path).unlink()
 
 
 def write(path: str, text: str) -> Callable[[Path], object]:
     return lambda root: (root / path).write_text(text)
+
+
+def utf16(path: str) -> Callable[[Path], object]:
+    return lambda root: (root / path).write_text((root / path).read_text(), encoding="utf-16")
 
 
 def mat(path: str, **content: Any) -> Callable[[Path], object]:
@@ -122,10 +154,25 @@ QNRF = "UCF-QNRF_ECCV18/Test/img_0002_ann.mat"
         (UCFQNRF, fakes.ucf_qnrf, mat(QNRF, annPoints=np.ones((2, 3))), "annPoints"),
         (UCFQNRF, fakes.ucf_qnrf, mat(QNRF, annPoints=np.array([[np.nan, 1.0]])), "annPoints"),
         (UCFQNRF, fakes.ucf_qnrf, write(QNRF, "no mat"), "damaged MATLAB file"),
+        (
+            UCFQNRF,
+            fakes.ucf_qnrf,
+            remove(QNRF.replace("_ann.mat", ".jpg")),
+            "annotations have no picture.*img_0002_ann",
+        ),
         (NWPUCrowd, fakes.nwpu_crowd, remove("val.txt"), "val.txt"),
         (NWPUCrowd, fakes.nwpu_crowd, remove("mats/3111.mat"), "mats/3111.mat"),
         (NWPUCrowd, fakes.nwpu_crowd, write("val.txt", "3110\n3110\n"), "3110.*more than once"),
         (NWPUCrowd, fakes.nwpu_crowd, write("val.txt", "../../secret\n"), "secret"),
+        (
+            NWPUCrowd,
+            fakes.nwpu_crowd,
+            write("val.txt", "\N{SUPERSCRIPT TWO}\n"),
+            "is missing|are missing|no annotation",
+        ),
+        (NWPUCrowd, fakes.nwpu_crowd, utf16("val.txt"), "val.txt: cannot be read as UTF-8"),
+        (JHUCrowd, fakes.jhu_crowd, utf16("test/image_labels.txt"), "image_labels.txt: cannot be read as UTF-8"),
+        (JHUCrowd, fakes.jhu_crowd, utf16("test/gt/0002.txt"), "0002.txt: cannot be read as UTF-8"),
         (JHUCrowd, fakes.jhu_crowd, remove("test/gt/0002.txt"), "0002.txt"),
         (JHUCrowd, fakes.jhu_crowd, write("test/gt/0002.txt", "5 5 1 1 1 0\n"), "counts 2 people, but test/gt/0002"),
         (JHUCrowd, fakes.jhu_crowd, write("test/gt/0002.txt", "5 5\n7\n"), "row 2"),

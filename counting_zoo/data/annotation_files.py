@@ -220,7 +220,9 @@ def _read_version_73(path: Path) -> np.ndarray:
                     "version 7 or older only: save it with -v7)"
                 )
             return np.zeros((0, 2)) if "MATLAB_empty" in found.attrs else found[()].T
-    except OSError as error:
+    except InputError:
+        raise
+    except Exception as error:  # HDF5 raises OSError, RuntimeError, ValueError or KeyError on a damaged file
         raise InputError(f"{path}: damaged MATLAB file of version 7.3 ({error})") from error
 
 

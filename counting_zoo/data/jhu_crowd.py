@@ -87,13 +87,13 @@ class JHUCrowd(CountingDataModule):
         table = root / folder / "image_labels.txt"
         try:
             lines = table.read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise InputError(f"{table}: cannot be read ({error.strerror}); expected\n{self.layout}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{table}: cannot be read as UTF-8 text ({error}); expected\n{self.layout}") from None
         rows = [(i, [cell.strip() for cell in line.split(",")]) for i, line in enumerate(lines, 1) if line.strip()]
         return [self._record(root, folder, f"{table}:{i}", cells, annotated) for i, cells in rows]
 
     def _record(self, root: Path, folder: str, line: str, cells: list[str], annotated: bool) -> Record:
-        if len(cells) < 2 or not cells[1].isdigit():
+        if len(cells) < 2 or not cells[1].isdecimal():
             raise InputError(f"{line}: is {','.join(cells)!r}; expected id,count,scene,weather,distractor")
         name, count = cells[0], int(cells[1])
         path = inside_root(root, f"{folder}/images/{name}.jpg", line)
@@ -120,8 +120,8 @@ def _read_points(path: Path) -> np.ndarray:
     """``(N, 2)`` centres of heads; a picture without people has an empty file."""
     try:
         rows = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); every picture needs its annotation") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); every picture needs its own") from None
     if short := next((i for i, row in enumerate(rows, 1) if len(row) < 2), None):
         raise InputError(f"{path}: row {short} is {rows[short - 1]}; expected x y w h o b")
     if not rows:

@@ -73,8 +73,8 @@ class NWPUCrowd(CountingDataModule):
         path = root / f"{name}.txt"
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); expected\n{self.layout}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); expected\n{self.layout}") from None
         ids = [line.split()[0] for line in lines if line.strip()]
         if repeated := sorted({i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else ()):
             raise InputError(f"{path}: lists {repeated[:3]} more than once")
@@ -99,7 +99,7 @@ class NWPUCrowd(CountingDataModule):
 
     def _picture(self, root: Path, name: str) -> Path:
         """Where a picture is: a thousand ids in each of five parts, or all of them in one folder."""
-        if (root / "images").is_dir() or not name.isdigit():
+        if (root / "images").is_dir() or not name.isdecimal():
             return inside_root(root, f"images/{name}.jpg", f"the lists in {root}")
         return root / f"images_part{min(5, (int(name) - 1) // 1000 + 1)}" / f"{name}.jpg"
 

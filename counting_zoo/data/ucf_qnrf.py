@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +14,8 @@ from counting_zoo.data.picture_folder import list_pictures
 from counting_zoo.data.records import Record, Split
 from counting_zoo.data.splits import check_choice, draw
 from counting_zoo.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class UCFQNRF(CountingDataModule):
@@ -62,10 +65,21 @@ class UCFQNRF(CountingDataModule):
         official = split in ("test", "predict") or (split == "val" and self.val_split == "official")
         folder = "Test" if official else "Train"
         names = list_pictures(root / folder)
+        self._check_orphans(root / folder, names)
         if not official and self.val_split == "drawn":
             held_out = set(draw(names, {"val": self.val_fraction}, self.split_seed)["val"])
             names = [name for name in names if (name in held_out) == (split == "val")]
         return [self._record(root, folder, name, annotated=split != "predict") for name in names]
+
+    def _check_orphans(self, folder: Path, names: list[str]) -> None:
+        """Every annotation needs its picture."""
+        stems = {Path(name).stem for name in names}
+        orphans = [mat for mat in sorted(folder.glob("*_ann.mat")) if mat.stem.removesuffix("_ann") not in stems]
+        if orphans:
+            message = f"UCF-QNRF: {len(orphans)} annotations have no picture in {folder}: {orphans[0]}"
+            if self.missing == "error":
+                raise InputError(f"{message}; complete the folder, or set data.missing to 'skip'")
+            log.warning("%s; skipped (data.missing=skip)", message)
 
     def _record(self, root: Path, folder: str, name: str, annotated: bool) -> Record:
         image_id, path = f"{folder}/{name}", root / folder / name
