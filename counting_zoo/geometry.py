@@ -34,7 +34,8 @@ class Preprocess:
             ``max_long`` (``nearest``).
         interpolation: ``bilinear`` or ``bicubic``.
         fit: if set, (window, stride): both sides become the nearest ``window + k * stride`` instead of a multiple, so
-            that windows fit without a remainder (reference of CLIP-EBC: ``resize_to_multiple``).
+            that windows fit without a remainder (reference of CLIP-EBC: ``resize_to_multiple``). Its other option,
+            ``zero_pad_to_multiple``, has no counterpart: tiling pads what does not fit.
 
     Example:
         >>> Preprocess("short", 384).target_size(480, 640)
@@ -67,8 +68,10 @@ class Preprocess:
             if getattr(self, name) not in choices:
                 raise InputError(f"preprocess.{name} is {getattr(self, name)!r}; expected one of {choices}")
         if self.fit is not None:
-            object.__setattr__(self, "fit", tuple(self.fit))  # a list where it comes from a file
-            if len(self.fit) != 2 or min(self.fit) < 1 or self.multiple != 1:
+            if isinstance(self.fit, list):  # as it comes from a file
+                object.__setattr__(self, "fit", tuple(self.fit))
+            pair = isinstance(self.fit, tuple) and len(self.fit) == 2 and all(isinstance(n, int) for n in self.fit)
+            if not pair or min(self.fit) < 1 or self.multiple != 1:
                 raise InputError(
                     f"preprocess.fit is {self.fit} with preprocess.multiple {self.multiple}; expected (window, stride) "
                     "of at least 1 pixel, and no multiple beside it"
@@ -82,6 +85,13 @@ class Preprocess:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"preprocess.{name} is {value}; expected at least 1 pixel")
+        for name in ("min_short", "max_long"):
+            value = getattr(self, name)
+            if self.rounding == "nearest" and self.fit is None and value is not None and value % self.multiple:
+                raise InputError(
+                    f"preprocess.{name} is {value}, no multiple of preprocess.multiple, {self.multiple}: sides rounded "
+                    "to the nearest multiple are kept within it, so set it to one"
+                )
 
     @classmethod
     def of(cls, value: Preprocess | dict[str, Any] | None) -> Preprocess:

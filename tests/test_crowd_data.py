@@ -97,6 +97,7 @@ def test_matlab_files_of_version_7_3(tmp_path: Path) -> None:
             if not len(points):
                 file["annPoints"].attrs["MATLAB_empty"] = 1
     for record in NWPUCrowd(tmp_path).records("test"):
+        assert record.points is not None
         np.testing.assert_allclose(record.points, truth[record.image_id], atol=1e-4)
 
 
@@ -114,9 +115,8 @@ def test_damaged_matlab_files_of_version_7_3(tmp_path: Path) -> None:
         path.write_bytes(content)
         try:
             assert read_mat_points(path).shape[1] == 2
-        except InputError as error:
+        except InputError:
             refused += 1
-            assert "a.mat" in str(error)
     assert refused > 75
 
 
@@ -168,7 +168,7 @@ QNRF = "UCF-QNRF_ECCV18/Test/img_0002_ann.mat"
             NWPUCrowd,
             fakes.nwpu_crowd,
             write("val.txt", "\N{SUPERSCRIPT TWO}\n"),
-            "is missing|are missing|no annotation",
+            "no annotation",
         ),
         (NWPUCrowd, fakes.nwpu_crowd, utf16("val.txt"), "val.txt: cannot be read as UTF-8"),
         (JHUCrowd, fakes.jhu_crowd, utf16("test/image_labels.txt"), "image_labels.txt: cannot be read as UTF-8"),

@@ -127,6 +127,20 @@ def test_crowd_sizes_are_the_references(case: tuple[int, ...], expected: tuple[i
     assert Preprocess.of(rule.to_dict()) == rule
 
 
+@settings(max_examples=30, deadline=None)
+@given(side, side)
+def test_nearest_multiples_stay_within_the_limits(height: int, width: int) -> None:
+    rule = Preprocess(min_short=448, max_long=2048, multiple=32, rounding="nearest")
+    new = rule.target_size(height, width)
+    assert new[0] % 32 == new[1] % 32 == 0
+    assert min(new) >= 448
+    fits_both = 448 * max(height, width) <= 2048 * min(height, width)
+    assert max(new) <= 2048 or not fits_both
+    if fits_both:  # each side is off its aspect ratio by half a multiple at most, or a limit holds it
+        scale = max(1.0, 448 / min(height, width)) * min(1.0, 2048 / max(height, width))
+        assert all(abs(found - scale * old) <= 16.001 for found, old in zip(new, (height, width), strict=True))
+
+
 @pytest.mark.parametrize(("case", "expected"), VECTORS["resize2multiple"])
 def test_sides_that_fit_windows_are_the_references(case: tuple[int, ...], expected: tuple[int, int]) -> None:
     height, width, window, stride = case
@@ -153,6 +167,11 @@ def test_bicubic_is_opencvs() -> None:
         ({"fit": (224, 224), "multiple": 8}, "multiple"),
         ({"min_short": 448, "max_long": 400}, "min_short is 448"),
         ({"min_short": 0}, "min_short"),
+        ({"fit": 224}, "fit is 224"),
+        ({"fit": (224,)}, "fit"),
+        ({"fit": "ab"}, "fit"),
+        ({"min_short": 450, "multiple": 32, "rounding": "nearest"}, "min_short is 450, no multiple"),
+        ({"max_long": 2000, "multiple": 32, "rounding": "nearest"}, "max_long is 2000, no multiple"),
     ],
 )
 def test_bad_rules_name_the_field(options: dict[str, Any], said: str) -> None:
