@@ -24,7 +24,7 @@ from counting_zoo.models.clip_ebc.heads import (
     ZIPOutput,
 )
 from counting_zoo.models.clip_ebc.network import BlockwiseNet
-from counting_zoo.models.clip_ebc.small import SmallEncoder
+from counting_zoo.nn.small_encoder import SmallEncoder
 from counting_zoo.types import CountOutput
 
 

@@ -20,8 +20,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 PARTS = tuple(
     f"models.*.{part}"
     for part in (
-        *("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "small", "transport"),
-        "zip_loss",
+        *("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "transport"),
+        *("zip_loss", "peaks"),
     )
 )
 #: A module may import its own layer's neighbours in the same folder, and lower layers. What is not named is on top.

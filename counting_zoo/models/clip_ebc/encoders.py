@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +13,10 @@ from torch.nn.functional import interpolate, relu
 
 from counting_zoo.errors import InputError, WeightsError
 from counting_zoo.nn.auto_backbone import HubBackbone
-from counting_zoo.nn.clip import hub_answers
-from counting_zoo.nn.weight_files import read_state_dict
+from counting_zoo.nn.torchvision_weights import torchvision_weights
 
 _STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 _WIDTHS = (64, 128, 256, 512, 512)
-_FILES = {  # torchvision's ImageNet weights; the end of each name is the beginning of its SHA-256
-    "vgg11": "vgg11-8a719046.pth", "vgg13": "vgg13-19584684.pth", "vgg16": "vgg16-397923af.pth",
-    "vgg19": "vgg19-dcbb9e9d.pth", "vgg11_bn": "vgg11_bn-6002323d.pth", "vgg13_bn": "vgg13_bn-abd245e5.pth",
-    "vgg16_bn": "vgg16_bn-6c64b313.pth", "vgg19_bn": "vgg19_bn-c79401a0.pth",
-}  # fmt: skip
-_URL = "https://download.pytorch.org/models/"
 NAMES = (
     *(f"vgg{n}{bn}{ae}" for n in _STAGES for bn in ("", "_bn") for ae in ("", "_ae")),
     "csrnet", "csrnet_bn", "cannet", "cannet_bn",
@@ -181,13 +173,7 @@ def _initialise(module: nn.Module) -> None:
 
 def _load_vgg(features: nn.Module, name: str, source: str) -> None:
     """Torchvision's ImageNet weights into the convolutions that are there."""
-    if source == "imagenet":
-        state = _download(name)
-    else:
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise WeightsError(f"pretrained is {source!r}; expected 'imagenet', or torchvision's file {_FILES[name]}")
-        state = read_state_dict(path)
+    state = torchvision_weights(name, source)
     target = features.state_dict()
     own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
     missing = sorted(k for k in target if k not in own)
@@ -198,21 +184,6 @@ def _load_vgg(features: nn.Module, name: str, source: str) -> None:
             f"{wrong[:5]}"
         )
     features.load_state_dict({k: own[k] for k in target}, strict=True)
-
-
-def _download(name: str) -> dict[str, Tensor]:
-    url = _URL + _FILES[name]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / _FILES[name]
-    if not cached.is_file() and not hub_answers():
-        raise WeightsError(
-            f"the ImageNet weights of {name} are not in {cached.parent} and the network cannot be reached; download "
-            f"{url} where there is one and give its place (--model.pretrained {_FILES[name]}), or train from random "
-            "weights (--model.pretrained null)"
-        )
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise WeightsError(f"{url} cannot be downloaded: {error}") from error
 
 
 __all__ = ["NAMES", "VGG", "CSRNet", "Context", "build_encoder"]

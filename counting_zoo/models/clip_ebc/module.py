@@ -25,14 +25,15 @@ from counting_zoo.models.clip_ebc.heads import (
     ZIPOutput,
 )
 from counting_zoo.models.clip_ebc.loss import block_mae, block_mse, classification_loss, dm_loss
-from counting_zoo.models.clip_ebc.network import BlockwiseNet, Normalization
+from counting_zoo.models.clip_ebc.network import BlockwiseNet
 from counting_zoo.models.clip_ebc.prompts import Style, Wording, bin_prompts
-from counting_zoo.models.clip_ebc.small import SmallEncoder
 from counting_zoo.models.clip_ebc.zip_loss import count_error, multiscale_mae, positive_bins_loss, zip_nll
 from counting_zoo.module import CountingModule
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
 from counting_zoo.nn.clip_resnet import CLIPResNet, CLIPResNetModel
+from counting_zoo.nn.normalization import Normalization
 from counting_zoo.nn.prompted_vit import PromptedViT
+from counting_zoo.nn.small_encoder import SmallEncoder
 from counting_zoo.nn.text import TextTower
 from counting_zoo.nn.tokenizer import TokenizerLike, word_tokenizer
 from counting_zoo.ops import points_to_counts, points_to_density

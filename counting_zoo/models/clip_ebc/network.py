@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +10,8 @@ from torch.nn.functional import pad
 
 from counting_zoo.errors import InputError
 from counting_zoo.models.clip_ebc.decoder import Decoder
+from counting_zoo.nn.normalization import STATISTICS, Normalization
 from counting_zoo.types import CountOutput
-
-Normalization = Literal["clip", "imagenet"]
-STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 
 class BlockwiseNet(nn.Module):
@@ -76,4 +70,4 @@ def _cut(output: CountOutput, rows: int, columns: int) -> CountOutput:
     return type(output)(**{name: value[..., :rows, :columns] for name, value in vars(output).items()})
 
 
-__all__ = ["BlockwiseNet", "Normalization"]
+__all__ = ["BlockwiseNet"]
