@@ -22,6 +22,7 @@ PARTS = tuple(
     for part in (
         *("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "transport"),
         *("zip_loss", "peaks"),
+        *("peak_response", "instances", "proposals", "drawing"),
     )
 )
 #: A module may import its own layer's neighbours in the same folder, and lower layers. What is not named is on top.
@@ -29,7 +30,7 @@ LAYERS = (
     ("version", "errors"),
     ("types", "geometry", "image_headers"),
     ("ops", "images", "prompts", "schedules", "config_safety"),
-    ("inference", "metrics", "pictures", "nn"),
+    ("inference", "metrics", "mask_metrics", "pictures", "nn"),
     PARTS,
     ("counter", "data", "evaluation"),
     ("module",),
