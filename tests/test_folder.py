@@ -114,6 +114,92 @@ def test_counts_csv_gives_counts_only(tmp_path: Path) -> None:
     assert data.provides == {"counts"}
 
 
+COUNTS_BY_CLASS: dict[str, Any] = {"a.png": {"cat": 2, "dog": 0}, "b.png": {"dog": 3}, "c.png": {}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("counts.csv", "image,label,count\na.png,cat,2\na.png,dog,0\nb.png,dog,3\nc.png,dog,0\n"),
+        ("counts.csv", "dog, image ,cat\n0,a.png,2\n3,b.png,0.0\n0,c.png,0\n"),
+        ("my_Counts.csv", "image,cat,dog\na.png,2,0\nb.png,0,3\nc.png,0,0\n"),
+        ("counts.json", json.dumps(COUNTS_BY_CLASS)),
+        ("labels.json", json.dumps([{"image": name, **found} for name, found in COUNTS_BY_CLASS.items()])),
+        (
+            "labels.json",
+            json.dumps(
+                [{"image": "c.png"}]
+                + [
+                    {"image": p, "label": c, "count": n}
+                    for p, found in COUNTS_BY_CLASS.items()
+                    for c, n in found.items()
+                ]
+            ),
+        ),
+    ],
+)
+def test_every_form_of_counts(tmp_path: Path, name: str, content: str) -> None:
+    for i, picture in enumerate(COUNTS_BY_CLASS):
+        fakes.write_picture(tmp_path / picture, np.zeros((0, 2)), seed=i)
+    (tmp_path / name).write_text(content)
+    data = ImageFolder(tmp_path, annotation=name, classes=["dog", "cat"], prompts="all", splits={"train": [0, 3]})
+    assert data.asked_counts("train").tolist() == [[0, 2], [3, 0], [0, 0]]
+    assert data.provides == {"counts"}
+    data.classes = None
+    assert data.class_names("train") == ["cat", "dog"]
+
+
+def test_counts_json_without_classes_and_points_json_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "counts.json"
+    path.write_text('{"a.png": 2, "b.png": 0}')
+    assert {name: marks.counts for name, marks in read_marks(path, "figs").items()} == {
+        "a.png": {"figs": 2},
+        "b.png": {"figs": 0},
+    }
+    path.write_text('{"a.png": {"cat": [[1, 2]], "dog": []}, "b.png": {}}')
+    marks = read_marks(path, "figs")
+    assert marks["a.png"].point_names == ["cat"]
+    assert marks["b.png"].points is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("counts.csv", "image,label,count\na.png,cat,1\na.png,dog,1.5\n", "line 3: count is 1.5 for 'dog'.*whole"),
+        ("counts.csv", "image,label,count\na.png,cat,\n", "line 2: count is  for 'cat'"),
+        ("counts.csv", "image,label,count\na.png,cow,1\n", "line 2: counts 'cow', which data.classes does not list"),
+        ("counts.csv", "image,cat,dog\na.png,1,2\nb.png,1,-2\n", "line 3: count is -2 for 'dog'"),
+        ("counts.csv", "image,cat,dog\na.png,1,0.5\n", "line 2: count is 0.5 for 'dog'"),
+        ("counts.csv", "image,cat,dgo\na.png,1,2\n", "line 2: counts 'dgo', which .*add it to data.classes"),
+        ("counts.csv", "image,cat\na.png,1\na.png,1\n", "line 3: a second count of 'cat'"),
+        ("counts.csv", "image,cat,cat\na.png,1,1\n", "each once"),
+        ("counts.csv", ",image,cat\n0,a.png,1\n", "expected .*in counts.csv, image and a column for each class"),
+        ("boxes.csv", "image,cat,dog\na.png,1,2\n", "expected .*in counts.csv, image and a column for each class"),
+        ("counts.json", '{"a.png": {"cat": -1}}', "a.png: count is -1 for 'cat'"),
+        ("counts.json", '{"a.png": {"cat": 1, "dog": 0.25}}', "a.png: count is 0.25 for 'dog'"),
+        ("counts.json", '{"a.png": {"cat": true}}', "a.png: count is True"),
+        ("counts.json", '{"a.png": {"cat": 1, "dog": [[1, 2]]}}', "a.png: count is .* for 'dog'"),
+        ("counts.json", '{"a.png": {"cat": 1e999}}', "a.png: count is inf"),
+        ("counts.json", '{"a.png": {"cow": 1}}', "a.png: counts 'cow'"),
+        ("counts.json", '[{"image": "a.png", "cat": 1}, {"picture": "a.png"}]', "row 1 is .*expected image"),
+        ("counts.json", '[{"image": "a.png", "label": "cat", "count": "many"}]', "row 0: count is many"),
+    ],
+)
+def test_count_labels_that_cannot_be(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name}.*{message}"):
+        read_marks(tmp_path / name, "cat", ["cat", "dog"])
+
+
+def test_classes_are_checked_in_a_folder_of_counts(tmp_path: Path) -> None:
+    fakes.folder(tmp_path, {"a.png": [("cat", 1)]}, header="image,label,count", name="counts.csv")
+    with pytest.raises(
+        InputError, match=r"counts\.csv, line 2: counts 'cat', which data.classes does not list \(dog\)"
+    ):
+        ImageFolder(tmp_path, classes=["dog"]).records("test")
+    assert ImageFolder(tmp_path, classes=["dog"]).records("predict")[0].classes == []
+
+
 def test_mat_beside_each_picture(tmp_path: Path) -> None:
     for n, stem in ((3, "a"), (4, "b")):
         points = fakes.draw_points(n, 48, 64, n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from counting_zoo.data.count_files import Row, checked_counts, is_count_json, json_rows
 from counting_zoo.data.points import as_points
 from counting_zoo.errors import InputError
 
@@ -126,8 +127,12 @@ def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()
     return Table(path, [line for line, _ in rows[1:]], {name: list(cells[header.index(name)]) for name in wanted})
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Parse a JSON file, bounded in size and depth.
+
+    Args:
+        path: the file.
+        object_hook: called with each object as it is parsed; what it returns takes the object's place.
 
     Raises:
         InputError: the file is missing, above 1 GiB, nested too deeply, or no JSON.
@@ -136,7 +141,7 @@ def read_json(path: Path) -> Any:
         size = path.stat().st_size
         if size > JSON_LIMIT:
             raise InputError(f"{path}: {size / 1e9:.1f} GB; expected at most {JSON_LIMIT / 1e9:.1f} GB of annotation")
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_hook=object_hook)
     except RecursionError:
         raise InputError(f"{path}: nested too deeply to be an annotation file") from None
     except (OSError, ValueError) as error:
@@ -145,13 +150,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
 
 
-def read_marks(path: Path, unnamed: str) -> dict[str, Marks]:
+def read_marks(path: Path, unnamed: str, classes: Sequence[str] | None = None) -> dict[str, Marks]:
     """Marks by picture from any of the tables and JSON files an image folder may have.
 
     Args:
-        path: ``.csv`` with ``image,x,y[,label]``, ``image,x1,y1,x2,y2[,label]`` or ``image,label,count``;
-            ``.json`` in COCO's layout, or ``{"a.png": [[x, y], ...]}``, or ``{"a.png": {"name": [[x, y], ...]}}``.
+        path: ``.csv`` with ``image,x,y[,label]``, ``image,x1,y1,x2,y2[,label]`` or ``image,label,count``, or, with
+            "counts" in its name, a column of counts for each class (``image,cat,dog``);
+            ``.json`` in COCO's layout, or ``{"a.png": [[x, y], ...]}``, or ``{"a.png": {"name": [[x, y], ...]}}``, or
+            counts: ``{"a.png": {"name": 2}}``, ``{"a.png": 2}``, or a list of the rows of either table of counts.
         unnamed: the name of objects that carry none.
+        classes: the only names that counts may have; any if ``None``.
 
     Raises:
         InputError: the file cannot be understood.
@@ -160,16 +168,21 @@ def read_marks(path: Path, unnamed: str) -> dict[str, Marks]:
         content = read_json(path)
         if isinstance(content, dict) and {"images", "annotations"} <= set(content):
             return _coco(path, content)
+        if is_count_json(content):
+            return _counted(json_rows(content, str(path), unnamed), classes)
         return _point_json(path, content, unnamed)
     header = _header(path)
     for columns in (("x", "y"), ("x1", "y1", "x2", "y2")):
         if set(columns) <= header:
             return _geometry_table(read_table(path, ("image", *columns), ("label",)), columns, unnamed)
     if "count" in header:
-        return _count_table(read_table(path, ("image", "count"), ("label",)), unnamed)
+        return _counted(_long_rows(read_table(path, ("image", "count"), ("label",)), unnamed), classes)
+    names = sorted(header - {"image"})
+    if "counts" in path.stem.lower() and len(names) < len(header) and not {"label", ""} & set(names):
+        return _counted(_wide_rows(read_table(path, ("image", *names)), names), classes)
     raise InputError(
         f"{path}: the header is {sorted(header)}; expected image,x,y[,label] or image,x1,y1,x2,y2[,label] "
-        "or image,label,count"
+        "or image,label,count or, in counts.csv, image and a column for each class"
     )
 
 
@@ -271,20 +284,22 @@ def _geometry_table(table: Table, columns: Sequence[str], unnamed: str) -> dict[
     return marks
 
 
-def _count_table(table: Table, unnamed: str) -> dict[str, Marks]:
-    counts, names = table.floats(("count",))[:, 0], table.names(unnamed)
-    bad = np.flatnonzero(counts < 0)
-    if len(bad):
-        raise InputError(f"{table.path}, line {table.lines[bad[0]]}: count is {counts[bad[0]]:g}; expected 0 or more")
-    marks: dict[str, Marks] = {}
-    for picture, rows in table.rows_by_picture().items():
-        found: dict[str, float] = {}
-        for i in rows:
-            if names[i] in found:
-                raise InputError(f"{table.path}, line {table.lines[i]}: a second count of {names[i]!r} for {picture}")
-            found[names[i]] = float(counts[i])
-        marks[picture] = Marks(counts=found)
-    return marks
+def _counted(rows: Iterable[Row], classes: Sequence[str] | None) -> dict[str, Marks]:
+    return {picture: Marks(counts=counts) for picture, counts in checked_counts(rows, classes).items()}
+
+
+def _long_rows(table: Table, unnamed: str) -> Iterator[Row]:
+    """A row for each picture and class."""
+    cells = zip(table.lines, table.columns["image"], table.names(unnamed), table.columns["count"], strict=True)
+    for line, picture, name, count in cells:
+        yield f"{table.path}, line {line}", picture, {name: count}
+
+
+def _wide_rows(table: Table, names: Sequence[str]) -> Iterator[Row]:
+    """A row for each picture, a column for each class."""
+    cells = zip(*(table.columns[name] for name in names), strict=True) if names else iter([()] * len(table.lines))
+    for line, picture, counts in zip(table.lines, table.columns["image"], cells, strict=True):
+        yield f"{table.path}, line {line}", picture, dict(zip(names, counts, strict=True))
 
 
 def _point_json(path: Path, content: Any, unnamed: str) -> dict[str, Marks]:

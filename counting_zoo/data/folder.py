@@ -28,7 +28,9 @@ class ImageFolder(CountingDataModule):
 
     - ``points.csv`` with the columns ``image,x,y[,label]``, or ``points.json`` ``{"a.png": [[x, y], ...]}``;
     - ``boxes.csv`` with ``image,x1,y1,x2,y2[,label]``, or COCO's ``annotations.json``; points are the box centres;
-    - ``counts.csv`` with ``image,label,count``; beside points it is checked against them;
+    - ``counts.csv`` with ``image,label,count``, or with a column for each class (``image,cat,dog``), or ``counts.json``
+      ``{"a.png": {"cat": 2}}`` or a list of such rows; beside points they are checked against these. Counts are whole
+      numbers, and where ``classes`` are given, of no other class;
     - ``a.mat`` or ``GT_a.mat`` beside ``a.jpg``, as ShanghaiTech and UCF-QNRF have it;
     - dot pictures, paired by ``picture`` and ``dots``: lossless pictures with a mark on black for each object, a
       single pixel or a small blob (``dot``); a pixel in column x, row y is the point (x + 0.5, y + 0.5).
@@ -71,7 +73,8 @@ class ImageFolder(CountingDataModule):
   root/ (or root/train/, root/val/, root/test/, each like this)
     images/a.png ...         or the pictures in root itself
     points.csv               image,x,y[,label]
-    or boxes.csv, counts.csv, annotations.json (COCO), a.mat beside each picture, dot pictures (data.dots)"""
+    or boxes.csv, counts.csv, counts.json, annotations.json (COCO), a.mat beside each picture, dot pictures
+    (data.dots)"""
 
     def __init__(
         self,
@@ -191,8 +194,9 @@ class ImageFolder(CountingDataModule):
         if folder not in self._folders:
             unnamed = self.classes[0] if self.classes else "objects"
             self._folders[folder] = PictureFolder(
-                folder, unnamed=unnamed, annotation=self.annotation, picture=self.picture, dots=self.dots, dot=self.dot
-            )
+                folder, unnamed=unnamed, annotation=self.annotation, picture=self.picture, dots=self.dots, dot=self.dot,
+                classes=self.classes,
+            )  # fmt: skip
         return self._folders[folder]
 
     # -- records --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ ANNOTATION_FILES = (
     "annotations.json",
     "_annotations.coco.json",
     "counts.csv",
+    "counts.json",
 )
 
 
@@ -95,6 +96,7 @@ class PictureFolder:
         dots: pattern of the dot picture that belongs to a ``{stem}``. A file that both patterns fit goes to the one
             with more text of its own.
         dot: what an object is in a dot picture, see :func:`~counting_zoo.data.dot_pictures.read_dots`.
+        classes: the only names that a file of counts may have; any if ``None``.
 
     Raises:
         InputError: an annotation file is absent or cannot be understood, or a pattern is none or not one to one.
@@ -109,8 +111,10 @@ class PictureFolder:
         picture: str | None = None,
         dots: str | None = None,
         dot: Dot | None = None,
+        classes: list[str] | None = None,
     ) -> None:
         self.folder = folder
+        self.classes = classes
         self.dot = dot
         self.unnamed = unnamed
         self.images = folder / "images" if (folder / "images").is_dir() else folder
@@ -191,7 +195,7 @@ class PictureFolder:
         self.has_files = bool(paths)
         for path in paths:
             own: set[str] = set()
-            for given, marks in read_marks(path, self.unnamed).items():
+            for given, marks in read_marks(path, self.unnamed, self.classes).items():
                 name = self.find(given, str(path))
                 if name in own:
                     raise InputError(f"{path}: {given!r} is a second spelling of {name!r}; expected one")
