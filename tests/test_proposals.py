@@ -1,0 +1,203 @@
+"""Proposals from files: every format against a pixel-by-pixel writer, and what damaged files say."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from counting_zoo.errors import InputError
+from counting_zoo.models.lower_count.proposals import Proposals, decode_proposal, polygon_mask
+
+
+def packed(*numbers: int) -> str:
+    return base64.b64encode(struct.pack(f"<{len(numbers)}I", *numbers)).decode()
+
+
+def spans(mask: np.ndarray) -> dict:
+    """CountSeg's format, one run at a time."""
+    pairs: list[int] = []
+    place = 1
+    for value, run in groupby(mask.ravel().tolist()):
+        length = len(list(run))
+        pairs += [place, length] if value else []
+        place += length
+    return {"data": packed(*pairs), "shape": list(mask.shape)}
+
+
+def runs(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed counts."""
+    values = mask.T.ravel().tolist()
+    lengths = [len(list(run)) for _, run in groupby(values)]
+    return [0, *lengths] if values and values[0] else lengths
+
+
+def compressed(counts: list[int]) -> str:
+    """COCO's string, one character at a time."""
+    text = ""
+    for i, count in enumerate(counts):
+        number = count - counts[i - 2] if i > 2 else count
+        more = True
+        while more:
+            low, number = number & 31, number >> 5
+            more = number != (-1 if low & 16 else 0)
+            text += chr(48 + low + (32 if more else 0))
+    return text
+
+
+def drawn(seed: int, size: tuple[int, int] = (9, 13)) -> np.ndarray:
+    return np.random.default_rng(seed).random(size) < 0.5
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 9999), height=st.integers(1, 70), width=st.integers(1, 70), share=st.floats(0, 1))
+def test_every_run_length_format_gives_the_mask(seed: int, height: int, width: int, share: float) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    mask[: height // 3] = share > 0.5  # long runs, so that numbers of several characters and negative steps occur
+    rle = {"size": [height, width], "counts": compressed(runs(mask))}
+    for row in (spans(mask), rle, rle | {"counts": runs(mask)}, {"image_id": 3, "segmentation": rle}):
+        np.testing.assert_array_equal(decode_proposal(row, (height, width)), mask)
+
+
+def test_strings_written_by_coco() -> None:
+    """By hand: runs 6, 1, 40, 4, 21 and 0 more; 40 takes two characters, 4 is 3 more than 1, 21 is 19 less than 40."""
+    assert compressed([6, 1, 40, 4, 21]) == "61X13]O"
+    mask = decode_proposal({"size": [8, 9], "counts": "61X13]O"}, (8, 9))
+    assert mask.T.ravel().nonzero()[0].tolist() == [6, 47, 48, 49, 50]
+
+
+def test_polygons_take_the_pixels_whose_centre_they_hold() -> None:
+    mask = polygon_mask([[2, 3, 6, 3, 6, 8, 2, 8]], (10, 12))
+    assert mask.sum() == 20
+    assert mask[3:8, 2:6].all()
+    assert polygon_mask([[2.4, 3, 6.4, 3, 6.4, 8, 2.4, 8]], (10, 12))[3, 2:6].all()
+    two = polygon_mask([[0, 0, 4, 0, 4, 4, 0, 4], [2, 2, 6, 2, 6, 6, 2, 6]], (8, 8))
+    assert two.sum() == 16 + 16 - 4  # a union: what lies in both stays
+    assert polygon_mask([[-5, -5, 50, -5, 50, 50, -5, 50]], (8, 9)).all()  # beyond the picture
+    assert not polygon_mask([[1, 1, 3, 1, 5, 1]], (8, 9)).any()  # no area
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 9999), n=st.integers(3, 9))
+def test_polygons_point_by_point(seed: int, n: int) -> None:
+    corners = np.random.default_rng(seed).uniform(-2, 12, (n, 2))
+    mask = polygon_mask([corners.ravel().tolist()], (10, 11))
+    for row, column in np.ndindex(10, 11):
+        y, x, inside = row + 0.5, column + 0.5, False
+        for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+            if (y0 > y) != (y1 > y) and x > x0 + (y - y0) / (y1 - y0) * (x1 - x0):
+                inside = not inside
+        assert mask[row, column] == inside
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_one_file_of_one_picture_keeps_its_order(tmp_path: Path) -> None:
+    masks = [drawn(i) for i in range(3)]
+    path = write(tmp_path / "a.json", [spans(mask) for mask in masks])
+    found = Proposals(path)("a.jpg", (9, 13))
+    assert found.shape == (3, 9, 13)
+    np.testing.assert_array_equal(found.numpy(), masks)
+    assert Proposals(write(tmp_path / "none.json", []))("a.jpg", (9, 13)).shape == (0, 9, 13)
+
+
+def test_a_folder_has_a_file_for_each_picture(tmp_path: Path) -> None:
+    write(tmp_path / "b.json", [spans(drawn(1, (4, 5)))])
+    proposals = Proposals(tmp_path)
+    assert proposals("test/b.jpg", (4, 5)).shape == (1, 4, 5)
+    with pytest.raises(InputError, match=r"no c\.json for the picture c\.jpg"):
+        proposals("c.jpg", (4, 5))
+
+
+def test_results_are_found_by_picture_the_best_first(tmp_path: Path) -> None:
+    first, second, other = (drawn(i) for i in range(3))
+    rows = [
+        {"image_id": 7, "score": 0.2, "segmentation": {"size": [9, 13], "counts": compressed(runs(first))}},
+        {"image_id": 9, "score": 0.9, "segmentation": {"size": [9, 13], "counts": runs(other)}},
+        {"image_id": 7, "score": 0.8, "segmentation": {"size": [9, 13], "counts": runs(second)}},
+    ]
+    np.testing.assert_array_equal(Proposals(write(tmp_path / "r.json", rows))("7", (9, 13)), [second, first])
+    with pytest.raises(InputError, match=r"none for the picture 8; it has 2 pictures, for example \['7', '9'\]"):
+        Proposals(tmp_path / "r.json")("8", (9, 13))
+
+
+def test_a_coco_file_is_asked_by_file_name(tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": 5, "file_name": "x/a.jpg"}, {"id": 6, "file_name": "x/b.jpg"}],
+        "annotations": [{"image_id": 5, "segmentation": [[0, 0, 3, 0, 3, 2, 0, 2]]}],
+    }
+    proposals = Proposals(write(tmp_path / "instances.json", content))
+    for name in ("5", "a.jpg", "val/a.jpg", "a.png"):
+        assert proposals(name, (4, 6)).sum() == 6
+    assert proposals("b.jpg", (4, 6)).shape == (0, 4, 6)  # known, without proposals
+    with pytest.raises(InputError, match=r"none for the picture c\.jpg.*x/a\.jpg"):
+        proposals("c.jpg", (4, 6))
+
+
+@pytest.mark.parametrize("write_row", [spans, lambda mask: {"size": list(mask.shape), "counts": runs(mask)}])
+def test_proposals_of_another_picture_size(tmp_path: Path, write_row) -> None:
+    path = write(tmp_path / "a.json", [write_row(drawn(0)), write_row(drawn(1, (13, 9)))])
+    with pytest.raises(
+        InputError, match=r"a\.json, \[1\]: a mask of 13 x 9, but the picture a\.jpg has 9 x 13.*stored"
+    ):
+        Proposals(path)("a.jpg", (9, 13))
+
+
+GOOD = {"size": [2, 3], "counts": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (GOOD | {"counts": [1, 2, 2]}, r"runs for 5 pixels; expected 6 for 2 x 3"),
+        (GOOD | {"counts": [-1, 4, 3]}, "length -1"),
+        (GOOD | {"counts": "13 "}, "no string of COCO"),
+        (GOOD | {"counts": "1P"}, "no string of COCO"),
+        (GOOD | {"counts": "o" * 14 + "1"}, "15 characters"),
+        (GOOD | {"counts": [1.5, 4.5]}, "whole numbers"),
+        (GOOD | {"counts": [1 << 70]}, "whole numbers"),
+        (GOOD | {"size": [2]}, r"size is \[2\]"),
+        ({"data": "AAAA", "shape": [2, 3]}, "no base64 of 32-bit numbers"),
+        ({"data": "?", "shape": [2, 3]}, "no base64"),
+        ({"data": packed(1), "shape": [2, 3]}, "pairs"),
+        ({"data": packed(0, 2), "shape": [2, 3]}, "pixels 0 to 1"),
+        (
+            {"data": base64.b64encode(struct.pack("<II", 5, 3)).decode(), "shape": [2, 3]},
+            "pixels 5 to 7; expected 1 to 6",
+        ),
+        ({"mask": 1}, r"found \['mask'\]"),
+        ({"segmentation": "x"}, "found str"),
+        ({"segmentation": [[1, 2, 3, 4]]}, r"segmentation\[0\] has shape \(4,\)"),
+        ({"segmentation": [["a"]]}, r"segmentation\[0\] is no list of numbers"),
+        ({"segmentation": [[0, 0, 1, 1, 2, float("nan")]]}, "three or more corners"),
+    ],
+)
+def test_damaged_rows_are_named(tmp_path: Path, row: dict, message: str) -> None:
+    path = write(tmp_path / "a.json", [GOOD, row])
+    with pytest.raises(InputError, match=rf"a\.json, \[1\]: .*{message}"):
+        Proposals(path)("a.jpg", (2, 3))
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b'{"a": 1}', b"[1]", b'"x"'])
+def test_files_of_something_else(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.json (cannot be read as JSON|holds no proposals; expected a list)"):
+        Proposals(tmp_path / "a.json")("a.jpg", (2, 3))
+    with pytest.raises(InputError, match="no such file"):
+        Proposals(tmp_path / "b.json")
+
+
+def test_rows_with_and_without_a_picture(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", [{"image_id": 1, "segmentation": GOOD}, GOOD])
+    with pytest.raises(InputError, match=r"\[1\] has no image_id"):
+        Proposals(path)("1", (2, 3))
