@@ -27,6 +27,8 @@ _HOME = {
     "UCFQNRF": "counting_zoo.data.ucf_qnrf",
     "NWPUCrowd": "counting_zoo.data.nwpu_crowd",
     "JHUCrowd": "counting_zoo.data.jhu_crowd",
+    "VOCCounts": "counting_zoo.data.voc",
+    "COCOCounts": "counting_zoo.data.coco",
     "ImageFolder": "counting_zoo.data.folder",
     "PackedCounts": "counting_zoo.data.pack",
     "pack": "counting_zoo.data.pack",
@@ -38,6 +40,7 @@ _HOME = {
 if TYPE_CHECKING:
     from counting_zoo.data.base import CountingDataModule
     from counting_zoo.data.carpk import CARPK
+    from counting_zoo.data.coco import COCOCounts
     from counting_zoo.data.folder import ImageFolder
     from counting_zoo.data.fsc147 import FSC147
     from counting_zoo.data.jhu_crowd import JHUCrowd
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from counting_zoo.data.shanghaitech import ShanghaiTech
     from counting_zoo.data.synthetic import SyntheticScenes
     from counting_zoo.data.ucf_qnrf import UCFQNRF
+    from counting_zoo.data.voc import VOCCounts
     from counting_zoo.geometry import Preprocess
     from counting_zoo.loading import load, load_official, save
     from counting_zoo.models.clip_count import CLIPCount
@@ -72,6 +76,7 @@ __all__ = [
     "UCFQNRF",
     "Batch",
     "CLIPCount",
+    "COCOCounts",
     "CountOutput",
     "CountingDataModule",
     "CountingModule",
@@ -83,6 +88,7 @@ __all__ = [
     "Preprocess",
     "ShanghaiTech",
     "SyntheticScenes",
+    "VOCCounts",
     "__version__",
     "load",
     "load_official",

@@ -203,10 +203,10 @@ class TestReport(L.Callback):
             return
         table = [(row.image_id, row.name, row.target, row.predicted) for row in self._rows]
         write_table(folder / "test_counts.csv", ("image", "name", "true", "predicted"), table)
-        datamodule = type(getattr(trainer, "datamodule", None)).__name__
+        datamodule = getattr(trainer, "datamodule", None)
         path = write_report(
             folder / "report.html",
-            title=self.title or f"{type(pl_module).__name__} on {datamodule}",
+            title=self.title or f"{type(pl_module).__name__} on {type(datamodule).__name__}",
             scores={name: float(value) for name, value in trainer.callback_metrics.items()},
             rows=self._rows,
             pictures=self._shown,
@@ -215,6 +215,7 @@ class TestReport(L.Callback):
                 "checkpoint": str(getattr(trainer, "ckpt_path", None) or "none: weights as initialised"),
                 "precision": str(trainer.precision),
                 "processes": trainer.world_size,
+                **{f"data.{name}": value for name, value in sorted(getattr(datamodule, "hparams", {}).items())},
                 **{f"model.{name}": value for name, value in sorted(pl_module.hparams.items())},
             },
         )

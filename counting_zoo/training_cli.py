@@ -46,7 +46,7 @@ def run_describe(arguments: Sequence[str]) -> int:
     made = parser.instantiate(parser.parse_args(list(arguments)))
     made.data.prepare_data()
     found = describe(made.data)
-    print_description(found)
+    print_description(found, protocol=made.data.hparams)
     return 2 if all(isinstance(value, InputError) for value in found.values()) else 0
 
 

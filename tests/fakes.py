@@ -174,3 +174,77 @@ def jhu_crowd(root: Path) -> dict[str, np.ndarray]:
             truth[f"{folder}/images/{n:04d}.jpg"] = points.astype(np.float32)
         (root / folder / "image_labels.txt").write_text("".join(lines))
     return truth
+
+
+def write_voc_xml(path: Path, objects: list[tuple[Any, ...]], height: int = 48, width: int = 64) -> None:
+    """An annotation as VOC has it; objects are (name, xmin, ymin, xmax, ymax[, difficult])."""
+    size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+    lines = [f"<annotation><filename>{path.stem}.jpg</filename>{size}<segmented>0</segmented>"]
+    for name, *corners in objects:
+        box = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=False))
+        # a part of the object, as people have it, which is no object of its own
+        part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+        mark = f"<difficult>{corners[4]}</difficult>" if len(corners) > 4 else ""
+        lines.append(f"<object><name>{name}</name><pose>Left</pose>{mark}<bndbox>{box}</bndbox>{part}</object>")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, "</annotation>"]), encoding="utf-8")
+
+
+def voc(
+    root: Path, folder: str = "VOCdevkit/VOC2007", classes: tuple[str, ...] = ("cat", "dog", "person")
+) -> dict[str, list[tuple[Any, ...]]]:
+    """VOC with 10 training, 2 validation and 3 test pictures; returns the objects by picture, every third difficult."""
+    splits = {"train": range(1, 11), "val": range(11, 13), "test": range(13, 16)}
+    splits["trainval"] = range(1, 13)
+    truth: dict[str, list[tuple[Any, ...]]] = {}
+    for split, numbers in splits.items():
+        place = root / folder / "ImageSets" / "Main" / f"{split}.txt"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("".join(f"{n:06d}\n" for n in numbers))
+    for n in range(1, 16):
+        corners = draw_points(n % 5, 38, 54, n).astype(int)
+        objects = [(classes[i % len(classes)], x, y, x + 8, y + 6, int(i % 3 == 2)) for i, (x, y) in enumerate(corners)]
+        write_picture(root / folder / "JPEGImages" / f"{n:06d}.jpg", corners + 4, seed=n)
+        write_voc_xml(root / folder / "Annotations" / f"{n:06d}.xml", objects)
+        truth[f"{n:06d}.jpg"] = objects
+    return truth
+
+
+#: Some of COCO's categories with their ids, which have gaps.
+COCO_IDS = {"person": 1, "cat": 17, "dog": 18, "toothbrush": 90}
+
+
+def coco(root: Path, year: int = 2014, pictures: str = "") -> dict[str, list[dict[str, Any]]]:
+    """COCO with 8 training and 9 validation pictures; returns the annotations by picture, in the order of the file.
+
+    The pictures stand in the file from the last to the first, the first of each split without annotation; the fourth
+    annotation of each file is a crowd.
+    """
+    truth: dict[str, list[dict[str, Any]]] = {}
+    for split, first, n_pictures in (("train", 9, 8), ("val", 42, 9)):
+        images, annotations = [], []
+        for n in range(first, first + n_pictures):
+            stem = f"COCO_{split}2014_{n:012d}" if year == 2014 else f"{n:012d}"
+            name = f"{split}{year}/{stem}.jpg"
+            corners = draw_points(min(n - first, 4), 38, 54, n)
+            write_picture(root / pictures / name, corners + 3, seed=n)
+            images.append({"id": n, "file_name": f"{stem}.jpg", "height": 48, "width": 64})
+            truth[name] = [
+                {
+                    "id": 1000 * n + i, "image_id": n, "category_id": list(COCO_IDS.values())[(n + i) % 4],
+                    "bbox": [round(float(x), 2), round(float(y), 2), 8.5, 6.25], "iscrowd": 0, "area": 53.1,
+                    "segmentation": [[float(x), float(y), float(x) + 8, float(y), float(x), float(y) + 6]],
+                }
+                for i, (x, y) in enumerate(corners)
+            ]  # fmt: skip
+        # mixed as in the release, where neighbours in the list are of different pictures
+        rows = [one for i in range(4) for name in truth for one in truth[name][i : i + 1] if f"{split}{year}" in name]
+        order = np.random.default_rng(year).permutation(len(rows))
+        annotations = [rows[i] for i in order]
+        annotations[3] |= {"iscrowd": 1, "segmentation": {"counts": [1, 2], "size": [48, 64]}}
+        categories = [{"id": number, "name": name, "supercategory": "all"} for name, number in COCO_IDS.items()]
+        place = root / "annotations" / f"instances_{split}{year}.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        content = {"images": images[::-1], "annotations": annotations, "categories": categories[::-1]}
+        place.write_text(json.dumps(content))
+    return truth

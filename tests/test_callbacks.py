@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import fakes
 import h5py
 import lightning as L
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tiny_zoo import TinyCounter, TinyPictures
 
+from counting_zoo import VOCCounts
 from counting_zoo.callbacks import DensityPictures, PredictionWriter, TestReport
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.evaluation.prediction_files import COUNT_COLUMNS, PartWriter, merge_parts
@@ -241,6 +243,19 @@ def test_the_report_of_a_test(tmp_path: Path, model: TinyCounter, ranks: int) ->
     assert page.count("<circle") == 5
     assert page.count("data:image/jpeg") == 6, "each picture with a name that is not in it"
     assert "=stars: " in page
+
+
+def test_the_protocol_of_the_data_is_kept_with_checkpoint_and_report(tmp_path: Path, model: TinyCounter) -> None:
+    fakes.voc(tmp_path / "data")
+    data = VOCCounts(tmp_path / "data", difficult="include", num_workers=0, classes=["cat", "dog", "person"])
+    made = trainer(tmp_path, TestReport(pictures=0), max_epochs=1, limit_train_batches=1)
+    made.fit(model, data)
+    stored = torch.load(made.checkpoint_callback.best_model_path, weights_only=True)
+    assert stored["datamodule_hyper_parameters"]["difficult"] == "include"
+    made.test(model, data, verbose=False)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>data.difficult</td><td>include</td>" in page
+    assert "<td>data.folder</td><td>VOC2007</td>" in page
 
 
 @pytest.mark.parametrize("make", [lambda: DensityPictures(0), lambda: DensityPictures(1, -1), lambda: TestReport(-1)])

@@ -86,6 +86,18 @@ def test_printed(tmp_path: Path) -> None:
     assert nothing.export_text() == "test: gone\n"
 
 
+def test_the_protocol_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fakes.voc(tmp_path)
+    words = ["describe", "--data", "VOCCounts", "--data.root", str(tmp_path)]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert "protocol: folder VOC2007, difficult exclude, train_split train" in first
+    assert main([*words, "--data.difficult", "include"]) == 0
+    second = capsys.readouterr().out
+    assert "difficult include" in second
+    assert second != first.replace("exclude", "include")  # so are the numbers
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fakes.folder(tmp_path / "cells", {"a.png": [(1, 2), (3, 4)], "b.png": [(1, 2)]})

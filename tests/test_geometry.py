@@ -177,3 +177,15 @@ def test_bicubic_is_opencvs() -> None:
 def test_bad_rules_name_the_field(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         Preprocess(**options)
+
+
+def test_warp_is_the_antialiased_bilinear_resizing_of_lower_count() -> None:
+    """Its reference resizes with Pillow, which torch's antialiased rule follows within a level."""
+    rule = Preprocess("warp", 448)
+    image = torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.cat([image] * 15, 1)  # 900 high: one side shrinks, the other grows
+    expected = torch.nn.functional.interpolate(image[None].double(), (448, 448), mode="bilinear", antialias=True)[0]
+    assert (rule(image) - expected).abs().max() < 0.51  # rounded once, from float32
+    assert (Preprocess("warp", 448, antialias=False)(image) - expected).abs().max() > 20
+    points = scale_points(torch.tensor([[90.0, 900.0], [45.0, 450.0]]), (900, 90), rule.target_size(900, 90))
+    assert points.tolist() == [[448, 448], [224, 224]]

@@ -27,7 +27,7 @@ PARTS = tuple(
 )
 #: A module may import its own layer's neighbours in the same folder, and lower layers. What is not named is on top.
 LAYERS = (
-    ("version", "errors"),
+    ("version", "errors", "class_lists"),
     ("types", "geometry", "image_headers"),
     ("ops", "images", "prompts", "schedules", "config_safety"),
     ("inference", "metrics", "mask_metrics", "pictures", "nn"),

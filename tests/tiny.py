@@ -66,6 +66,13 @@ def write_data(name: str, root: Path) -> dict[str, Any]:
         fakes.shanghaitech(root, part=f"part_{name[-1].upper()}_final")
     elif name in ("ucf_qnrf", "nwpu_crowd", "jhu_crowd"):
         getattr(fakes, name)(root)
+    elif name in ("voc2007", "voc2012", "bccd"):
+        classes = ("RBC", "WBC", "Platelets") if name == "bccd" else ("cat", "dog", "person")
+        fakes.voc(root, {"bccd": "BCCD"}.get(name, f"VOCdevkit/VOC{name[3:]}"), classes)
+        options["classes"] = list(classes)  # 20 would take the tests of each model longer than all other data
+    elif name in ("coco2014", "coco2017"):
+        fakes.coco(root, int(name[4:]))
+        options["classes"] = list(fakes.COCO_IDS)
     elif name == "vgg_cells":
         fakes.dot_pairs(root)
         options |= {"splits": {"train": [0, 6], "test": [6, 10]}, "sizes": {"train": 4, "val": 2}}

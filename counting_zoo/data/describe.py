@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,12 +78,17 @@ def describe(
     return found
 
 
-def print_description(found: Mapping[Split, SplitDescription | InputError], console: Console | None = None) -> None:
+def print_description(
+    found: Mapping[Split, SplitDescription | InputError],
+    console: Console | None = None,
+    protocol: Mapping[str, Any] | None = None,
+) -> None:
     """Print what :func:`describe` found as tables.
 
     Args:
         found: the splits.
         console: where to; standard output if ``None``.
+        protocol: what the numbers depend on: the data module's ``hparams``.
     """
     console = Console() if console is None else console
     known = {split: value for split, value in found.items() if isinstance(value, SplitDescription)}
@@ -106,6 +112,8 @@ def print_description(found: Mapping[Split, SplitDescription | InputError], cons
         console.print(rows)
     elif known:
         console.print("no constant predictors: give data.constants, or data with a training split")
+    if protocol:
+        console.print("protocol: " + ", ".join(f"{name} {value}" for name, value in protocol.items()), soft_wrap=True)
     for split, value in known.items():
         console.print(f"{split}: sha256 {value.sha256 or 'of nothing, no picture is there'}", soft_wrap=True)
     for split, reason in found.items():
