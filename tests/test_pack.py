@@ -14,11 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import cv2
+import fakes
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from counting_zoo import VOCCounts
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.describe import SplitDescription, describe
 from counting_zoo.data.fingerprint import fingerprint
@@ -157,6 +159,18 @@ def test_every_kind_of_annotation_and_its_absence(tmp_path: Path) -> None:
     assert data.records("train")[1].captions == []
     with pytest.raises(InputError, match=r"no 'test' split.*\['train'\]"):
         data.records("test")
+
+
+def test_the_protocol_goes_with_the_pack(tmp_path: Path, packed: Path) -> None:
+    fakes.voc(tmp_path)
+    data = VOCCounts(tmp_path, difficult="include", classes=["cat", "dog", "person"])
+    again = PackedCounts(pack(data, tmp_path / "voc.h5"))
+    assert_same_records(again.records("test"), data.records("test"))
+    assert dict(again.hparams) == dict(data.hparams)
+    assert again.hparams["difficult"] == "include"
+    scenes = PackedCounts(packed)
+    scenes.setup("test")
+    assert not scenes.hparams
 
 
 def test_only_unannotated(tmp_path: Path) -> None:

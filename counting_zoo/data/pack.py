@@ -95,6 +95,7 @@ def pack(
                 pictures=len(packed),
                 image_sha256=digest,
                 annotation_sha256=fingerprint(item.record for item in packed)["sha256"],
+                protocol=json.dumps(dict(datamodule.hparams), default=str),
             )
         _verify(temporary, digest)
         with temporary.open("rb+") as raw:
@@ -281,6 +282,8 @@ class PackedCounts(CountingDataModule):
                 raise InputError(f"data.root is {str(self._file)!r}, which is no file; expected one made by 'pack'")
             with _explained(self._file), h5py.File(self._file, "r", locking=False) as file:
                 self._contents = _read_records(file, self._file)
+            if self._contents.protocol:
+                self.save_hyperparameters(self._contents.protocol)  # results keep it, as those of the data packed
         return self._contents
 
 
@@ -290,6 +293,7 @@ class _Contents:
     class_names: dict[str, list[str]]  # by split
     rows: dict[str, int]  # image id -> row of offsets
     offsets: np.ndarray  # (I + 1,) int64
+    protocol: dict[str, Any]  # by which the data was read, such as whether VOC's difficult objects count
 
 
 @contextmanager
@@ -328,7 +332,7 @@ def _read_records(file: h5py.File, path: Path) -> _Contents:
         rows[image_id] = int(images[i])
     if fingerprint(every)["sha256"] != file.attrs["annotation_sha256"]:
         raise InputError(f"{path}: the annotation differs from its checksum; restore the file or pack the data again")
-    return _Contents(records, class_names, rows, file["image/offset"][:])
+    return _Contents(records, class_names, rows, file["image/offset"][:], json.loads(file.attrs.get("protocol", "{}")))
 
 
 def _read_part(file: h5py.File, part: str, labels: str | None) -> dict[str, list[np.ndarray | None]]:
