@@ -123,8 +123,8 @@ class COCOCounts(CountingDataModule):
     def _boxed(self, found: Instances, pictures: dict[int, Path], part: str, path: Path) -> list[Record]:
         if unknown := [name for name in self.names if name not in found.names]:
             raise InputError(
-                f"{path}: has no category {', '.join(map(repr, unknown[:5]))}, but data.classes lists it; the "
-                f"categories are {', '.join(found.names[:100])}"
+                f"{path}: has no category {', '.join(map(repr, unknown[:5]))} ({len(unknown)} of data.classes are not "
+                f"there); list in data.classes only those that are: {', '.join(found.names[:100])}"
             )
         index = {name: k for k, name in enumerate(self.names)}
         labels = np.array([index.get(name, -1) for name in found.names], np.int64)[found.category]
