@@ -20,6 +20,7 @@ _HOME = {
     "CLIPCount": "counting_zoo.models.clip_count",
     "CLIPEBC": "counting_zoo.models.clip_ebc",
     "EBC": "counting_zoo.models.clip_ebc",
+    "LowerCount": "counting_zoo.models.lower_count",
     "SyntheticScenes": "counting_zoo.data.synthetic",
     "FSC147": "counting_zoo.data.fsc147",
     "CARPK": "counting_zoo.data.carpk",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from counting_zoo.loading import load, load_official, save
     from counting_zoo.models.clip_count import CLIPCount
     from counting_zoo.models.clip_ebc import CLIPEBC, EBC
+    from counting_zoo.models.lower_count import LowerCount
     from counting_zoo.module import CountingModule
     from counting_zoo.types import Batch, CountOutput, Prediction
 
@@ -82,6 +84,7 @@ __all__ = [
     "CountingModule",
     "ImageFolder",
     "JHUCrowd",
+    "LowerCount",
     "NWPUCrowd",
     "PackedCounts",
     "Prediction",

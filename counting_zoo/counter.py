@@ -43,6 +43,15 @@ class Counter(nn.Module, ABC):
         """Pixels along one side of a density cell, which tiles must be multiples of."""
         return 1
 
+    @property
+    def vocabulary(self) -> list[str] | None:
+        """The only names it can count; ``None`` where there is no such list."""
+        return None
+
+    def reported(self, counts: Tensor) -> Tensor:
+        """What is said of a count: itself, or rounded or clamped where the recipe says so."""
+        return counts
+
     def extent(self, density: Tensor, size: tuple[int, int]) -> tuple[float, float] | None:
         """Height and width of a picture in the cells of its density, whose last ones may reach beyond it.
 
@@ -101,7 +110,7 @@ class Counter(nn.Module, ABC):
             together = self(torch.stack([_as_float(p) for p in pictures]), classes)
             if isinstance(images, Tensor):
                 return together
-            outputs = [CountOutput(density[None]) for density in together.density]
+            outputs = together.split()
         else:
             outputs = [self(_as_float(p)[None], [names]) for p, names in zip(pictures, classes, strict=True)]
         if isinstance(images, Tensor):
@@ -170,7 +179,7 @@ class Counter(nn.Module, ABC):
         density = output.density[0].float()
         extent = self.extent(density, (seen.shape[1], seen.shape[2]))
         return Prediction(
-            counts=output.counts[0].cpu(),
+            counts=self.reported(output.counts)[0].cpu(),
             names=list(names) if len(density) == len(names) else [" + ".join(names)],
             density=density.cpu(),
             points=[p.cpu() for p in peak_points(density, size, extent=extent)],

@@ -15,6 +15,10 @@ class SupervisionError(InputError):
     """A model is asked to train on data that lacks the supervision it needs."""
 
 
+class NamesError(InputError):
+    """Data that asks a model with a fixed list of names for none of them."""
+
+
 class CheckpointError(InputError):
     """A checkpoint that is not what it is loaded as, or that misses part of its recipe."""
 
@@ -23,4 +27,4 @@ class WeightsError(InputError):
     """Pretrained weights that are missing, offline, or do not fit."""
 
 
-__all__ = ["CheckpointError", "ImageError", "InputError", "SupervisionError", "WeightsError"]
+__all__ = ["CheckpointError", "ImageError", "InputError", "NamesError", "SupervisionError", "WeightsError"]

@@ -27,6 +27,10 @@ _PLAIN_NUMPY: list[Any] = [
 ]  # fmt: skip
 
 
+#: The models that :func:`load_official` reads weights of.
+OFFICIAL = ("clip_count", "clip_ebc", "lower_count")
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint file as plain data and tensors on the CPU; pickled code is refused, never executed.
 
@@ -160,10 +164,10 @@ def load_official(
     """A zoo model with the weights of a reference implementation, which predicts as the reference does.
 
     Args:
-        name: ``clip_count`` or ``clip_ebc``.
+        name: ``clip_count``, ``clip_ebc`` or ``lower_count``.
         source: the reference's weights as a file, a mapping, or a folder with ``model.safetensors`` and
-            ``config.json``: a bare state dict, or one under ``state_dict``, ``model_state_dict`` (resume files) or
-            ``weights``, with or without ``model.`` / ``module.`` prefixes.
+            ``config.json``: a bare state dict, or one under ``state_dict``, ``model_state_dict`` (resume files),
+            ``model`` or ``weights``, with or without ``model.`` / ``module.`` prefixes.
         config: the reference's settings under its own names, over those the file carries.
         clip: frozen CLIP weights where the file has none: hub name, folder, or an OpenAI-layout state dict (the
             mapping or a file of it).
@@ -175,8 +179,8 @@ def load_official(
         WeightsError: a key of the file is unknown, or one of the model's is missing; lists them. Or a setting that no
             tensor shows, such as bins, is given nowhere.
     """
-    if name not in ("clip_count", "clip_ebc"):
-        raise InputError(f"load_official knows no {name!r}; expected 'clip_count' or 'clip_ebc'")
+    if name not in OFFICIAL:
+        raise InputError(f"load_official knows no {name!r}; expected one of {', '.join(map(repr, OFFICIAL))}")
     if isinstance(clip, str | Path) and Path(clip).expanduser().is_file():
         clip = read_checkpoint(clip)
     settings: dict[str, Any] = {}
@@ -187,7 +191,8 @@ def load_official(
     for key in ("hyper_parameters", "config"):
         if isinstance(content.get(key), Mapping):
             settings |= content[key]
-    wrapped = next((key for key in ("state_dict", "model_state_dict", "weights") if key in content), None)
+    wraps = ("state_dict", "model_state_dict", "model", "weights")
+    wrapped = next((key for key in wraps if isinstance(content.get(key), Mapping)), None)
     state = content if wrapped is None else content[wrapped]
     tensors = {_bare(key): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -197,6 +202,10 @@ def load_official(
         from counting_zoo.models.clip_count.weights import from_official
 
         return from_official(tensors, settings, clip, tokenizer)
+    if name == "lower_count":
+        from counting_zoo.models.lower_count import weights as lower_count
+
+        return lower_count.from_official(tensors, settings)
     from counting_zoo.models.clip_ebc import weights as clip_ebc
 
     if isinstance(source, str | Path):

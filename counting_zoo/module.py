@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from counting_zoo.counter import Counter
 from counting_zoo.data.records import Split, n_objects
-from counting_zoo.errors import CheckpointError, InputError, SupervisionError
+from counting_zoo.errors import CheckpointError, InputError, NamesError, SupervisionError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.metrics import GAME, CountErrors, PromptErrors
 from counting_zoo.prompts import wrong_prompts
@@ -102,9 +103,17 @@ class CountingModule(Counter, L.LightningModule):
     def read_facts(self, datamodule: Any) -> None:
         """Take what the model must know of the training data, once, before the first step."""
 
-    def default_optimizer(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
-        """The model's published optimizer and scheduler (or ``None``)."""
-        return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.05), None
+    def lr_factor(self, name: str) -> float:
+        """What the learning rate of a parameter is multiplied by, such as less than 1 for a pretrained encoder."""
+        return 1.0
+
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The model's published optimizer."""
+        return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.05)
+
+    def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The model's published schedule, which goes with its optimizer; ``None`` for a constant rate."""
+        return None
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -159,13 +168,15 @@ class CountingModule(Counter, L.LightningModule):
     def _score(self, batch: Batch, errors: CountErrors, game: GAME, prompts: PromptErrors, split: str) -> None:
         if "counts" not in batch:
             raise InputError(f"the {split} data of {batch['image_id'][:3]} carry no counts, so nothing can be scored")
+        if not batch["image_id"]:
+            return  # none of them asked about a name that the model knows
         asked, k = batch["classes"], len(batch["classes"][0])
         extra = wrong_prompts(batch, self._datamodule_names(split)) if self.text_guided and k == 1 else None
         names = asked if extra is None else [a + e for a, e in zip(asked, extra, strict=True)]
         images = batch["image"]
         outputs = self.count_batch(list(images), names)
         assert isinstance(outputs, list)
-        counts = torch.cat([o.counts for o in outputs])  # (B, K [+ 3])
+        counts = self.reported(torch.cat([o.counts for o in outputs]))  # (B, K [+ 3])
         target = batch["counts"].sum(1, keepdim=True) if self.class_blind else batch["counts"]
         errors.update(counts[:, : target.shape[1]], target, batch["image_id"])
         if "points" in batch and "labels" in batch:
@@ -212,6 +223,8 @@ class CountingModule(Counter, L.LightningModule):
             splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
             for split in splits.get(stage, ()):
                 self._warn_of_names(datamodule, split)
+        if hasattr(datamodule, "class_names"):
+            self._check_names(datamodule, stage)
         if stage != "fit" or datamodule is None:
             return
         provides = getattr(datamodule, "provides", None)
@@ -239,24 +252,49 @@ class CountingModule(Counter, L.LightningModule):
                 stacklevel=2,
             )
 
+    def _check_names(self, datamodule: Any, stage: str) -> None:
+        """A model with a fixed list of names is used on those that it shares with the data."""
+        if self.vocabulary is None:
+            return
+        splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+        for split in splits.get(stage, (stage,)):  # type: ignore[arg-type]
+            asked = list(datamodule.class_names(split))
+            left_out = [name for name in asked if name not in self.vocabulary]
+            if asked and len(left_out) == len(asked):
+                raise NamesError(
+                    f"{type(self).__name__} counts {_some(self.vocabulary)} and nothing else, and the {split} pictures "
+                    f"of {type(datamodule).__name__} are asked about {_some(asked)}: no name in common. Train it on "
+                    "data with these names, or rename the data's"
+                )
+            if left_out:
+                warnings.warn(
+                    f"{type(self).__name__} does not know {len(left_out)} of the {len(asked)} names of the {split} "
+                    f"pictures, and they are left out: {_some(left_out)}",
+                    stacklevel=2,
+                )
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Trainable parameters by their weight decay and share of the learning rate."""
+        groups: dict[tuple[bool, float], dict[str, Any]] = {}
+        for name, p in self.named_parameters():
+            if not p.requires_grad:
+                continue
+            plain = self.decay == "matrices" and (p.ndim < 2 or "embedding" in name or name.endswith("context"))
+            factor = self.lr_factor(name)
+            options = {"params": [], **({"weight_decay": 0.0} if plain else {}), "lr_factor": factor}
+            groups.setdefault((plain, factor), options)["params"].append(p)
+        return [groups[key] for key in sorted(groups)]
+
     def configure_optimizers(self) -> Any:
-        trainable = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        if self.decay == "all":
-            groups: list[dict[str, Any]] = [{"params": [p for _, p in trainable]}]
-        else:
-            plain = [p for n, p in trainable if p.ndim < 2 or "embedding" in n or n.endswith("context")]
-            chosen = {id(p) for p in plain}
-            groups = [
-                {"params": [p for _, p in trainable if id(p) not in chosen]},
-                {"params": plain, "weight_decay": 0.0},
-            ]
-        groups = [group for group in groups if group["params"]]
-        if self.optimizer is None:
-            optimizer, scheduler = self.default_optimizer(groups)
-        else:
-            optimizer, scheduler = self.optimizer(groups), None
+        groups = self._parameter_groups()
+        optimizer = self.default_optimizer(groups) if self.optimizer is None else self.optimizer(groups)
+        for group in optimizer.param_groups:
+            group["lr"] *= group["lr_factor"]
+        scheduler: Any = None
         if self.scheduler is not None:
             scheduler = self.scheduler(optimizer)
+        elif self.optimizer is None:
+            scheduler = self.default_scheduler(optimizer)
         if scheduler is None:
             return optimizer
         if getattr(scheduler, "total_steps", 0) is None:
@@ -300,6 +338,10 @@ class CountingModule(Counter, L.LightningModule):
                 "(counting_zoo.load, or test --ckpt_path without --config for a model)"
             )
         self.restore_recipe(stored["recipe"])
+
+
+def _some(names: Sequence[str], n: int = 12) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,13 @@
-"""Wrong prompts: the same names for the same picture on every machine, rank and run."""
+"""Which names are asked about: wrong ones, the same on every machine, rank and run, and those a model knows."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
 
 from counting_zoo.types import Batch
 
@@ -33,6 +37,50 @@ def wrong_prompts(batch: Batch, names: Sequence[str]) -> list[list[str]] | None:
     ]
 
 
+def known_names(batch: Batch, vocabulary: Sequence[str]) -> Batch:
+    """A batch that asks only about names of a list, for models that count nothing else.
+
+    Args:
+        batch: pictures as evaluation gives them, one by one.
+        vocabulary: the names that are known.
+
+    Returns:
+        The batch without the other names, their counts, points and boxes, and without pictures that ask about none
+        of the names; pictures that name nothing stay as they are.
+
+    Example:
+        >>> batch = {"image_id": ["a", "b"], "image": [0, 1], "classes": [["figs", "dates"], ["dates"]]}
+        >>> known_names(batch, ["figs"])
+        {'image_id': ['a'], 'image': [0], 'classes': [['figs']]}
+    """
+    known = set(vocabulary)
+    kept = [[k for k, name in enumerate(names) if name in known] for names in batch["classes"]]
+    if all(len(k) == len(names) for k, names in zip(kept, batch["classes"], strict=True)):
+        return batch
+    asking = [i for i, names in enumerate(batch["classes"]) if kept[i] or not names]
+    found: dict[str, Any] = {}
+    for key, value in batch.items():
+        found[key] = value if key == "failed" else [value[i] for i in asking]  # type: ignore[index]
+    found["classes"] = [[batch["classes"][i][k] for k in kept[i]] for i in asking]
+    if "counts" in batch:
+        rows = [batch["counts"][i][kept[i]] for i in asking]
+        found["counts"] = torch.stack(rows) if rows else batch["counts"][:0]
+    for labels, places in (("labels", "points"), ("box_labels", "boxes")):
+        if labels in batch:
+            new = [_relabelled(batch[labels][i], kept[i], len(batch["classes"][i])) for i in asking]  # type: ignore[literal-required]
+            if places in batch:
+                found[places] = [place[label >= 0] for place, label in zip(found[places], new, strict=True)]
+            found[labels] = [label[label >= 0] for label in new]
+    return cast(Batch, found)
+
+
+def _relabelled(labels: Tensor, kept: list[int], n: int) -> Tensor:
+    """Indices into the kept names; -1 for others."""
+    new = torch.full((n + 1,), -1, dtype=labels.dtype, device=labels.device)
+    new[kept] = torch.arange(len(kept), dtype=labels.dtype, device=labels.device)
+    return new[labels]
+
+
 def _for_one(image_id: str, target: str, others: list[str], present: set[str]) -> list[str]:
     absent = [name for name in others if name not in present]
     words = set(target.split())
@@ -45,4 +93,4 @@ def _for_one(image_id: str, target: str, others: list[str], present: set[str]) -
     ]
 
 
-__all__ = ["wrong_prompts"]
+__all__ = ["known_names", "wrong_prompts"]

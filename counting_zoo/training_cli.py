@@ -160,6 +160,8 @@ def _silence() -> None:
         "The dirpath has changed from.*",  # the same
         ".*module.s. in eval mode at the start of training.*",  # frozen towers stay in evaluation mode
         "It is recommended to use .*sync_dist=True.*",  # metrics come gathered, the same on every process
+        "You're using the WeightAveraging callback with a model.*",  # Lower-Count's branches need no sharding
+        "You have overridden `on_after_batch_transfer` in `LightningModule`.*",  # no data module has one
         ".*isinstance.treespec, LeafSpec.*",  # Lightning's own call of torch
     ):
         warnings.filterwarnings("ignore", message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, Self, TypedDict
 
 from torch import Tensor
 
@@ -48,6 +48,14 @@ class CountOutput:
     def counts(self) -> Tensor:
         """``(B, K)`` float32 counts: the sum of the density, taken in float32 whatever the precision."""
         return self.density.float().sum((-2, -1))
+
+    def split(self) -> list[Self]:
+        """One output of batch 1 for each picture, with everything a subclass adds (batch first, or ``None``)."""
+        fields: dict[str, Any] = vars(self)
+        return [
+            type(self)(**{name: None if value is None else value[i : i + 1] for name, value in fields.items()})
+            for i in range(len(self.density))
+        ]
 
 
 @dataclass

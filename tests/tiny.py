@@ -44,6 +44,12 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "ebc_vgg19": {"encoder": "small", "pretrained": None, "width": 8, "window": 64},
     "ebc_small": {"width": 8, "window": 64},
     "density_small": {"width": 8, "window": 64},
+    "lower_count": {
+        "encoder": {"model_type": "resnet", "depths": [1, 1, 1], "layer_type": "basic", "embedding_size": 8,
+                    "hidden_sizes": [8, 8, 16]},
+        "pretrained": None, "reduction": 16, "preprocess": {"resize": "warp", "size": 64}, "first_stage": 0,
+    },
+    "lower_count_small": {"width": 8, "preprocess": {"resize": "warp", "size": 64}, "first_stage": 1},
 }  # fmt: skip
 
 SMALL = {"batch_size": 2, "num_workers": 0}

@@ -42,8 +42,8 @@ class TinyCounter(CountingModule):
         loss = (output.counts - batch["counts"]).square().mean()
         return {"count": loss * float("nan") if self.broken else loss}
 
-    def default_optimizer(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
-        return torch.optim.SGD(groups, lr=1e-3), None
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=1e-3)
 
 
 class BlockCounter(CountingModule):

@@ -279,10 +279,13 @@ class CLIPCount(CountingModule):
     def _density_uses_contrast(self) -> bool:
         return isinstance(self.network.interaction, nn.Identity)
 
-    def default_optimizer(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
-        """AdamW and a drop to a third every 100 epochs (reference: run.py)."""
-        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
-        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=100, gamma=0.33)
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW (reference: run.py)."""
+        return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+
+    def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """A drop to a third every 100 epochs (reference: run.py)."""
+        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=100, gamma=0.33)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -217,10 +217,13 @@ class BlockwiseCounter(CountingModule):
             "count": count_error(output.density, counts),
         }
 
-    def default_optimizer(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
-        """Adam and cosine restarts behind a warm-up of 50 epochs (reference: trainer.py)."""
-        optimizer = torch.optim.Adam(groups, lr=1e-4, weight_decay=1e-4)
-        return optimizer, WarmupCosineRestarts(optimizer)
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Adam (reference: trainer.py)."""
+        return torch.optim.Adam(groups, lr=1e-4, weight_decay=1e-4)
+
+    def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Cosine restarts behind a warm-up of 50 epochs (reference: trainer.py)."""
+        return WarmupCosineRestarts(optimizer)
 
 
 class EBC(BlockwiseCounter):

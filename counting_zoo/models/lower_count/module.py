@@ -1,0 +1,275 @@
+"""Lower-Count as a Lightning module: counts of a fixed list of classes, learnt from image-level counts."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from counting_zoo.errors import InputError
+from counting_zoo.geometry import Preprocess
+from counting_zoo.models.lower_count.encoders import build_encoder
+from counting_zoo.models.lower_count.loss import (
+    LowerCountLoss,
+    Mean,
+    SpatialNorm,
+    picture_uniform,
+    total_count_terms,
+)
+from counting_zoo.models.lower_count.network import BranchNorm, DensityBranch, LowerCountNet, LowerCountOutput
+from counting_zoo.models.lower_count.peaks import PeakGradient, find_peaks, highest_peaks, peak_positions
+from counting_zoo.module import CountingModule
+from counting_zoo.prompts import known_names
+from counting_zoo.types import Batch, CountOutput, Prediction
+
+
+class LowerCount(CountingModule):
+    """Counts a fixed list of classes, trained on "how many of each" alone, and only up to four.
+
+    Cholakkal, Sun, Khan, Shao: "Object Counting and Instance Segmentation with Image-level Supervision", CVPR 2019.
+    The defaults mend what the reference gets wrong; ``load_official`` chooses its behaviour.
+
+    Args:
+        encoder: ``resnet50`` (18, 34, 101, 152), ``small`` (from scratch on a CPU), ``auto:`` with a hub name or
+            folder, or a config mapping with ``model_type``, for any transformers ``AutoBackbone``.
+        pretrained: weights of a ResNet by name: ``imagenet``, a file in torchvision's layout, or ``None``.
+        width: of the ``small`` encoder.
+        reduction: side of a cell of the maps in pixels.
+        classes: the names it counts, in the order of its maps; those of the training data if ``None``.
+        limit: the highest count that training tells apart; above it, only "more" is known.
+        rank_target: what the count of a class above the limit should reach; ``limit + 1`` if ``None``.
+        rank_weight: lambda of the paper.
+        spatial_norm: mean of L_sp+ for each class of a picture first (``per_class``, paper) or over all peaks at once
+            (``pooled``, reference).
+        negatives: share of absent classes that the density learns from, drawn anew in each step; all if ``None``.
+        negatives_share: absent classes are always learnt from where this share of the batch has them.
+        first_stage: epochs without the spatial losses.
+        hidden: channels of each branch; one and a half times the number of classes if ``None``.
+        radius: of a peak in cells.
+        above_median: leave out peaks below the median of their map.
+        peak_gradient: ``mean``, or the reference's ``sum``, which is 20 to 30 times as much.
+        gated: a class whose score is not above zero counts zero.
+        density_branch: ``own`` weights for each class, or ``modulated`` from those of the class branch, so that
+            classes without counts are counted too (after the abstract of T-PAMI 2020, whose code was never published).
+        branch_norm: ``batch`` norm at the head of each branch, as published, or ``none``, which suits small batches.
+        counted_classes: names whose counts are used; of the others only whether they are present. All if ``None``.
+        round_counts: report whole numbers, halves to the even ones, as the reference does.
+        clamp_counts: report no counts below zero.
+        backbone_lr: learning rate of the encoder as a share of that of the branches; 0.01 in the reference.
+        preprocess: 448 x 448 pixels whatever the aspect ratio, as in the reference, if ``None``.
+        options: those of :class:`~counting_zoo.module.CountingModule`.
+
+    Raises:
+        InputError: options that do not fit.
+    """
+
+    requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"counts"}),)
+    network: LowerCountNet
+
+    def __init__(
+        self,
+        encoder: str | dict[str, Any] = "resnet50",
+        *,
+        pretrained: str | None = None,
+        width: int = 32,
+        reduction: int = 32,
+        classes: list[str] | None = None,
+        limit: int = 4,
+        rank_target: float | None = None,
+        rank_weight: float = 0.1,
+        spatial_norm: SpatialNorm = "per_class",
+        negatives: float | None = None,
+        negatives_share: float = 0.3,
+        first_stage: int = 20,
+        hidden: int | None = None,
+        radius: int = 1,
+        above_median: bool = True,
+        peak_gradient: PeakGradient = "mean",
+        gated: bool = True,
+        density_branch: DensityBranch = "own",
+        branch_norm: BranchNorm = "batch",
+        counted_classes: list[str] | None = None,
+        round_counts: bool = False,
+        clamp_counts: bool = False,
+        backbone_lr: float = 0.01,
+        preprocess: Preprocess | None = None,
+        **options: Any,
+    ) -> None:
+        rule = Preprocess("warp", 448) if preprocess is None else preprocess
+        super().__init__(preprocess=rule, **options)
+        for name, value, choices in (
+            ("spatial_norm", spatial_norm, get_args(SpatialNorm)),
+            ("peak_gradient", peak_gradient, get_args(PeakGradient)),
+        ):
+            if value not in choices:
+                raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        if limit < 0:
+            raise InputError(f"limit is {limit}; expected the highest count that is told apart, 4 in the paper")
+        if negatives is not None and not 0 <= negatives <= 1:
+            raise InputError(f"negatives is {negatives}; expected a share between 0 and 1, or null for all")
+        if first_stage < 0 or backbone_lr < 0:
+            raise InputError(f"first_stage is {first_stage} and backbone_lr {backbone_lr}; expected at least 0")
+        self.loss = LowerCountLoss(limit, rank_target, rank_weight, spatial_norm, negatives, negatives_share)
+        self.first_stage, self.backbone_lr = first_stage, backbone_lr
+        self.counted_classes = counted_classes
+        self.round_counts, self.clamp_counts = round_counts, clamp_counts
+        body: Any = build_encoder(encoder, reduction, pretrained, width)
+        self.hparams["pretrained"] = None  # the checkpoint brings the weights along
+        if (config := getattr(body, "config_dict", None)) is not None:
+            self.hparams["encoder"] = config
+        self._encoder: tuple[Any, ...] = (body,)  # until the classes are known; a tuple keeps it out of the state dict
+        self._net_options: dict[str, Any] = {
+            "hidden": hidden, "radius": radius, "above_median": above_median, "peak_gradient": peak_gradient,
+            "gated": gated, "density_branch": density_branch, "branch_norm": branch_norm,
+        }  # fmt: skip
+        self.reduction = reduction
+        self.classes: list[str] | None = None
+        if classes is not None:
+            self._name_classes(classes)
+
+    def _name_classes(self, classes: list[str]) -> None:
+        if len(set(classes)) != len(classes) or not all(name.strip() for name in classes):
+            raise InputError(f"classes is {classes}; expected names that are not empty, each once")
+        unknown = sorted(set(self.counted_classes or []) - set(classes))
+        if unknown:
+            raise InputError(f"counted_classes has {unknown}, which are not among the classes {classes}")
+        self.classes = self.hparams["classes"] = list(classes)
+        if self.default_classes is None:
+            self.default_classes = self.hparams["default_classes"] = list(classes)
+        self._column = {name: i for i, name in enumerate(classes)}
+        self.network = LowerCountNet(self._encoder[0], len(classes), **self._net_options)
+        self._encoder = ()
+
+    @property
+    def vocabulary(self) -> list[str] | None:
+        return self.classes
+
+    @property
+    def cell(self) -> int:
+        return self.reduction
+
+    def configure_model(self) -> None:
+        """Build the branches once the classes are known; averages of weights are made before ``setup``."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if self.classes is None and hasattr(datamodule, "class_names"):
+            self._name_classes(datamodule.class_names("train"))
+
+    def setup(self, stage: str) -> None:
+        self.configure_model()
+        super().setup(stage)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        # Training is told of every name, so that "none" differs from "not said".
+        return batch if self.classes is None or self.training else known_names(batch, self.classes)
+
+    def forward(self, image: Tensor, classes: list[list[str]]) -> LowerCountOutput:
+        columns = [self._columns(names) for names in classes]
+        output = self.network(image)
+        if all(row == list(range(len(self._column))) for row in columns):
+            return output
+        return output.of(torch.tensor(columns, device=image.device))
+
+    def _columns(self, names: list[str]) -> list[int]:
+        if self.classes is None:
+            raise InputError("this model has no classes yet: give it model.classes, or train it")
+        unknown = [name for name in names if name not in self._column]
+        if unknown:
+            raise InputError(f"{unknown} cannot be counted: this model counts {self.classes} and nothing else")
+        return [self._column[name] for name in names]
+
+    # -- losses ---------------------------------------------------------------------------------------------------
+
+    def training_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """All of the model's classes, those that the data does not speak of as unknown."""
+        images = batch["image"]
+        assert isinstance(images, Tensor), "training pictures come as one tensor"
+        assert self.classes is not None, "setup names them"
+        given, rest = batch["counts"], len(self.classes)
+        # Names that the model does not know are written to a column of their own, which is cut off.
+        columns = torch.tensor([[self._column.get(name, rest) for name in names] for names in batch["classes"]])
+        counts = given.new_full((len(given), rest + 1), torch.nan)
+        counts = counts.scatter_(1, columns.to(given.device), given)[:, :rest]
+        whole: Batch = {
+            "image": images, "image_id": batch["image_id"], "classes": [self.classes] * len(given), "counts": counts,
+        }  # fmt: skip
+        return self.losses(self(images, whole["classes"]), whole)
+
+    def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(output, LowerCountOutput)
+        counts = self.loss.seen(batch["counts"])
+        wanted = set(self.counted_classes or self.classes or ())
+        counted = torch.tensor([[n in wanted for n in names] for names in batch["classes"]], device=counts.device)
+        spatial = self.current_epoch >= self.first_stage if self._trainer is not None else True
+        net = self.network
+        peaks = find_peaks(output.class_maps, radius=net.radius, above_median=net.above_median)
+        highest = highest_peaks(output.class_maps, peaks, counts.nan_to_num(0.0), limit=self.loss.limit)
+        terms = self.loss.terms(
+            output.class_scores, output.raw_density, highest, counts,
+            spatial=spatial, counted=counted, kept=self._kept(counts, batch["image_id"]),
+        )  # fmt: skip
+        if output.total_map is not None:
+            terms |= total_count_terms(output.total_map, counts, counted, self.loss)
+        return self._whole_batch(terms)
+
+    def _kept(self, counts: Tensor, image_ids: list[str]) -> Tensor | None:
+        if self.loss.negatives is None:
+            return None
+        present = torch.cat([(counts > 0).sum(0), counts.new_tensor([len(counts)])])
+        *positive, n = self._summed(present.float())
+        step = self.global_step if self._trainer is not None else 0
+        drawn = torch.from_numpy(picture_uniform(image_ids, counts.shape[1], step)).to(counts.device)
+        return self.loss.kept_negatives(torch.stack(positive) / n, drawn)
+
+    def _whole_batch(self, terms: dict[str, Mean]) -> dict[str, Tensor]:
+        """Means over the pictures of all processes, whose gradients DDP averages."""
+        n = torch.stack([term.n.float() for term in terms.values()])
+        total = self._summed(n)
+        world = self.trainer.world_size if self._distributed() else 1
+        return {
+            name: world * Mean(term.total, count).value()
+            for (name, term), count in zip(terms.items(), total, strict=True)
+        }
+
+    def _summed(self, values: Tensor) -> Tensor:
+        if not (self._distributed() and torch.distributed.is_initialized()):
+            return values
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+        return values
+
+    def lr_factor(self, name: str) -> float:
+        return self.backbone_lr if name.startswith("network.encoder.") else 1.0
+
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """SGD with momentum (reference: config_counting_pascal07.yml)."""
+        return torch.optim.SGD(groups, lr=1e-2, momentum=0.9, weight_decay=1e-4)
+
+    def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Half as fast every 50 epochs (reference: config_counting_pascal07.yml)."""
+        return torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.5)
+
+    # -- what is reported -----------------------------------------------------------------------------------------
+
+    def reported(self, counts: Tensor) -> Tensor:
+        if self.clamp_counts:
+            counts = counts.clamp(min=0)
+        return counts.round() if self.round_counts else counts
+
+    def to_prediction(
+        self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor
+    ) -> Prediction:
+        """As every model's, but the points are the highest peaks of the class maps: as many as were counted."""
+        prediction = super().to_prediction(output, names, size, image_id, seen)
+        if isinstance(output, LowerCountOutput):
+            maps, net = output.class_maps[0].float(), self.network
+            peaks = find_peaks(maps[None], radius=net.radius, above_median=net.above_median)[0]
+            cells = peak_positions(maps, peaks, output.counts[0])
+            extent = prediction.extent or maps.shape[-2:]
+            scale = maps.new_tensor([size[1] / extent[1], size[0] / extent[0]])
+            edge = maps.new_tensor([size[1], size[0]])
+            prediction.points = [torch.minimum(xy * scale, edge).cpu() for xy in cells]
+        return prediction
+
+
+__all__ = ["LowerCount"]
