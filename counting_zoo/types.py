@@ -51,9 +51,9 @@ class CountOutput:
 
     def split(self) -> list[Self]:
         """One output of batch 1 for each picture, with everything a subclass adds (batch first, or ``None``)."""
-        fields: dict[str, Any] = vars(self)
+        kind: Any = type(self)
         return [
-            type(self)(**{name: None if value is None else value[i : i + 1] for name, value in fields.items()})
+            kind(**{name: None if value is None else value[i : i + 1] for name, value in vars(self).items()})
             for i in range(len(self.density))
         ]
 
