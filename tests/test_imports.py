@@ -22,7 +22,7 @@ PARTS = tuple(
     for part in (
         *("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "transport"),
         *("zip_loss", "peaks"),
-        *("peak_response", "instances", "proposals", "drawing"),
+        *("peak_response", "instances", "proposals", "segments", "drawing"),
     )
 )
 #: A module may import its own layer's neighbours in the same folder, and lower layers. What is not named is on top.
