@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from counting_zoo.errors import InputError
+from counting_zoo.geometry import Preprocess
+from counting_zoo.mask_metrics import mask_iou
 from counting_zoo.models.lower_count.instances import (
     Retrieval,
     _choose,
@@ -22,9 +24,49 @@ from counting_zoo.models.lower_count.instances import (
     retrieve_instances,
     select_peaks,
 )
+from counting_zoo.models.lower_count.peak_response import peak_response_maps
 from counting_zoo.models.lower_count.peaks import find_peaks, peak_scores
+from counting_zoo.models.lower_count.segments import segment_proposals
 
 FRAME, GRID, STORED = (24, 32), (4, 5), (30, 26)
+
+
+class ColourNet(nn.Module):
+    """Class maps of how red and how blue a picture is, a cell for 8 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hue, self.pool = nn.Conv2d(3, 2, 1, bias=False), nn.Conv2d(2, 2, 24, 8, 8, groups=2, bias=False)
+        self.hue.weight.data = torch.tensor([[1.0, -0.5, -0.5], [-0.5, -0.5, 1.0]])[:, :, None, None]
+        bump = torch.signal.windows.gaussian(24, std=5.0)
+        self.pool.weight.data = (bump[:, None] * bump / bump.sum() ** 2 * 20).expand(2, 1, 24, 24).clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.hue(x).relu())
+
+
+def test_from_a_picture_to_masks_in_its_own_pixels() -> None:
+    """Peaks of a network that sees a warped picture, its response maps, proposals from the picture, masks."""
+    size, discs = (150, 220), [(40, 45, 0), (110, 100, 0), (180, 50, 0), (50, 115, 1), (175, 115, 1)]
+    picture, truth = np.full((*size, 3), 128, np.uint8), []
+    for x, y, kind in discs:
+        cv2.circle(picture, (x, y), 17, (220, 40, 40) if kind == 0 else (40, 40, 220), cv2.FILLED)
+        truth.append(cv2.circle(np.zeros(size, np.uint8), (x, y), 17, 1, cv2.FILLED))
+    image = Preprocess("warp", 128)(torch.from_numpy(picture).permute(2, 0, 1))[None].float() / 255
+    net = ColourNet().eval()
+    with torch.no_grad():
+        maps = net(image)
+    raw = maps[0] * 2.5 / maps[0].mean((1, 2), keepdim=True)  # two and a half objects on average
+    cells = find_peaks(maps)
+    peaks = select_peaks(maps[0], cells[0], peak_scores(maps, cells)[0])
+    assert peaks[:, 0].bincount().tolist() == [3, 2]
+    responses = peak_response_maps(net, image, peaks)
+    found = retrieve_instances(segment_proposals(picture), peaks, responses, maps[0], raw)
+    assert found.masks.shape == (5, *size)
+    iou = mask_iou(torch.from_numpy(np.stack(truth)).bool(), found.masks)
+    assert (iou.amax(1) > 0.8).all(), iou
+    assert found.labels[iou.argmax(1)].tolist() == [kind for _, _, kind in discs]
+    assert ((found.responses * found.masks).sum((1, 2)) > 0.6).all()
 
 
 def rectangles(*boxes: tuple[int, int, int, int], size: tuple[int, int] = STORED) -> Tensor:
