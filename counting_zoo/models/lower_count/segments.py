@@ -58,8 +58,8 @@ class _Part:
 def segment_proposals(picture: np.ndarray | Tensor, most: int = 200) -> Tensor:
     """Masks of whatever may be an object, the most distinct first; the same for the same picture.
 
-    About half a second for 448 x 448 on one core. They follow visible borders, so objects of one colour on a calm ground come
-    out well and a dressed person in parts; better ones from a segmentation network can be read from a file
+    About half a second for 448 x 448 on one core. They follow visible borders, so objects of one colour on a calm
+    ground come out well and a dressed person in parts; better ones from a segmentation network can be read from a file
     (:class:`~counting_zoo.models.lower_count.proposals.Proposals`).
 
     Args:
