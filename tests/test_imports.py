@@ -30,7 +30,7 @@ LAYERS = (
     ("version", "errors", "class_lists"),
     ("types", "geometry", "image_headers"),
     ("ops", "images", "prompts", "schedules", "config_safety"),
-    ("inference", "metrics", "mask_metrics", "pictures", "nn"),
+    ("inference", "metrics", "class_metrics", "mask_metrics", "pictures", "nn"),
     PARTS,
     ("counter", "data", "evaluation"),
     ("module",),
