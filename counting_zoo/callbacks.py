@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from counting_zoo.errors import ImageError, InputError
+from counting_zoo.evaluation.class_tables import ClassRow, CountRow, class_rows
 from counting_zoo.evaluation.prediction_files import PartWriter, merge_parts
-from counting_zoo.evaluation.report import CountRow, Picture, read_curve, write_report
+from counting_zoo.evaluation.report import Picture, read_curve, write_report
 from counting_zoo.evaluation.tables import replacing, write_table
 from counting_zoo.module import CountingModule
 from counting_zoo.prompts import wrong_prompts
@@ -135,6 +136,8 @@ class DensityPictures(L.Callback):
 class TestReport(L.Callback):
     """Leaves ``test_counts.csv`` (every picture) and ``report.html`` (one file, with pictures) in the log folder.
 
+    And ``test_classes.csv``, the error of each class with its interval, where all pictures ask about the same names.
+
     Args:
         pictures: how many pictures the report shows, spread evenly over the test data; each costs one more
             prediction, and for text-guided models the report shows the same picture asked about an absent name.
@@ -203,6 +206,14 @@ class TestReport(L.Callback):
             return
         table = [(row.image_id, row.name, row.target, row.predicted) for row in self._rows]
         write_table(folder / "test_counts.csv", ("image", "name", "true", "predicted"), table)
+        classes = self._class_rows(pl_module)
+        if classes:
+            named = [f"{name}_mae" for name in classes[0].constants]
+            write_table(
+                folder / "test_classes.csv",
+                ("class", "pictures", "pictures_with_it", "mae", "mae_low", "mae_high", "rmse", *named),
+                [(r.name, r.n, r.n_present, r.mae, r.low, r.high, r.rmse, *r.constants.values()) for r in classes],
+            )
         datamodule = getattr(trainer, "datamodule", None)
         path = write_report(
             folder / "report.html",
@@ -210,6 +221,7 @@ class TestReport(L.Callback):
             scores={name: float(value) for name, value in trainer.callback_metrics.items()},
             rows=self._rows,
             pictures=self._shown,
+            classes=classes,
             curve=read_curve(getattr(trainer, "ckpt_path", None)),
             settings={
                 "checkpoint": str(getattr(trainer, "ckpt_path", None) or "none: weights as initialised"),
@@ -220,6 +232,18 @@ class TestReport(L.Callback):
             },
         )
         rank_zero_info(f"report: {path}")
+
+    def _class_rows(self, module: L.LightningModule) -> list[ClassRow]:
+        """The errors of each class where all pictures were asked about the same names."""
+        assert isinstance(module, CountingModule)
+        lists = {tuple(names) for names in self._names.values()}
+        if len(lists) != 1 or module.class_blind or len(names := lists.pop()) < 2:
+            return []
+        constants = {
+            name: dict(zip(names, value if isinstance(value, list) else [value] * len(names), strict=True))
+            for name, value in module.test_errors.constants.items()
+        }
+        return class_rows(self._rows, constants)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from counting_zoo.class_metrics import ClassCountErrors
 from counting_zoo.counter import Counter
 from counting_zoo.data.records import Split, n_objects
 from counting_zoo.errors import CheckpointError, InputError, NamesError, SupervisionError
@@ -81,6 +82,7 @@ class CountingModule(Counter, L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.skipped_steps = 0
         self.val_errors, self.test_errors = CountErrors(), CountErrors()
+        self.val_classes, self.test_classes = ClassCountErrors(present_1=True), ClassCountErrors(present_1=True)
         self.val_game, self.test_game = GAME(), GAME()
         self.val_prompts, self.test_prompts = PromptErrors(), PromptErrors()
 
@@ -154,18 +156,24 @@ class CountingModule(Counter, L.LightningModule):
             torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch, self.val_errors, self.val_game, self.val_prompts, "val")
+        self._score(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch, self.test_errors, self.test_game, self.test_prompts, "test")
+        self._score(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores(self.val_errors, self.val_game, self.val_prompts, "val")
+        self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_scores(self.test_errors, self.test_game, self.test_prompts, "test")
+        self._log_scores("test")
 
-    def _score(self, batch: Batch, errors: CountErrors, game: GAME, prompts: PromptErrors, split: str) -> None:
+    def _metrics(self, split: Split) -> tuple[CountErrors, ClassCountErrors, GAME, PromptErrors]:
+        if split == "val":
+            return self.val_errors, self.val_classes, self.val_game, self.val_prompts
+        return self.test_errors, self.test_classes, self.test_game, self.test_prompts
+
+    def _score(self, batch: Batch, split: Split) -> None:
+        errors, classes, game, prompts = self._metrics(split)
         if "counts" not in batch:
             raise InputError(f"the {split} data of {batch['image_id'][:3]} carry no counts, so nothing can be scored")
         if not batch["image_id"]:
@@ -179,6 +187,9 @@ class CountingModule(Counter, L.LightningModule):
         counts = self.reported(torch.cat([o.counts for o in outputs]))  # (B, K [+ 3])
         target = batch["counts"].sum(1, keepdim=True) if self.class_blind else batch["counts"]
         errors.update(counts[:, : target.shape[1]], target, batch["image_id"])
+        if target.shape[1] > 1 and asked[0] == (classes.classes or asked[0]) and len({tuple(n) for n in asked}) == 1:
+            classes.classes = list(asked[0])
+            classes.update(counts[:, : target.shape[1]], target, batch["image_id"])
         if "points" in batch and "labels" in batch:
             density = [o.density[0, : target.shape[1]] for o in outputs]
             sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
@@ -190,18 +201,31 @@ class CountingModule(Counter, L.LightningModule):
             wrong = counts[:, 1:4].masked_fill(own.to(counts.device), math.nan)
             prompts.update(batch["image_id"], counts[:, 0], batch["counts"][:, 0], *wrong.unbind(1))
 
-    def _log_scores(self, errors: CountErrors, game: GAME, prompts: PromptErrors, split: str) -> None:
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        known = hasattr(datamodule, "constant_predictors")
-        constants = datamodule.constant_predictors(total=self.class_blind) if known else {}
+    def _log_scores(self, split: Split) -> None:
+        errors, classes, game, prompts = self._metrics(split)
+        constants = self._constants(split)
         errors.constants = {f"train_{name}": value for name, value in constants.items()}
+        classes.constants = dict(errors.constants)
         with warnings.catch_warnings():
             # A rank without pictures computes too, or the others would wait for it for ever.
             warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
-            scores = prompts.compute() | game.compute() | errors.compute()
+            scores = prompts.compute() | game.compute() | classes.compute() | errors.compute()
         self.log_dict({f"{split}/{name}": float(value) for name, value in scores.items() if not name.startswith("n_")})
-        for metric in (errors, game, prompts):
+        for metric in (errors, classes, game, prompts):
             metric.reset()
+        classes.classes = None
+
+    def _constants(self, split: Split) -> dict[str, float | list[float]]:
+        """What constant predictors say, of the names that this model is scored on."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "constant_predictors"):
+            return {}
+        constants = datamodule.constant_predictors(total=self.class_blind)
+        if self.vocabulary is None or not any(isinstance(value, list) for value in constants.values()):
+            return constants
+        asked = datamodule.asked_names(split) or []
+        kept = [k for k, name in enumerate(asked) if name in self.vocabulary]
+        return {name: [value[k] for k in kept] for name, value in constants.items()}
 
     def _datamodule_names(self, split: str) -> list[str]:
         datamodule: Any = getattr(self.trainer, "datamodule", None)

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from counting_zoo.evaluation.report import CountRow, Picture, read_curve, write_report
+from counting_zoo.evaluation.class_tables import CountRow
+from counting_zoo.evaluation.report import Picture, read_curve, write_report
 
 SCORES = {
     "test/mae": 6.25, "test/rmse": 9.5, "test/train_mean_mae": 11.125, "test/train_mean_rmse": 12.0,

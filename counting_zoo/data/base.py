@@ -217,6 +217,10 @@ class CountingDataModule(L.LightningDataModule):
             return [self.merge_classes]
         return None if self.classes is None else list(self.classes)
 
+    def asked_names(self, split: Split) -> list[str] | None:
+        """The names that evaluation asks about in every picture of a split; ``None`` where they differ."""
+        return list(self._every_name(split)) if self.prompts == "all" else None
+
     def train_points(self) -> list[np.ndarray]:
         """``(N_i, 2)`` points of every training picture, from the annotation alone.
 

@@ -14,21 +14,12 @@ from typing import Any
 import cv2
 import numpy as np
 
+from counting_zoo.evaluation.class_tables import ClassRow, CountRow, class_section
 from counting_zoo.evaluation.tables import replacing
 from counting_zoo.version import __version__
 
 MAX_DOTS = 5000
 """More dots than this in the scatter are thinned out evenly (and the report says so)."""
-
-
-@dataclass(frozen=True)
-class CountRow:
-    """The true and the predicted count of one name in one picture."""
-
-    image_id: str
-    name: str
-    target: float
-    predicted: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +39,7 @@ def write_report(
     rows: Sequence[CountRow] = (),
     pictures: Sequence[Picture] = (),
     curve: Sequence[tuple[float, float]] = (),
+    classes: Sequence[ClassRow] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a report: scores beside constant predictors and wrong prompts, scatter, worst pictures, drawings.
@@ -60,6 +52,7 @@ def write_report(
         rows: every count, for the scatter and the list of largest errors.
         pictures: drawings, see :func:`~counting_zoo.pictures.draw_prediction`.
         curve: (epoch, validation MAE), see :func:`read_curve`.
+        classes: the errors of each class, where there are several.
         settings: what the run was made with.
 
     Returns:
@@ -69,6 +62,7 @@ def write_report(
     sections = [
         f"<h1>{escape(title)}</h1>",
         _score_table(named, len({row.image_id for row in rows})),
+        class_section(named, classes),
         _prompt_table(named),
         _figures(rows, curve),
         _picture_section(pictures),
@@ -129,7 +123,8 @@ def _score_table(scores: Mapping[str, float], n: int) -> str:
     if not metrics:
         return ""
     entries: list[tuple[str, str, Mapping[str, float]]] = [("this model", "", scores)]
-    constants = [name[:-5] for name in scores if name.endswith("_rmse") and name != "sum_rmse"]
+    found = [name[:-5] for name in scores if name.endswith("_rmse") and name != "sum_rmse"]
+    constants = [name for name in found if f"{name}_mae" in scores]  # not those of m_rel_rmse
     for name in constants:
         beside = {metric: scores[f"{name}_{metric}"] for metric in metrics if f"{name}_{metric}" in scores}
         entries.append((f"always the {name.replace('train_', 'training ').replace('_', ' ')}", "constant", beside))
@@ -294,4 +289,4 @@ def _line(curve: Sequence[tuple[float, float]]) -> str:
     return _svg(f"{_axes(x_limits, y_limits, ('epoch', 'MAE'))}{drawn}")
 
 
-__all__ = ["CountRow", "Picture", "read_curve", "write_report"]
+__all__ = ["Picture", "read_curve", "write_report"]

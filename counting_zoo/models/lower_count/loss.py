@@ -60,6 +60,7 @@ class LowerCountLoss:
         """Counts as this supervision knows them: 0 to ``limit``, or ``limit + 1`` for more; NaN stays unknown.
 
         Example:
+            >>> import torch
             >>> LowerCountLoss().seen(torch.tensor([0.0, 4.0, 5.0, 41.0])).tolist()
             [0.0, 4.0, 5.0, 5.0]
         """
