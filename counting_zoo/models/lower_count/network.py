@@ -108,23 +108,26 @@ class LowerCountNet(nn.Module):
         for name, values in zip(("mean", "std"), STATISTICS["imagenet"], strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
 
-    def features(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, P, h, w)`` inputs of the class branch and of the density branch."""
-        x = (image - self.mean) / self.std
-        down, right = -image.shape[-2] % self.multiple, -image.shape[-1] % self.multiple
+    def normalised(self, image: Tensor) -> Tensor:
+        """A picture in [0, 1] as the encoder takes it."""
+        return (image - self.mean) / self.std
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, P, h, w)`` inputs of the class branch and of the density branch, of a normalised picture."""
+        rows, columns = -(-x.shape[-2] // self.stride), -(-x.shape[-1] // self.stride)
+        down, right = -x.shape[-2] % self.multiple, -x.shape[-1] % self.multiple
         # An exported graph serves every size, so there the padding stays in even where it adds nothing.
         if torch.compiler.is_exporting() or down or right:
             x = pad(x, (0, right, 0, down))
-        rows, columns = -(-image.shape[-2] // self.stride), -(-image.shape[-1] // self.stride)
         first, second = self.neck(self.encoder(x))[..., :rows, :columns].chunk(2, dim=1)
         return first, second
 
-    def class_maps(self, image: Tensor) -> Tensor:
-        """``(B, C, h, w)`` M alone, for what is explained by its peaks."""
-        return self.class_branch(self.features(image)[0])
+    def class_maps(self, x: Tensor) -> Tensor:
+        """``(B, C, h, w)`` M alone of a normalised picture, to be traced back to its pixels."""
+        return self.class_branch(self.features(x)[0])
 
     def forward(self, image: Tensor) -> LowerCountOutput:
-        first, second = self.features(image)
+        first, second = self.features(self.normalised(image))
         class_maps = self.class_branch(first).float()
         if isinstance(self.density_branch, ModulatedDensity):
             raw, total = self.density_branch(second, self.class_branch[2].weight)

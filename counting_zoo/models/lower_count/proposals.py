@@ -230,6 +230,23 @@ def _decode_string(text: str) -> np.ndarray:
     return runs
 
 
+def encode_mask(mask: np.ndarray | Tensor) -> dict[str, Any]:
+    """COCO's uncompressed run lengths of a mask, which :class:`Proposals` and pycocotools read.
+
+    Args:
+        mask: ``(H, W)`` bool.
+
+    Example:
+        >>> encode_mask(np.array([[False, True], [True, True]]))
+        {'size': [2, 2], 'counts': [1, 3]}
+    """
+    plane = np.asarray(mask, bool)
+    pixels = plane.T.reshape(-1)
+    borders = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    runs = np.diff(np.concatenate([[0], borders, [len(pixels)]])).tolist()
+    return {"size": list(plane.shape), "counts": [0, *runs] if len(pixels) and pixels[0] else runs}
+
+
 def polygon_mask(polygons: Sequence[Any], size: Size) -> np.ndarray:
     """The union of COCO polygons ``[x1, y1, x2, y2, ...]``: all pixels whose centre is inside one.
 
@@ -267,4 +284,4 @@ def _inside(corners: np.ndarray, size: Size) -> np.ndarray:
     return crossings.cumsum(1)[:, :-1] % 2 == 1
 
 
-__all__ = ["FORMATS", "Proposals", "decode_proposal", "polygon_mask"]
+__all__ = ["FORMATS", "Proposals", "decode_proposal", "encode_mask", "polygon_mask"]
