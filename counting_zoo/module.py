@@ -196,6 +196,7 @@ class CountingModule(Counter, L.LightningModule):
             labels = None if self.class_blind else batch["labels"]
             extents = [self.extent(d, size) for d, size in zip(density, sizes, strict=True)]
             game.update(density, batch["points"], sizes, batch["image_id"], labels=labels, extents=extents)
+        self.score_more(outputs, batch, split)
         if extra is not None:
             own = torch.tensor([[name == a[0] for name in e] for a, e in zip(asked, extra, strict=True)])
             wrong = counts[:, 1:4].masked_fill(own.to(counts.device), math.nan)
@@ -209,11 +210,18 @@ class CountingModule(Counter, L.LightningModule):
         with warnings.catch_warnings():
             # A rank without pictures computes too, or the others would wait for it for ever.
             warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
-            scores = prompts.compute() | game.compute() | classes.compute() | errors.compute()
+            scores = prompts.compute() | game.compute() | classes.compute() | errors.compute() | self.more_scores(split)
         self.log_dict({f"{split}/{name}": float(value) for name, value in scores.items() if not name.startswith("n_")})
         for metric in (errors, classes, game, prompts):
             metric.reset()
         classes.classes = None
+
+    def score_more(self, outputs: list[CountOutput], batch: Batch, split: Split) -> None:
+        """Keep what a model's own scores need of a batch, one output for each picture."""
+
+    def more_scores(self, split: Split) -> dict[str, float]:
+        """A model's own scores of a split, which they then forget; all processes call it."""
+        return {}
 
     def _constants(self, split: Split) -> dict[str, float | list[float]]:
         """What constant predictors say, of the names that this model is scored on."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from counting_zoo.class_metrics import PointHits
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.models.lower_count.encoders import build_encoder
@@ -132,6 +133,7 @@ class LowerCount(CountingModule):
             "gated": gated, "density_branch": density_branch, "branch_norm": branch_norm,
         }  # fmt: skip
         self.reduction = reduction
+        self.val_hits, self.test_hits = PointHits(), PointHits()
         self.classes: list[str] | None = None
         if classes is not None:
             self._name_classes(classes)
@@ -270,14 +272,42 @@ class LowerCount(CountingModule):
         """As every model's, but the points are the highest peaks of the class maps: as many as were counted."""
         prediction = super().to_prediction(output, names, size, image_id, seen)
         if isinstance(output, LowerCountOutput):
-            maps, net = output.class_maps[0].float(), self.network
-            peaks = find_peaks(maps[None], radius=net.radius, above_median=net.above_median)[0]
-            cells = peak_positions(maps, peaks, output.counts[0])
-            extent = prediction.extent or maps.shape[-2:]
-            scale = maps.new_tensor([size[1] / extent[1], size[0] / extent[0]])
-            edge = maps.new_tensor([size[1], size[0]])
-            prediction.points = [torch.minimum(xy * scale, edge).cpu() for xy in cells]
+            prediction.points = [p.cpu() for p in self._points(output, size, prediction.extent)]
         return prediction
+
+    def _points(
+        self, output: LowerCountOutput, size: tuple[int, int], extent: tuple[float, float] | None
+    ) -> list[Tensor]:
+        """K tensors ``(N_k, 2)`` of x, y in a picture of ``size``: the highest peaks, as many as were counted."""
+        maps, net = output.class_maps[0].float(), self.network
+        peaks = find_peaks(maps[None], radius=net.radius, above_median=net.above_median)[0]
+        cells = extent or maps.shape[-2:]
+        scale = maps.new_tensor([size[1] / cells[1], size[0] / cells[0]])
+        edge = maps.new_tensor([size[1], size[0]])
+        return [torch.minimum(xy * scale, edge) for xy in peak_positions(maps, peaks, output.counts[0])]
+
+    def score_more(self, outputs: list[CountOutput], batch: Batch, split: str) -> None:
+        """Boxes are used here alone, to see whether peaks are objects."""
+        if "boxes" not in batch or "box_labels" not in batch:
+            return
+        for i, output in enumerate(outputs):
+            if not isinstance(output, LowerCountOutput):
+                continue  # tiles have densities alone
+            size = (int(batch["image"][i].shape[-2]), int(batch["image"][i].shape[-1]))
+            points = self._points(output, size, self.extent(output.density[0], size))
+            kinds = torch.arange(len(points), device=self.device).repeat_interleave(
+                torch.tensor([len(p) for p in points], device=self.device)
+            )
+            found = (torch.cat(points), kinds, batch["boxes"][i], batch["box_labels"][i])
+            self._hits(split).update(*found, image_id=batch["image_id"][i])
+
+    def more_scores(self, split: str) -> dict[str, float]:
+        scores = self._hits(split).compute()
+        self._hits(split).reset()
+        return scores
+
+    def _hits(self, split: str) -> PointHits:
+        return self.val_hits if split == "val" else self.test_hits
 
     # -- instance masks -------------------------------------------------------------------------------------------
 
