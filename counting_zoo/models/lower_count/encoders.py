@@ -64,13 +64,19 @@ def build_encoder(
     encoder = HubBackbone(RESNETS[name], reduction)
     if pretrained is not None:
         tensors = resnet_to_transformers(torchvision_weights(name, pretrained))
-        found = encoder.body.load_state_dict(tensors, strict=False)
-        missing = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
-        if missing or found.unexpected_keys:
+        own = encoder.body.state_dict()
+        missing = [key for key in own if key not in tensors and not key.endswith("num_batches_tracked")]
+        unknown = [key for key in tensors if key not in own]
+        wrong = [
+            f"{key}: {tuple(value.shape)} makes no {tuple(own[key].shape)}"
+            for key, value in tensors.items() if key in own and value.shape != own[key].shape
+        ]  # fmt: skip
+        if missing or unknown or wrong:
             raise WeightsError(
                 f"the weights of pretrained={pretrained!r} are not those of {name}: missing {missing[:5]}, unknown "
-                f"{found.unexpected_keys[:5]}"
+                f"{unknown[:5]}, of another shape {wrong[:5]}"
             )
+        encoder.body.load_state_dict(tensors, strict=False)  # torch 0.4 did not count batches
     return encoder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,7 +97,8 @@ class LowerCountNet(nn.Module):
             raise InputError(f"radius is {radius}; a peak is the highest of the cells around it, so at least 1")
         width = max(1, round(1.5 * n_classes)) if hidden is None else hidden
         self.encoder = encoder
-        self.stride, self.multiple = int(encoder.stride), int(encoder.multiple)  # type: ignore[arg-type]
+        self.stride = int(encoder.stride)  # type: ignore[arg-type]
+        self.multiple = math.lcm(int(encoder.multiple), self.stride)  # type: ignore[arg-type]
         self.radius, self.above_median = radius, above_median
         self.peak_gradient, self.gated = peak_gradient, gated
         self.neck = nn.Conv2d(int(encoder.dim), 2 * width, 1)  # type: ignore[arg-type]
