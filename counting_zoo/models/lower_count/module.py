@@ -105,8 +105,9 @@ class LowerCount(CountingModule):
         preprocess: Preprocess | None = None,
         **options: Any,
     ) -> None:
-        rule = Preprocess("warp", 448) if preprocess is None else preprocess
+        rule = Preprocess("warp", 448) if preprocess is None else Preprocess.of(preprocess)
         super().__init__(preprocess=rule, **options)
+        self.hparams["preprocess"] = rule.to_dict()
         for name, value, choices in (
             ("spatial_norm", spatial_norm, get_args(SpatialNorm)),
             ("peak_gradient", peak_gradient, get_args(PeakGradient)),
