@@ -288,8 +288,10 @@ class CountingModule(Counter, L.LightningModule):
         """A model with a fixed list of names is used on those that it shares with the data."""
         if self.vocabulary is None:
             return
-        splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
-        for split in splits.get(stage, (stage,)):  # type: ignore[arg-type]
+        splits: dict[str, tuple[Split, ...]] = {
+            "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",),
+        }  # fmt: skip
+        for split in splits[stage]:
             asked = list(datamodule.class_names(split))
             left_out = [name for name in asked if name not in self.vocabulary]
             if asked and len(left_out) == len(asked):
@@ -329,6 +331,10 @@ class CountingModule(Counter, L.LightningModule):
             scheduler = self.default_scheduler(optimizer)
         if scheduler is None:
             return optimizer
+        if len({group.get("max_lr") for group in optimizer.param_groups} - {None}) == 1:
+            # OneCycleLR has put one rate of its own in the place of those of all groups.
+            for group in optimizer.param_groups:
+                group |= {key: group[key] * group["lr_factor"] for key in ("lr", "initial_lr", "max_lr", "min_lr")}
         if getattr(scheduler, "total_steps", 0) is None:
             steps = self.trainer.estimated_stepping_batches  # infinite where only max_time ends the run
             scheduler.total_steps = int(steps) if math.isfinite(steps) else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from counting_zoo.class_metrics import PointHits
+from counting_zoo.class_metrics import reported_counts
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.models.lower_count.encoders import build_encoder
@@ -168,6 +169,8 @@ class LowerCount(CountingModule):
 
     def setup(self, stage: str) -> None:
         self.configure_model()
+        if self.classes is None:
+            raise InputError("this model has no classes, and the data do not name any: give it model.classes")
         super().setup(stage)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -209,7 +212,7 @@ class LowerCount(CountingModule):
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(output, LowerCountOutput)
         counts = self.loss.seen(batch["counts"])
-        wanted = set(self.counted_classes or self.classes or ())
+        wanted = set((self.classes or ()) if self.counted_classes is None else self.counted_classes)
         counted = torch.tensor([[n in wanted for n in names] for names in batch["classes"]], device=counts.device)
         spatial = self.current_epoch >= self.first_stage if self._trainer is not None else True
         net = self.network
@@ -263,9 +266,7 @@ class LowerCount(CountingModule):
     # -- what is reported -----------------------------------------------------------------------------------------
 
     def reported(self, counts: Tensor) -> Tensor:
-        if self.clamp_counts:
-            counts = counts.clamp(min=0)
-        return counts.round() if self.round_counts else counts
+        return reported_counts(counts, self.round_counts, self.clamp_counts)
 
     def to_prediction(
         self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor
