@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from counting_zoo.class_metrics import PointHits
-from counting_zoo.class_metrics import reported_counts
+from counting_zoo.class_metrics import PointHits, reported_counts
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.models.lower_count.encoders import build_encoder
@@ -218,10 +217,13 @@ class LowerCount(CountingModule):
         net = self.network
         peaks = find_peaks(output.class_maps, radius=net.radius, above_median=net.above_median)
         highest = highest_peaks(output.class_maps, peaks, counts.nan_to_num(0.0), limit=self.loss.limit)
+        kept = self._kept(counts, batch["image_id"])
+        if output.total_map is not None:
+            # Of a class without counts only zeros are known; with them the perceptron learns to give it nothing else.
+            kept = counted if kept is None else kept & counted
         terms = self.loss.terms(
-            output.class_scores, output.raw_density, highest, counts,
-            spatial=spatial, counted=counted, kept=self._kept(counts, batch["image_id"]),
-        )  # fmt: skip
+            output.class_scores, output.raw_density, highest, counts, spatial=spatial, counted=counted, kept=kept
+        )
         if output.total_map is not None:
             terms |= total_count_terms(output.total_map, counts, counted, self.loss)
         return self._whole_batch(terms)
