@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,21 @@ if __name__ == "__main__":  # pytest imports every file here, and must not catch
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["COUNTING_ZOO_DEBUG"] = "1"
 
+import cv2
 import fakes
+import lightning as L
+import numpy as np
 import tiny
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import data, model, run
+from torch.utils.data import DataLoader
+
+from counting_zoo import LowerCount
+from counting_zoo.data.base import CountingDataModule
+from counting_zoo.data.dataset import collate
+from counting_zoo.data.records import Record, Split
+from counting_zoo.types import Batch
 
 torch.set_num_threads(1)
 SIZES = {"train": 8, "val": 3, "test": 5}
@@ -102,6 +114,71 @@ def blocks() -> None:
                 run("fit", *words, *model(name, count_loss=loss, **options), *STEP, *scenes(), *equal)
 
 
+class Recorded(LowerCount):
+    """Leaves the terms of its loss in ``terms/``, one file for each process."""
+
+    name: str
+
+    def training_losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        terms = super().training_losses(batch)
+        Path("terms").mkdir(exist_ok=True)
+        low = ((batch["counts"] > 0) & (batch["counts"] <= 4)).sum()
+        kept = {name: float(value.detach()) for name, value in terms.items()} | {"low": int(low)}
+        torch.save(kept, f"terms/{self.name}_{self.global_rank}.pt")
+        return terms
+
+
+class Baskets(CountingDataModule):
+    """Eight pictures that every process deals out alike; those at odd places have no count of 1 to 4."""
+
+    def read_split(self, split: Split) -> list[Record]:
+        counts = [[0, 1, 3], [9, 0, 0], [2, 0, 4], [0, 0, 7], [0, 3, 0], [0, 0, 0], [1, 0, 9], [6, 5, 0]]
+        names = ["figs", "dates", "plums"]
+        return [
+            Record(f"{split}/{i}.png", classes=names, counts=np.array(row, np.float32), size=(32, 32))
+            for i, row in enumerate(counts)
+        ]
+
+    def read_bytes(self, record: Record) -> bytes:
+        image = np.random.default_rng(int(record.image_id[-5])).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        return cv2.imencode(".png", image)[1].tobytes()
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        data = self._dataset("train", training=True)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        mine = [(i, 0) for i in range(rank, 8, world)]
+        return DataLoader(data, batch_size=8 // world, sampler=mine, collate_fn=partial(collate, training=True))
+
+
+#: One step of Lower-Count each; the last one in the first stage.
+LOWER_COUNT: dict[str, dict[str, Any]] = {
+    "pooled": {"spatial_norm": "pooled"},
+    "per_class": {},
+    "negatives": {"negatives": 0.4, "negatives_share": 0.6, "spatial_norm": "pooled"},
+    "modulated": {"density_branch": "modulated", "counted_classes": ["figs", "dates"]},
+    "first": {"first_stage": 1},
+}
+
+
+def low_counts() -> None:
+    """One step of Lower-Count on the same eight pictures, in one process and in two, of which one has no low count."""
+    # Without batch norm, which sees the pictures of its own process.
+    small: dict[str, Any] = {"encoder": "small", "width": 4, "reduction": 8, "branch_norm": "none", "first_stage": 0,
+                             "preprocess": {"resize": "none"}, "backbone_lr": 1.0}  # fmt: skip
+    for name, options in LOWER_COUNT.items():
+        for world in (1, 2):
+            torch.manual_seed(0)
+            model = Recorded(**small | options, optimizer=partial(torch.optim.SGD, lr=1.0))
+            model.name = f"{name}_{world}"
+            run = L.Trainer(
+                accelerator="cpu", devices=world, strategy="ddp_fork" if world > 1 else "auto", max_epochs=1,
+                logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+                use_distributed_sampler=False, callbacks=[ModelCheckpoint(".", model.name)],
+            )  # fmt: skip
+            run.fit(model, Baskets(num_workers=0, prompts="all", duplicates="ignore"))
+
+
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
-    {"short": short, "long": long, "blocks": blocks}[sys.argv[2]]()
+    {"short": short, "long": long, "blocks": blocks, "low_counts": low_counts}[sys.argv[2]]()

@@ -39,6 +39,11 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch(tmp_path_factory.mktemp("blocks"), "blocks")
 
 
+@pytest.fixture(scope="module")
+def low_counts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("low_counts"), "low_counts")
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -136,3 +141,23 @@ def test_blockwise_gradients_do_not_depend_on_processes(blocks: Path, name: str,
     others = {"dm": "multiscale", "multiscale": "dm"}
     other = weights(blocks / "runs" / f"{name}_{others[loss]}_1" / "checkpoints" / "last.ckpt")
     assert any(not torch.equal(one[key], other[key]) for key in one)  # each loss is another step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pooled", "per_class", "negatives", "modulated", "first"])
+def test_lower_count_does_not_depend_on_processes(low_counts: Path, name: str) -> None:
+    """D3, D5: losses and gradients of eight pictures, four of them on a process that sees no count of 1 to 4."""
+    (one,), two = ([torch.load(low_counts / f"terms/{name}_{n}_{r}.pt") for r in range(n)] for n in (1, 2))
+    assert [terms["low"] for terms in two] == [one["low"], 0]
+    assert one["low"] > 0
+    for term, value in one.items():
+        if term != "low":
+            assert sum(terms[term] for terms in two) / 2 == pytest.approx(value, rel=1e-5), term  # as DDP averages
+    one_step, two_steps = (weights(low_counts / f"{name}_{n}.ckpt") for n in (1, 2))
+    assert one_step.keys() == two_steps.keys()
+    for key, value in one_step.items():
+        scale = max(1.0, float(value.abs().max()))  # a rate of 1 makes weights show gradients
+        assert float((value - two_steps[key]).abs().max()) < 1e-5 * scale, key
+    if name != "pooled":
+        other = weights(low_counts / "pooled_1.ckpt")
+        assert any(not torch.equal(one_step[key], other.get(key, value)) for key, value in one_step.items())
