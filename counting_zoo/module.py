@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from counting_zoo.class_metrics import ClassCountErrors
 from counting_zoo.counter import Counter
-from counting_zoo.data.records import Split, n_objects
+from counting_zoo.data.records import Split, n_objects, present_names
 from counting_zoo.errors import CheckpointError, InputError, NamesError, SupervisionError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.metrics import GAME, CountErrors, PromptErrors
@@ -299,6 +299,20 @@ class CountingModule(Counter, L.LightningModule):
                     f"{type(self).__name__} counts {_some(self.vocabulary)} and nothing else, and the {split} pictures "
                     f"of {type(datamodule).__name__} are asked about {_some(asked)}: no name in common. Train it on "
                     "data with these names, or rename the data's"
+                )
+            if split == "train" and (unseen := [name for name in self.vocabulary if name not in asked]):
+                warnings.warn(
+                    f"{len(unseen)} of the {len(self.vocabulary)} classes of the model are not among the names of the "
+                    f"training pictures, so nothing is learnt of them: {_some(unseen)}",
+                    stacklevel=2,
+                )
+            if left_out and split == "train":
+                where = {name: r.image_id for r in reversed(datamodule.records(split)) for name in present_names(r)}
+                places = [f"{name!r} (in {where[name]})" if name in where else repr(name) for name in left_out]
+                raise NamesError(
+                    f"the training pictures of {type(datamodule).__name__} name {_some(places)}, which is not among the "
+                    f"classes of the model, {_some(self.vocabulary)}; correct the annotation, leave them out of the "
+                    "data, or train a model of all these names (without model.classes)"
                 )
             if left_out:
                 warnings.warn(

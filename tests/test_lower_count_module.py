@@ -273,7 +273,7 @@ def test_vocabularies_meet_what_each_picture_shows(tmp_path: Path) -> None:
         def read_split(self, split: Split) -> list[Record]:
             records = []
             for i in range(6):
-                name = [*NAMES[:2], "stones"][i % 3]
+                name = [*NAMES[:2], NAMES[2] if split == "train" else "stones"][i % 3]
                 records.append(
                     Record(f"{split}/{i}.png", classes=[name], counts=np.array([i], np.float32), size=(32, 40))
                 )
@@ -282,7 +282,10 @@ def test_vocabularies_meet_what_each_picture_shows(tmp_path: Path) -> None:
     data = Targets([], prompts="target", batch_size=3)
     model = counter()
     run = trainer(tmp_path)
-    with pytest.warns(UserWarning, match="does not know 1 of the 3 names"):
+    with (
+        pytest.warns(UserWarning, match="does not know 1 of the 3 names of the val pictures"),
+        pytest.warns(UserWarning, match="1 of the 4 classes of the model are not among the names of the training"),
+    ):
         run.fit(model, data)
     assert all(math.isfinite(float(v)) for v in run.callback_metrics.values())
     found = scores(model, data, tmp_path)
@@ -396,8 +399,10 @@ def test_a_loaded_model_goes_on_training(tmp_path: Path) -> None:
     save(counter(), tmp_path / "a.ckpt")
     model = load(tmp_path / "a.ckpt")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.warns(UserWarning, match="does not know 1 of the 2 names"):
+    with pytest.raises(NamesError, match="'stones'"):
         trainer(tmp_path).fit(model, Baskets(["figs", "stones"]))
+    with pytest.warns(UserWarning, match="3 of the 4 classes of the model"):
+        trainer(tmp_path).fit(model, Baskets(["figs"]))
     after = model.state_dict()
     rows = [(after[f"network.{b}.2.weight"] - before[f"network.{b}.2.weight"]).flatten(1).abs().sum(1)
             for b in ("class_branch", "density_branch")]  # fmt: skip
