@@ -55,7 +55,7 @@ def test_cells_lie_where_the_model_counts(window: int | None) -> None:
             assert float(prediction.counts) == len(own)
             blocks = {tuple(block) for block in (own // 8).tolist()}
             assert {tuple(block) for block in (prediction.points[0] // 8).tolist()} <= blocks
-    model._score(batch, model.val_errors, model.val_game, model.val_prompts, "val")
+    model._score(batch, "val")
     game = model.val_game.compute()
     assert game["game0"] == 0
     expected = torch.cat([_game(model, batch, i) for i in range(len(SIZES))]).mean(0)
