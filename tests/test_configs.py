@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import torch
 import yaml
 from tiny import CONFIGS, DATA, MODELS, TRAINERS, run
 
@@ -133,3 +135,20 @@ def test_unknown_options_are_errors(word: str, capsys: pytest.CaptureFixture[str
 def test_a_missing_file_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fit", "--config", "no/such.yaml") == 2
     assert "no/such.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda p: p.stem)
+def test_the_last_checkpoint_is_the_last(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever validation says: with ``save_last`` Lightning would keep that of the last best epoch."""
+    monkeypatch.chdir(tmp_path)
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"].get("callbacks")
+    if found is None:
+        pytest.skip(f"{path.name} names no callbacks")
+    chosen = [callback for callback in found if callback["class_path"].endswith("ModelCheckpoint")]
+    words = tiny.data("folder", tiny.write_counts_folder(tmp_path / "counted"))
+    best = chosen[0]["init_args"] | {"monitor": "epoch"}  # the first epoch is the best
+    settings = [{"class_path": "ModelCheckpoint", "init_args": a} for a in (best, chosen[1]["init_args"])]
+    options = tiny.trainer(max_epochs=3, check_val_every_n_epoch=2, callbacks=settings)
+    assert tiny.run("fit", *options, *tiny.model("lower_count_small"), *words) == 0
+    last = torch.load(tmp_path / "runs" / "a" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 2

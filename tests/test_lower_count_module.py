@@ -624,7 +624,7 @@ def test_the_first_stage_knows_no_absent_class() -> None:
 
 
 HALVED = ["--model.scheduler=torch.optim.lr_scheduler.StepLR", "--model.scheduler.step_size=1"]  # of any length
-CHECKPOINTS = {"class_path": "ModelCheckpoint", "init_args": {"save_last": True}}
+CHECKPOINTS = {"class_path": "ModelCheckpoint", "init_args": tiny.LAST}
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import torch
 from tiny import data, model, run, trainer
 from torch import Tensor
 
-CHECKPOINTS = {"monitor": "val/mae", "save_last": True, "filename": "best"}
 EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
 # All randomness there is: order, mosaic, jitter, prompts, dropout of visual prompts, density mask.
 MODEL = model("clip_count", density_mask="pixel", contrast_epochs=1)
@@ -34,7 +33,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train with the command line into ``runs/<name>``; the last checkpoint."""
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "", "version": name}}
-    last = {"class_path": "ModelCheckpoint", "init_args": CHECKPOINTS}
+    last = {"class_path": "ModelCheckpoint", "init_args": tiny.LAST}
     settings = trainer(max_epochs=epochs, logger=[logger], callbacks=[last, *callbacks], **more)
     run("fit", *settings, *MODEL, *data("fsc147", options | {"num_workers": workers}), *words)
     return torch.load(place(name), weights_only=True)

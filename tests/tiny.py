@@ -52,6 +52,8 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "lower_count_small": {"width": 8, "preprocess": {"resize": "warp", "size": 64}, "first_stage": 1},
 }  # fmt: skip
 
+#: The checkpoint to go on from, as in configs/trainer.
+LAST = {"filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False}
 SMALL = {"batch_size": 2, "num_workers": 0}
 SCENES = SMALL | {"sizes": {"train": 4, "val": 2, "test": 3}}
 CROP = {"class_path": "PlainAugmentation", "init_args": {"crop": 32, "flip": True}}
@@ -121,8 +123,8 @@ def data(name: str, options: dict[str, Any]) -> list[str]:
 def trainer(**options: Any) -> list[str]:
     """The shipped CPU trainer without its progress bar, for one epoch."""
     quiet = {"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
-    callbacks = ("ModelCheckpoint", {"monitor": "val/mae", "save_last": True, "filename": "best"})
-    chosen = [{"class_path": callbacks[0], "init_args": callbacks[1]}]
+    best = {"monitor": "val/mae", "filename": "best"}
+    chosen = [{"class_path": "ModelCheckpoint", "init_args": arguments} for arguments in (best, LAST)]
     options = quiet | {"enable_progress_bar": False, "logger": [{"class_path": "CSVLogger", "init_args":
                        {"save_dir": "runs", "name": "", "version": "a"}}], "callbacks": chosen} | options  # fmt: skip
     return ["--config", str(CONFIGS / "trainer" / "cpu.yaml"), *words("trainer", options)]

@@ -41,7 +41,7 @@ def checked_counts(rows: Iterable[Row], classes: Sequence[str] | None = None) ->
             if not (number >= 0 and number.is_integer()):
                 raise InputError(
                     f"{where}: count is {value!s} for {name!r}; expected a whole number of at least 0, which says how "
-                    "many there are in the picture; correct it, or delete it if nobody knows"
+                    "many there are in the picture; correct it, or leave the picture out if nobody knows"
                 )
             own[name] = number
     return found
