@@ -214,7 +214,7 @@ def test_evaluation_leaves_out_names_it_does_not_know() -> None:
         "boxes": [torch.arange(4.0)[None], torch.zeros(0, 4), torch.arange(8.0).view(2, 4)],
         "box_labels": [torch.tensor([0]), torch.zeros(0, dtype=torch.long), torch.tensor([2, 0])],
         "present": [["stones"], ["stones"], ["figs", "stones"]], "original_size": [(1, 1), (2, 2), (3, 3)],
-        "failed": [("d", "broken")],
+        "failed": [("d", "broken")], "exemplars": [torch.ones(3, 4), torch.ones(1, 4), torch.ones(2, 4)],
     }  # fmt: skip
     found = known_names(given, NAMES)
     assert found["image_id"] == ["a", "c"]
@@ -225,6 +225,7 @@ def test_evaluation_leaves_out_names_it_does_not_know() -> None:
     assert [b.tolist() for b in found["boxes"]] == [[], [[0, 1, 2, 3], [4, 5, 6, 7]]]
     assert [k.tolist() for k in found["box_labels"]] == [[], [1, 0]]
     assert found["original_size"] == [(1, 1), (3, 3)]
+    assert [len(e) for e in found["exemplars"]] == [0, 2]  # they show the first name
     assert found["failed"] == [("d", "broken")]
     for i in range(2):
         assert torch.bincount(found["labels"][i], minlength=2).tolist() == found["counts"][i].tolist()
