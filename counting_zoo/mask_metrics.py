@@ -112,68 +112,45 @@ def average_precision(right: Tensor, scores: Tensor, n_true: int) -> float:
     return float((recall.diff(prepend=recall.new_zeros(1)) * envelope).sum())
 
 
-class MaskPrecision(PictureRows):
-    """Precision and overlap of instance masks over a data set.
+class InstancePrecision(PictureRows):
+    """Precision and overlap of what is found object by object, from the overlaps in each picture.
 
-    ``map25, map50, map75``: mAP^r, the mean over classes of the average precision at that IoU (Hariharan et al., ECCV
-    2014). ``abo``: average best overlap, the mean over classes of the mean over objects of the largest IoU that any
-    prediction of the object's class in its picture has. Classes without objects are left out of the means, and the
-    figures are left out where there is no object at all. ``n`` pictures, ``n_true`` objects, ``n_predicted`` masks.
+    ``map50`` and so on: the mean over classes of the average precision at that IoU. ``abo``: average best overlap, the
+    mean over classes of the mean over objects of the largest IoU that any prediction of the object's class in its
+    picture has. Classes without objects are left out of the means, and the figures are left out where there is no
+    object at all. ``n`` pictures, ``n_true`` objects, ``n_predicted`` predictions.
 
     Args:
+        thresholds: IoU from which on a prediction is right.
         kwargs: those of :class:`torchmetrics.Metric`.
-
-    Example:
-        >>> left, right = torch.tensor([[[True, False]]]), torch.tensor([[[False, True]]])
-        >>> metric = MaskPrecision()
-        >>> cat = torch.tensor([0])
-        >>> metric.update(left, cat, torch.tensor([0.9]), left, cat, "a.jpg")
-        >>> metric.update(left, cat, torch.tensor([0.8]), right, cat, "b.jpg")
-        >>> metric.compute()
-        {'n': 2, 'n_true': 2, 'n_predicted': 2, 'map25': 0.5, 'map50': 0.5, 'map75': 0.5, 'abo': 0.5}
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        self.figures = tuple(f"map{round(100 * threshold)}" for threshold in THRESHOLDS)
+    def __init__(self, thresholds: Sequence[float], **kwargs: Any) -> None:
+        self.thresholds = tuple(thresholds)
+        self.figures = tuple(f"map{round(100 * threshold)}" for threshold in thresholds)
         super().__init__(("role", "label", "score", *self.figures, "best"), **kwargs)
 
-    def update(
-        self, masks: Tensor, labels: Tensor, scores: Tensor, true_masks: Tensor, true_labels: Tensor, image_id: str
-    ) -> None:
+    def add(self, iou: Tensor, labels: Tensor, scores: Tensor, true_labels: Tensor, image_id: str) -> None:
         """Add one picture.
 
         Args:
-            masks: ``(N, H, W)`` bool, predicted; in the pixels of the true ones.
+            iou: ``(N, M)`` of N predictions and M objects, whatever their classes.
             labels: ``(N,)`` int64.
             scores: ``(N,)``; only their order over all pictures matters.
-            true_masks: ``(M, H, W)`` bool.
             true_labels: ``(M,)`` int64.
             image_id: its name.
 
         Raises:
-            InputError: lengths or picture sizes that differ, scores that are not finite.
+            InputError: scores that are not finite.
         """
-        n, m = len(masks), len(true_masks)
-        if not n == len(labels) == len(scores) or m != len(true_labels):
-            raise InputError(
-                f"{image_id}: {n} masks with {len(labels)} labels and {len(scores)} scores, {m} true masks with "
-                f"{len(true_labels)} labels; expected one of each for every mask"
-            )
         if not bool(scores.isfinite().all()):
-            raise InputError(f"{image_id}: scores are not all finite, so masks cannot be ranked: {scores.tolist()}")
-        if n and m and masks.shape[1:] != true_masks.shape[1:]:
-            raise InputError(
-                f"{image_id}: predicted masks of {tuple(masks.shape[1:])} for true ones of "
-                f"{tuple(true_masks.shape[1:])}; bring them to the pixels of the stored picture first"
-            )
-        if n and m:
-            iou = mask_iou(masks, true_masks) * (labels[:, None] == true_labels)
-        else:
-            iou = torch.zeros(n, m, dtype=exact_dtype(masks.device), device=masks.device)
-        right = torch.zeros(n, len(THRESHOLDS), dtype=torch.bool, device=iou.device)
+            raise InputError(f"{image_id}: scores are not all finite, so they cannot be ranked: {scores.tolist()}")
+        n, m = iou.shape
+        iou = iou.to(exact_dtype(iou.device)) * (labels[:, None] == true_labels)
+        right = torch.zeros(n, len(self.thresholds), dtype=torch.bool, device=iou.device)
         for kind in labels.unique():
             mine, its = labels == kind, true_labels == kind
-            right[mine] = match_masks(iou[mine][:, its], scores[mine])
+            right[mine] = match_masks(iou[mine][:, its], scores[mine], self.thresholds)
         best = iou.amax(0) if n else iou.new_zeros(m)
         # The first row says that the picture was seen; predictions follow, then objects.
         rows = iou.new_zeros(1 + n + m, len(self.columns))
@@ -208,4 +185,59 @@ class MaskPrecision(PictureRows):
         return result
 
 
-__all__ = ["THRESHOLDS", "MaskPrecision", "average_precision", "mask_iou", "match_masks"]
+class MaskPrecision(InstancePrecision):
+    """Precision and overlap of instance masks over a data set.
+
+    ``map25, map50, map75``: mAP^r, the mean over classes of the average precision at that IoU (Hariharan et al., ECCV
+    2014). ``abo``: average best overlap, the mean over classes of the mean over objects of the largest IoU that any
+    prediction of the object's class in its picture has. Classes without objects are left out of the means, and the
+    figures are left out where there is no object at all. ``n`` pictures, ``n_true`` objects, ``n_predicted`` masks.
+
+    Args:
+        kwargs: those of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> left, right = torch.tensor([[[True, False]]]), torch.tensor([[[False, True]]])
+        >>> metric = MaskPrecision()
+        >>> cat = torch.tensor([0])
+        >>> metric.update(left, cat, torch.tensor([0.9]), left, cat, "a.jpg")
+        >>> metric.update(left, cat, torch.tensor([0.8]), right, cat, "b.jpg")
+        >>> metric.compute()
+        {'n': 2, 'n_true': 2, 'n_predicted': 2, 'map25': 0.5, 'map50': 0.5, 'map75': 0.5, 'abo': 0.5}
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(THRESHOLDS, **kwargs)
+
+    def update(
+        self, masks: Tensor, labels: Tensor, scores: Tensor, true_masks: Tensor, true_labels: Tensor, image_id: str
+    ) -> None:
+        """Add one picture.
+
+        Args:
+            masks: ``(N, H, W)`` bool, predicted; in the pixels of the true ones.
+            labels: ``(N,)`` int64.
+            scores: ``(N,)``; only their order over all pictures matters.
+            true_masks: ``(M, H, W)`` bool.
+            true_labels: ``(M,)`` int64.
+            image_id: its name.
+
+        Raises:
+            InputError: lengths or picture sizes that differ, scores that are not finite.
+        """
+        n, m = len(masks), len(true_masks)
+        if not n == len(labels) == len(scores) or m != len(true_labels):
+            raise InputError(
+                f"{image_id}: {n} masks with {len(labels)} labels and {len(scores)} scores, {m} true masks with "
+                f"{len(true_labels)} labels; expected one of each for every mask"
+            )
+        if n and m and masks.shape[1:] != true_masks.shape[1:]:
+            raise InputError(
+                f"{image_id}: predicted masks of {tuple(masks.shape[1:])} for true ones of "
+                f"{tuple(true_masks.shape[1:])}; bring them to the pixels of the stored picture first"
+            )
+        iou = mask_iou(masks, true_masks) if n and m else torch.zeros(n, m, device=masks.device)
+        self.add(iou, labels, scores, true_labels, image_id)
+
+
+__all__ = ["THRESHOLDS", "InstancePrecision", "MaskPrecision", "average_precision", "mask_iou", "match_masks"]

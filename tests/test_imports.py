@@ -29,15 +29,15 @@ PARTS = tuple(
 LAYERS = (
     ("version", "errors", "class_lists"),
     ("types", "geometry", "image_headers"),
-    ("ops", "images", "prompts", "schedules", "config_safety"),
-    ("inference", "metrics", "class_metrics", "mask_metrics", "pictures", "nn"),
+    ("ops", "regions", "images", "prompts", "schedules", "config_safety"),
+    ("inference", "metrics", "class_metrics", "mask_metrics", "box_metrics", "pictures", "nn"),
     PARTS,
     ("counter", "data", "evaluation"),
     ("module",),
     ("models.*.module", "models.*.weights", "models.*", "models"),
     ("loading", "callbacks"),
 )
-PURE = ("types", "geometry", "ops", "inference", "nn", *PARTS)
+PURE = ("types", "geometry", "ops", "regions", "inference", "nn", *PARTS)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 SpatialNorm = Literal["per_class", "pooled"]
-CountError = Literal["squared", "relative"]
 
 
 class Mean(NamedTuple):
@@ -40,8 +39,6 @@ class LowerCountLoss:
         rank_weight: lambda of the paper; 0.1 in the reference.
         spatial_norm: L_sp+ is a mean over the peaks of each class of a picture and then over those (``per_class``, as
             in the paper), or over all peaks of the batch (``pooled``, as in the reference).
-        count_error: L_MSE of counts is ``squared`` (paper), or ``relative``, divided by ``t + 1``: with a limit above
-            ten or so, squares of high counts would leave the other terms no weight.
         negatives: share of the absent classes that L_sp- and L_MSE see, drawn anew in each step; all if ``None``. The
             reference takes 0.1 for COCO.
         negatives_share: with ``negatives``, absent classes that are present in at least this share of the batch's
@@ -52,7 +49,6 @@ class LowerCountLoss:
     rank_target: float | None = None
     rank_weight: float = 0.1
     spatial_norm: SpatialNorm = "per_class"
-    count_error: CountError = "squared"
     negatives: float | None = None
     negatives_share: float = 0.3
     target: float = field(init=False)
@@ -110,8 +106,6 @@ class LowerCountLoss:
         # Its mean is the multi-label soft margin loss.
         each = binary_cross_entropy_with_logits(class_scores.float(), (t > 0).float(), reduction="none")
         squared = (estimate - t).square()
-        if self.count_error == "relative":
-            squared = squared / (t + 1)
         gap = (self.target - estimate).clamp(min=0)
         regressed = absent | low if spatial else low
         terms = {
@@ -189,7 +183,6 @@ def _mean(values: Tensor, chosen: Tensor) -> Mean:
 
 
 __all__ = [
-    "CountError",
     "LowerCountLoss",
     "Mean",
     "SpatialNorm",

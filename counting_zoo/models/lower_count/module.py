@@ -16,7 +16,6 @@ from counting_zoo.geometry import Preprocess
 from counting_zoo.models.lower_count.encoders import build_encoder
 from counting_zoo.models.lower_count.instances import Instances, Retrieval, retrieve_instances, select_peaks
 from counting_zoo.models.lower_count.loss import (
-    CountError,
     LowerCountLoss,
     Mean,
     SpatialNorm,
@@ -52,7 +51,6 @@ class LowerCount(CountingModule):
         rank_weight: lambda of the paper.
         spatial_norm: mean of L_sp+ for each class of a picture first (``per_class``, paper) or over all peaks at once
             (``pooled``, reference).
-        count_error: of counts up to the limit, ``squared``, or ``relative`` to ``t + 1`` for limits above ten or so.
         negatives: share of absent classes that the density learns from, drawn anew in each step; all if ``None``.
         negatives_share: absent classes are always learnt from where this share of the batch has them.
         first_stage: epochs without the spatial losses.
@@ -90,7 +88,6 @@ class LowerCount(CountingModule):
         rank_target: float | None = None,
         rank_weight: float = 0.1,
         spatial_norm: SpatialNorm = "per_class",
-        count_error: CountError = "squared",
         negatives: float | None = None,
         negatives_share: float = 0.3,
         first_stage: int = 20,
@@ -113,7 +110,6 @@ class LowerCount(CountingModule):
         self.hparams["preprocess"] = rule.to_dict()
         for name, value, choices in (
             ("spatial_norm", spatial_norm, get_args(SpatialNorm)),
-            ("count_error", count_error, get_args(CountError)),
             ("peak_gradient", peak_gradient, get_args(PeakGradient)),
         ):
             if value not in choices:
@@ -124,9 +120,7 @@ class LowerCount(CountingModule):
             raise InputError(f"negatives is {negatives}; expected a share between 0 and 1, or null for all")
         if first_stage < 0 or backbone_lr < 0:
             raise InputError(f"first_stage is {first_stage} and backbone_lr {backbone_lr}; expected at least 0")
-        self.loss = LowerCountLoss(
-            limit, rank_target, rank_weight, spatial_norm, count_error, negatives, negatives_share
-        )
+        self.loss = LowerCountLoss(limit, rank_target, rank_weight, spatial_norm, negatives, negatives_share)
         self.first_stage, self.backbone_lr = first_stage, backbone_lr
         self.counted_classes = counted_classes
         self.round_counts, self.clamp_counts = round_counts, clamp_counts
