@@ -15,10 +15,13 @@ from torch import Tensor
 from counting_zoo.errors import InputError
 
 TILE = 1 << 22
-"""Numbers in one temporary array of pairs of boxes or of samples of regions."""
+"""Numbers in one temporary array: of pairs of boxes, or of samples of regions."""
 
 PRODUCT = 1 << 24
 """Numbers between the two products of :func:`roi_align`."""
+
+TOGETHER = 8
+"""Regions that :func:`roi_align` reads from one part of the map."""
 
 BLOCK = 1024
 """Boxes that :func:`nms` decides about together."""
@@ -46,8 +49,7 @@ def roi_align(
         output_size: P, or ``(P, Q)``, bins.
         spatial_scale: cells per pixel of the boxes.
         sampling_ratio: samples per bin and axis; 0 or less takes ``ceil(size of a bin in cells)``.
-        aligned: whether coordinates are continuous, cell ``i`` spanning ``[i, i + 1]``. Without it, cells lie half a
-            cell further and boxes are at least one cell in size.
+        aligned: whether cell ``i`` spans ``[i, i + 1]``. Without it, its centre is at ``i`` and sides are at least 1.
 
     Returns:
         ``(K, C, P, Q)`` in the type of ``features``.
@@ -73,15 +75,19 @@ def roi_align(
         return features.flatten()[:0].reshape(0, channels, rows, columns)  # still a function of the features
     start, end = (xyxy * spatial_scale - (0.5 if aligned else 0.0)).split(2, 1)
     size = end - start if aligned else (end - start).clamp(min=1)
-    step = max(1, PRODUCT // (channels * height * columns))  # regions at a time
-    order = picture.argsort(stable=True)
+    step = min(TOGETHER, max(1, PRODUCT // (channels * height * columns)))
+    # Neighbours go together, so that the products need only the part of the map that they share.
+    order = (start + size / 2)[:, 0].argsort()
+    order = order[picture[order].argsort(stable=True)]
     pieces = []
     with torch.autocast(features.device.type, enabled=False):
         for i, mine in enumerate(order.split(picture.bincount(minlength=n).tolist())):
             for part in mine.split(step) if len(mine) else ():
                 along_x = _bin_weights(start[part, 0], size[part, 0], columns, width, sampling_ratio)  # (R, Q, W)
                 along_y = _bin_weights(start[part, 1], size[part, 1], rows, height, sampling_ratio)  # (R, P, H)
-                lines = exact[i] @ along_x.flatten(0, 1).T  # (C, H, R * Q)
+                (left, right), (top, bottom) = _support(along_x), _support(along_y)
+                along_x, along_y = along_x[..., left:right], along_y[..., top:bottom]
+                lines = exact[i, :, top:bottom, left:right] @ along_x.flatten(0, 1).T  # (C, H, R * Q)
                 lines = lines.unflatten(2, (-1, columns)).permute(2, 1, 0, 3).flatten(2)  # (R, H, C * Q)
                 pieces.append((along_y @ lines).unflatten(2, (channels, columns)).transpose(1, 2))  # (R, C, P, Q)
     return torch.cat(pieces)[order.argsort()].to(features.dtype)
@@ -133,6 +139,12 @@ def _bin_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_r
     return weights / per_bin
 
 
+def _support(weights: Tensor) -> tuple[int, int]:
+    """First and last + 1 of the cells that have a weight in any bin, at least one cell."""
+    used = weights.flatten(0, 1).any(0).nonzero()
+    return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+
+
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Intersection over union of every box with every other; 0 where both are empty.
 
@@ -163,10 +175,9 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Greedy non-maximum suppression: a box stays unless it overlaps a kept one of higher score too much.
 
-    Whether the box at place ``j`` of the order of scores stays depends on those before it alone, so repeating
-    ``keep[j] = not any(keep[i] and iou[i, j] > threshold for i < j)`` for all boxes together ends where the greedy
-    loop does. It is done a block of boxes at a time, each of which clears the rest first: memory is bounded, and what
-    a kept box suppresses is not looked at again.
+    Whether a box stays depends on those before it alone, so repeating ``keep[j] = not any(keep[i] and iou[i, j] >
+    threshold for i < j)`` for all boxes together ends where the greedy loop does. It is done a block at a time, and
+    what a block suppresses is not looked at again: memory is bounded.
 
     Args:
         boxes: ``(N, 4)`` x1, y1, x2, y2.
@@ -246,8 +257,7 @@ def soft_nms(
     """Soft non-maximum suppression: overlap lowers a score in place of removing the box (Bodla et al., ICCV 2017).
 
     The highest box is taken, and scores of the rest fall by ``exp(-iou^2 / sigma)`` or, above the threshold, by
-    ``1 - iou``; those not above ``prune`` go. Each step needs the scores of the one before, so there is one for each
-    box kept.
+    ``1 - iou``; those not above ``prune`` go. There is one step for each box kept, as each needs the last one's scores.
 
     Args:
         boxes: ``(N, 4)`` x1, y1, x2, y2.
@@ -270,8 +280,7 @@ def soft_nms(
     if method not in ("gaussian", "linear") or not sigma > 0:
         raise InputError(f"method is {method!r} and sigma {sigma}; expected 'gaussian' or 'linear', and above 0")
     left = scores.detach() * 1.0
-    places: list[Tensor] = []
-    values: list[Tensor] = []
+    places, values = list[Tensor](), list[Tensor]()
     for _ in range(len(left)):
         value, top = left.max(0)
         if places and not bool(value > prune):

@@ -219,6 +219,8 @@ def test_pieces_play_no_role(monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.randn(1, 2, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     boxes = [torch.cat([ODD, torch.tensor([[-9e3, -5e3, 9e3, 7e3]], dtype=torch.float64)])]
     expected = roi_align(features, boxes, 3, aligned=True)
+    monkeypatch.setattr(regions, "TOGETHER", 100)
+    torch.testing.assert_close(roi_align(features, boxes, 3, aligned=True), expected, rtol=0, atol=1e-14)
     monkeypatch.setattr(regions, "PRODUCT", 1)
     monkeypatch.setattr(regions, "TILE", 500)
     torch.testing.assert_close(roi_align(features, boxes, 3, aligned=True), expected, rtol=0, atol=1e-14)
