@@ -310,8 +310,8 @@ class CountingModule(Counter, L.LightningModule):
                 where = {name: r.image_id for r in reversed(datamodule.records(split)) for name in present_names(r)}
                 places = [f"{name!r} (in {where[name]})" if name in where else repr(name) for name in left_out]
                 raise NamesError(
-                    f"the training pictures of {type(datamodule).__name__} name {_some(places)}, which is not among the "
-                    f"classes of the model, {_some(self.vocabulary)}; correct the annotation, leave them out of the "
+                    f"the training pictures of {type(datamodule).__name__} name {_some(places)}, which is not among "
+                    f"the classes of the model, {_some(self.vocabulary)}; correct the annotation, leave them out of the "
                     "data, or train a model of all these names (without model.classes)"
                 )
             if left_out:

@@ -72,7 +72,8 @@ def known_names(batch: Batch, vocabulary: Sequence[str]) -> Batch:
                 found[places] = [place[label >= 0] for place, label in zip(found[places], new, strict=True)]
             found[labels] = [label[label >= 0] for label in new]
     if "exemplars" in batch:  # of the first name
-        found["exemplars"] = [batch["exemplars"][i][: None if 0 in kept[i] or not batch["classes"][i] else 0] for i in asking]
+        shown = [None if 0 in kept[i] or not batch["classes"][i] else 0 for i in asking]
+        found["exemplars"] = [batch["exemplars"][i][:n] for i, n in zip(asking, shown, strict=True)]
     return cast(Batch, found)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from counting_zoo.errors import WeightsError
 
@@ -128,4 +128,33 @@ def _named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _named_tensors(inside, f"{name}.{key}" if name else str(key))
 
 
-__all__ = ["read_state_dict"]
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], what: str, *, optional: Callable[[str], bool]
+) -> None:
+    """Fill a module, strictly but for what may stay as it is.
+
+    Args:
+        module: whose tensors are replaced.
+        tensors: under the module's own names.
+        what: the module is called in messages.
+        optional: says of a name whether its tensor may be missing.
+
+    Raises:
+        WeightsError: names are missing or unknown, or shapes differ; lists them.
+    """
+    target = module.state_dict()
+    missing = sorted(key for key in target if key not in tensors and not optional(key))
+    unknown = sorted(key for key in tensors if key not in target)
+    wrong = [
+        f"{key}: {tuple(value.shape)} makes no {tuple(target[key].shape)}"
+        for key, value in tensors.items() if key in target and value.shape != target[key].shape
+    ]  # fmt: skip
+    if missing or unknown or wrong:
+        raise WeightsError(
+            f"these weights do not fit {what}: {len(missing)} are missing {missing[:6]}, {len(unknown)} have no place "
+            f"{unknown[:6]}, {len(wrong)} have another shape {wrong[:6]}"
+        )
+    module.load_state_dict(tensors, strict=False)
+
+
+__all__ = ["load_tensors", "read_state_dict"]

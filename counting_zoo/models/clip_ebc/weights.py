@@ -20,6 +20,7 @@ from counting_zoo.nn.clip import build_towers, load_openai_towers, text_to_opena
 from counting_zoo.nn.clip_names import PUBLISHED
 from counting_zoo.nn.text import TextTower
 from counting_zoo.nn.tokenizer import TokenizerLike
+from counting_zoo.nn.weight_files import load_tensors
 
 # Settings of the reference that change a prediction or say where the bins are.
 _SETTINGS = {
@@ -221,20 +222,9 @@ def _plain_model(state: Mapping[str, Tensor], settings: Mapping[str, Any], reduc
 
 def _load(module: CLIPEBC | EBC, tensors: Mapping[str, Tensor], given: tuple[str, ...] = ()) -> None:
     """Strictly; ``given`` are prefixes whose weights are in place, and what the zoo keeps beside them stays too."""
-    target = module.state_dict()
     ours = ("network.mean", "network.std", "network.head.representatives.values", "network.head.logits.text_features")
-    missing = sorted(k for k in target if k not in tensors and k not in ours and not k.startswith(given))
-    unknown = sorted(k for k in tensors if k not in target)
-    wrong = [
-        f"{k}: {tuple(v.shape)} makes no {tuple(target[k].shape)}"
-        for k, v in tensors.items() if k in target and v.shape != target[k].shape
-    ]  # fmt: skip
-    if missing or unknown or wrong:
-        raise WeightsError(
-            f"these weights do not fit a {type(module).__name__} of these settings: {len(missing)} are missing "
-            f"{missing[:6]}, {len(unknown)} have no place {unknown[:6]}, {len(wrong)} have another shape {wrong[:6]}"
-        )
-    module.load_state_dict(tensors, strict=False)
+    what = f"a {type(module).__name__} of these settings"
+    load_tensors(module, tensors, what, optional=lambda key: key in ours or key.startswith(given))
 
 
 __all__ = ["from_official", "settings_of_path"]

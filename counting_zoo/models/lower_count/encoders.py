@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from counting_zoo.errors import InputError, WeightsError
+from counting_zoo.errors import InputError
 from counting_zoo.nn.auto_backbone import HubBackbone
 from counting_zoo.nn.small_encoder import SmallEncoder
 from counting_zoo.nn.torchvision_weights import resnet_to_transformers, torchvision_weights
+from counting_zoo.nn.weight_files import load_tensors
 
 #: Blocks of each stage of a ResNet, and which kind they are; transformers' ``ResNetConfig`` of torchvision's networks.
 RESNETS: dict[str, dict[str, Any]] = {
@@ -64,19 +65,9 @@ def build_encoder(
     encoder = HubBackbone(RESNETS[name], reduction)
     if pretrained is not None:
         tensors = resnet_to_transformers(torchvision_weights(name, pretrained))
-        own = encoder.body.state_dict()
-        missing = [key for key in own if key not in tensors and not key.endswith("num_batches_tracked")]
-        unknown = [key for key in tensors if key not in own]
-        wrong = [
-            f"{key}: {tuple(value.shape)} makes no {tuple(own[key].shape)}"
-            for key, value in tensors.items() if key in own and value.shape != own[key].shape
-        ]  # fmt: skip
-        if missing or unknown or wrong:
-            raise WeightsError(
-                f"the weights of pretrained={pretrained!r} are not those of {name}: missing {missing[:5]}, unknown "
-                f"{unknown[:5]}, of another shape {wrong[:5]}"
-            )
-        encoder.body.load_state_dict(tensors, strict=False)  # torch 0.4 did not count batches
+        what = f"{name} with pretrained={pretrained!r}"
+        # Those saved by torch 0.4 did not count batches.
+        load_tensors(encoder.body, tensors, what, optional=lambda key: key.endswith("num_batches_tracked"))
     return encoder
 
 

@@ -12,6 +12,7 @@ from counting_zoo.class_lists import COCO_CLASSES, VOC_CLASSES
 from counting_zoo.errors import WeightsError
 from counting_zoo.models.lower_count.module import LowerCount
 from counting_zoo.nn.torchvision_weights import resnet_to_transformers
+from counting_zoo.nn.weight_files import load_tensors
 
 _KNOWN = {len(names): list(names) for names in (VOC_CLASSES, COCO_CLASSES)}
 # torchvision's ResNet as the reference's nn.Sequential numbers its parts.
@@ -56,21 +57,11 @@ def from_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Low
         round_counts=True,
         decay="all",
     )
-    target = module.state_dict()
     # torch 0.4 did not count batches; nothing that is predicted depends on it.
-    ours = {key for key in target if key in ("network.mean", "network.std") or key.endswith("num_batches_tracked")}
-    missing = sorted(set(target) - set(tensors) - ours)
-    unknown = sorted(set(tensors) - set(target))
-    wrong = [
-        f"{key}: {tuple(value.shape)} makes no {tuple(target[key].shape)}"
-        for key, value in tensors.items() if key in target and value.shape != target[key].shape
-    ]  # fmt: skip
-    if missing or unknown or wrong:
-        raise WeightsError(
-            f"these weights do not fit Lower-Count's {name}: {len(missing)} are missing {missing[:6]}, {len(unknown)} "
-            f"have no place {unknown[:6]}, {len(wrong)} have another shape {wrong[:6]}"
-        )
-    module.load_state_dict(tensors, strict=False)
+    load_tensors(
+        module, tensors, f"Lower-Count's {name}",
+        optional=lambda key: key in ("network.mean", "network.std") or key.endswith("num_batches_tracked"),
+    )  # fmt: skip
     return module.eval()
 
 
