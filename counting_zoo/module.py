@@ -311,8 +311,8 @@ class CountingModule(Counter, L.LightningModule):
                 places = [f"{name!r} (in {where[name]})" if name in where else repr(name) for name in left_out]
                 raise NamesError(
                     f"the training pictures of {type(datamodule).__name__} name {_some(places)}, which is not among "
-                    f"the classes of the model, {_some(self.vocabulary)}; correct the annotation, leave them out of the "
-                    "data, or train a model of all these names (without model.classes)"
+                    f"the classes of the model, {_some(self.vocabulary)}; correct the annotation, leave them out of "
+                    "the data, or train a model of all these names (without model.classes)"
                 )
             if left_out:
                 warnings.warn(
@@ -332,6 +332,16 @@ class CountingModule(Counter, L.LightningModule):
             options = {"params": [], **({"weight_decay": 0.0} if plain else {}), "lr_factor": factor}
             groups.setdefault((plain, factor), options)["params"].append(p)
         return [groups[key] for key in sorted(groups)]
+
+    def on_fit_start(self) -> None:
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        if self._distributed() and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
+            warnings.warn(
+                f"{type(self).__name__} has batch norm, and each of {self.trainer.world_size} processes normalises "
+                "with its own part of the batch, so training differs from that of one process; on GPUs "
+                "--trainer.sync_batchnorm true makes it the same",
+                stacklevel=2,
+            )
 
     def configure_optimizers(self) -> Any:
         groups = self._parameter_groups()

@@ -21,6 +21,16 @@ from counting_zoo.errors import InputError
 Size = tuple[int, int]
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """float32 of half precision and integers; float64 stays as it is.
+
+    Example:
+        >>> full_precision(torch.ones(1).bfloat16()).dtype, full_precision(torch.ones(1).double()).dtype
+        (torch.float32, torch.float64)
+    """
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def exact_dtype(device: torch.device) -> torch.dtype:
     """float64, in which counts are summed and compared, or float32 on devices that lack it (Apple's MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -453,6 +463,7 @@ def _first_of_plateaus(candidate: Tensor, radius: int) -> Tensor:
 __all__ = [
     "blur_density",
     "exact_dtype",
+    "full_precision",
     "local_peaks",
     "peak_points",
     "points_to_counts",

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from counting_zoo.errors import InputError
 from counting_zoo.types import Batch
 
 
@@ -48,6 +49,9 @@ def known_names(batch: Batch, vocabulary: Sequence[str]) -> Batch:
         The batch without the other names, their counts, points and boxes, and without pictures that ask about none
         of the names; pictures that name nothing stay as they are.
 
+    Raises:
+        InputError: different numbers of known names are left in the pictures of one batch.
+
     Example:
         >>> batch = {"image_id": ["a", "b"], "image": [0, 1], "classes": [["figs", "dates"], ["dates"]]}
         >>> known_names(batch, ["figs"])
@@ -57,6 +61,13 @@ def known_names(batch: Batch, vocabulary: Sequence[str]) -> Batch:
     kept = [[k for k, name in enumerate(names) if name in known] for names in batch["classes"]]
     if all(len(k) == len(names) for k, names in zip(kept, batch["classes"], strict=True)):
         return batch
+    lengths = {len(k): batch["image_id"][i] for i, k in enumerate(kept) if k}
+    if len(lengths) > 1:
+        raise InputError(
+            f"of the names asked about, the pictures {sorted(lengths.values())} have different numbers that the model "
+            f"knows ({sorted(lengths)}); ask about the same names in every picture (data.prompts: all), or about those "
+            "the model knows (data.classes)"
+        )
     asking = [i for i, names in enumerate(batch["classes"]) if kept[i] or not names]
     found: dict[str, Any] = {}
     for key, value in batch.items():

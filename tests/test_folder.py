@@ -166,7 +166,7 @@ def test_counts_json_without_classes_and_points_json_as_before(tmp_path: Path) -
     ("name", "content", "message"),
     [
         ("counts.csv", "image,label,count\na.png,cat,1\na.png,dog,1.5\n", "line 3: count is 1.5 for 'dog'.*whole"),
-        ("counts.csv", "image,label,count\na.png,cat,\n", "line 2: count is  for 'cat'"),
+        ("counts.csv", "image,label,count\na.png,cat,\n", "line 2: count is empty for 'cat'"),
         ("counts.csv", "image,label,count\na.png,cow,1\n", "line 2: counts 'cow', which data.classes does not list"),
         ("counts.csv", "image,cat,dog\na.png,1,2\nb.png,1,-2\n", "line 3: count is -2 for 'dog'"),
         ("counts.csv", "image,cat,dog\na.png,1,0.5\n", "line 2: count is 0.5 for 'dog'"),

@@ -103,6 +103,12 @@ def test_proposals_from_a_file(counter: LowerCount, tmp_path: Path) -> None:
         counter.instances(cv2.resize(pixels, (64, 64)), proposals=tmp_path / "proposals.json")
 
 
+def test_proposals_of_another_size(counter: LowerCount) -> None:
+    pixels, truth = picture()
+    with pytest.raises(InputError, match=r"shape \(2, 48, 128\) for the picture .* of 96 x 128"):
+        counter.instances(pixels, proposals=truth[:, :48])
+
+
 @pytest.mark.parametrize("side", [1, 7, 8, 64])
 def test_any_size(counter: LowerCount, side: int) -> None:
     counter.preprocess = type(counter.preprocess)()

@@ -197,3 +197,16 @@ def test_negatives_that_are_kept() -> None:
     )
     assert kept is not None
     assert kept.tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("norm", ["per_class", "pooled"])
+def test_gradients_in_double_precision(norm: Any) -> None:
+    scores, density, highest, counts = batch(b=2, c=3, side=3)
+    loss = LowerCountLoss(spatial_norm=norm)
+    assert torch.autograd.gradcheck(
+        lambda s, d: summed(loss.terms(s, d, highest, counts, spatial=True)),
+        (scores.requires_grad_(), density.requires_grad_()),
+    )
+    maps = torch.randn(2, 3, 4, 4, dtype=torch.float64).requires_grad_()
+    peaks = find_peaks(maps)
+    assert torch.autograd.gradcheck(lambda m: peak_scores(m, peaks), maps)

@@ -40,8 +40,8 @@ def checked_counts(rows: Iterable[Row], classes: Sequence[str] | None = None) ->
             number = _number(value)
             if not (number >= 0 and number.is_integer()):
                 raise InputError(
-                    f"{where}: count is {value!s} for {name!r}; expected a whole number of at least 0, which says how "
-                    "many there are in the picture; correct it, or leave the picture out if nobody knows"
+                    f"{where}: count is {str(value).strip() or 'empty'} for {name!r}; expected a whole number of at "
+                    "least 0, which says how many there are in the picture; correct it, or leave the picture out if nobody knows"
                 )
             own[name] = number
     return found
@@ -59,7 +59,7 @@ def is_count_json(content: Any) -> bool:
     if not isinstance(content, dict):
         return False
     values = (v for found in content.values() for v in (found.values() if isinstance(found, dict) else (found,)))
-    return any(isinstance(value, int | float) for value in values)
+    return any(isinstance(value, bool) or not math.isnan(_number(value)) for value in values)
 
 
 def json_rows(content: Any, source: str, unnamed: str) -> Iterator[Row]:

@@ -15,6 +15,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
+from counting_zoo.ops import full_precision
+
 SpatialNorm = Literal["per_class", "pooled"]
 
 
@@ -101,10 +103,10 @@ class LowerCountLoss:
         low = countable & (t > 0) & (t <= self.limit)
         above = countable & (t > self.limit)
 
-        density = raw_density.float()
+        scores, density = full_precision(class_scores), full_precision(raw_density)
         estimate = density.mean((-2, -1))
         # Its mean is the multi-label soft margin loss.
-        each = binary_cross_entropy_with_logits(class_scores.float(), (t > 0).float(), reduction="none")
+        each = binary_cross_entropy_with_logits(scores, (t > 0).to(scores), reduction="none")
         squared = (estimate - t).square()
         gap = (self.target - estimate).clamp(min=0)
         regressed = absent | low if spatial else low
@@ -151,7 +153,7 @@ def total_count_terms(total_map: Tensor, counts: Tensor, countable: Tensor, loss
     t = counts.nan_to_num(0.0)
     usable = (counts.isfinite() & (countable | (t == 0))).all(1)
     low = usable & (t <= loss.limit).all(1)
-    estimate, wanted = total_map.float().mean((-3, -2, -1)), t.sum(1)
+    estimate, wanted = full_precision(total_map).mean((-3, -2, -1)), t.sum(1)
     gap = (wanted - estimate).clamp(min=0)
     return {
         "total": _mean((estimate - wanted).square(), low),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -114,10 +115,24 @@ class LowerCount(CountingModule):
         ):
             if value not in choices:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-        if limit < 0:
+        if not isinstance(limit, int) or limit < 0:
             raise InputError(f"limit is {limit}; expected the highest count that is told apart, 4 in the paper")
         if negatives is not None and not 0 <= negatives <= 1:
             raise InputError(f"negatives is {negatives}; expected a share between 0 and 1, or null for all")
+        if rank_weight < 0 or (rank_target is not None and rank_target <= 0):
+            raise InputError(
+                f"rank_weight is {rank_weight} and rank_target {rank_target}; expected a weight of at least 0 and a "
+                "count above 0"
+            )
+        for name, names in (("classes", classes), ("counted_classes", counted_classes)):
+            if isinstance(names, str):
+                raise InputError(f"{name} is {names!r}; expected a list of names, such as [{names}]")
+        if counted_classes is not None and density_branch == "own":
+            warnings.warn(
+                "counted_classes with density_branch 'own': nothing teaches the density of the other classes, and they "
+                "will count about 0; density_branch 'modulated' derives it from those that are counted",
+                stacklevel=2,
+            )
         if first_stage < 0 or backbone_lr < 0:
             raise InputError(f"first_stage is {first_stage} and backbone_lr {backbone_lr}; expected at least 0")
         self.loss = LowerCountLoss(limit, rank_target, rank_weight, spatial_norm, negatives, negatives_share)
@@ -353,6 +368,11 @@ class LowerCount(CountingModule):
             masks = segment_proposals(stored)
         elif isinstance(proposals, Tensor):
             masks = proposals
+            if masks.ndim != 3 or tuple(masks.shape[1:]) != size:
+                raise InputError(
+                    f"proposals have shape {tuple(masks.shape)} for the picture {image_id!r} of {size[0]} x {size[1]} "
+                    "pixels; expected (N, H, W) masks in the pixels of the picture as it is stored"
+                )
         else:
             source = proposals if isinstance(proposals, Proposals) else Proposals(proposals)
             masks = source(Path(image_id).name, size)

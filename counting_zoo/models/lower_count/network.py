@@ -13,6 +13,7 @@ from torch.nn.functional import conv2d, pad
 from counting_zoo.errors import InputError
 from counting_zoo.models.lower_count.peaks import PeakGradient, find_peaks, peak_scores
 from counting_zoo.nn.normalization import STATISTICS
+from counting_zoo.ops import full_precision
 from counting_zoo.types import CountOutput
 
 DensityBranch = Literal["own", "modulated"]
@@ -130,18 +131,18 @@ class LowerCountNet(nn.Module):
 
     def forward(self, image: Tensor) -> LowerCountOutput:
         first, second = self.features(self.normalised(image))
-        class_maps = self.class_branch(first).float()
+        class_maps = full_precision(self.class_branch(first))
         if isinstance(self.density_branch, ModulatedDensity):
             raw, total = self.density_branch(second, self.class_branch[2].weight)
         else:
             raw, total = self.density_branch(second), None
-        raw = raw.float()
+        raw = full_precision(raw)
         peaks = find_peaks(class_maps, radius=self.radius, above_median=self.above_median)
         scores = peak_scores(class_maps, peaks, gradient=self.peak_gradient)
         density = raw / (raw.shape[-2] * raw.shape[-1])
         if self.gated:
             density = density * (scores > 0)[..., None, None]
-        return LowerCountOutput(density, class_maps, raw, scores, None if total is None else total.float())
+        return LowerCountOutput(density, class_maps, raw, scores, None if total is None else full_precision(total))
 
 
 class ModulatedDensity(nn.Module):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from counting_zoo.ops import full_precision
+
 PeakGradient = Literal["mean", "sum"]
 
 
@@ -15,7 +17,7 @@ def find_peaks(maps: Tensor, *, radius: int = 1, above_median: bool = True) -> T
     """Cells that are the maximum of the square around them; of equal ones the first in reading order.
 
     Zhou et al., "Weakly Supervised Instance Segmentation using Class Peak Response", CVPR 2018, section 3.1. Every map
-    has at least one peak.
+    of finite values has at least one peak.
 
     Args:
         maps: ``(B, C, h, w)``.
@@ -29,7 +31,7 @@ def find_peaks(maps: Tensor, *, radius: int = 1, above_median: bool = True) -> T
         >>> find_peaks(torch.tensor([[[[0.0, 2.0, 2.0, 1.0, 3.0]]]]))[0, 0].int().tolist()
         [[0, 1, 0, 0, 1]]
     """
-    maps = maps.detach().float()
+    maps = full_precision(maps.detach())
     h, w = maps.shape[-2:]
     _, winner = max_pool2d(maps, 2 * radius + 1, stride=1, padding=radius, return_indices=True)
     peaks = winner == torch.arange(h * w, device=maps.device).view(h, w)
@@ -56,7 +58,7 @@ def peak_scores(maps: Tensor, peaks: Tensor, *, gradient: PeakGradient = "mean")
     Returns:
         ``(B, C)``; 0 where a map has no peak.
     """
-    total = (maps.float() * peaks).sum((-2, -1))
+    total = (full_precision(maps) * peaks).sum((-2, -1))
     mean = total / peaks.sum((-2, -1)).clamp(min=1)
     return mean if gradient == "mean" else mean.detach() + (total - total.detach())
 
@@ -80,7 +82,7 @@ def highest_peaks(maps: Tensor, peaks: Tensor, counts: Tensor, *, limit: int) ->
         >>> highest_peaks(maps, find_peaks(maps), torch.tensor([[2.0]]), limit=4)[0, 0].int().tolist()
         [[1, 0, 0, 0, 1]]
     """
-    heights = maps.detach().float().masked_fill(~peaks, -torch.inf)
+    heights = full_precision(maps.detach()).masked_fill(~peaks, -torch.inf)
     top = heights.flatten(2).topk(min(max(limit, 1), peaks[0, 0].numel()), dim=-1).values  # (B, C, limit)
     rank = counts.long().clamp(1, top.shape[-1])[..., None] - 1
     lowest = top.gather(-1, rank)[..., None]
@@ -104,7 +106,8 @@ def peak_positions(maps: Tensor, peaks: Tensor, counts: Tensor) -> list[Tensor]:
         [tensor([[3.5000, 0.5000]])]
     """
     width = maps.shape[-1]
-    heights, order = maps.float().masked_fill(~peaks, -torch.inf).flatten(1).sort(dim=-1, descending=True, stable=True)
+    candidates = full_precision(maps).masked_fill(~peaks, -torch.inf).flatten(1)
+    heights, order = candidates.sort(dim=-1, descending=True, stable=True)
     wanted = counts.float().round().clamp(min=0)[:, None]
     rank = torch.arange(order.shape[-1], device=maps.device)
     chosen = (rank < wanted) & heights.isfinite()
