@@ -41,7 +41,8 @@ def checked_counts(rows: Iterable[Row], classes: Sequence[str] | None = None) ->
             if not (number >= 0 and number.is_integer()):
                 raise InputError(
                     f"{where}: count is {str(value).strip() or 'empty'} for {name!r}; expected a whole number of at "
-                    "least 0, which says how many there are in the picture; correct it, or leave the picture out if nobody knows"
+                    "least 0, which says how many there are in the picture; correct it, or leave the picture out if "
+                    "nobody knows"
                 )
             own[name] = number
     return found
