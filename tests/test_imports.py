@@ -23,7 +23,7 @@ PARTS = tuple(
         *("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "transport"),
         *("zip_loss", "peaks"),
         *("peak_response", "instances", "proposals", "segments", "drawing"),
-        *("concepts", "pseudo_labels"),
+        *("concepts", "pseudo_labels", "detections"),
     )
 )
 #: A module may import its own layer's neighbours in the same folder, and lower layers. What is not named is on top.
