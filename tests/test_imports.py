@@ -23,7 +23,7 @@ PARTS = tuple(
         *("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "transport"),
         *("zip_loss", "peaks"),
         *("peak_response", "instances", "proposals", "segments", "drawing"),
-        *("concepts", "pseudo_labels", "detections"),
+        *("concepts", "pseudo_labels", "detections", "box_sources", "box_files", "tiles"),
     )
 )
 #: A module may import its own layer's neighbours in the same folder, and lower layers. What is not named is on top.
@@ -34,6 +34,7 @@ LAYERS = (
     ("inference", "metrics", "class_metrics", "mask_metrics", "box_metrics", "pictures", "nn"),
     PARTS,
     ("counter", "data", "evaluation"),
+    ("training",),
     ("module",),
     ("models.*.module", "models.*.weights", "models.*", "models"),
     ("loading", "callbacks"),
