@@ -26,6 +26,7 @@ usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all 
   describe   print what a data set holds, and what constant predictors score on it
   pack       write a data set into one HDF5 file
   convert    turn weights of a reference implementation into a checkpoint
+  export-encoder  write the CLIP of a RegionCLIP pretraining, for pretrained_encoder of other models
   quickstart train, test and predict on the built-in scenes, in minutes
 
   counting-zoo fit --config configs/trainer/cpu.yaml --config configs/model/clip_count_small.yaml \\
@@ -61,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     commands: dict[str, Callable[[list[str]], int]] = {"describe": _describe, "pack": _pack, "convert": _convert}
-    commands["quickstart"] = _quickstart
+    commands |= {"quickstart": _quickstart, "export-encoder": _export_encoder}
     commands |= {name: lambda words, name=name: _run(name, words) for name in RUNS}  # type: ignore[misc]
     if command not in commands:
         close = difflib.get_close_matches(command, commands, 1)
@@ -145,6 +146,25 @@ def _convert(arguments: list[str]) -> int:
         clip = read_checkpoint(clip)
     model = load_official(options.name, options.source, config=config, clip=clip, tokenizer=options.tokenizer)
     print(f"wrote {save(model, options.out)}")
+    return 0
+
+
+def _export_encoder(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "counting-zoo export-encoder", description="Write the CLIP that RegionCLIPPretraining trained."
+    )
+    parser.add_argument("checkpoint", help="of RegionCLIPPretraining")
+    parser.add_argument("out", help="the .safetensors file to write")
+    parser.add_argument("--half", action="store_true", help="in half precision")
+    options = parser.parse_args(arguments)
+
+    from counting_zoo.loading import load
+    from counting_zoo.models.region_clip import RegionCLIPPretraining
+
+    model = load(options.checkpoint)
+    if not isinstance(model, RegionCLIPPretraining):
+        raise InputError(f"{options.checkpoint!r} is of {type(model).__name__}; expected one of RegionCLIPPretraining")
+    print(f"wrote {model.export(options.out, half=options.half)}")
     return 0
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.module import CountingModule
+from counting_zoo.training import TrainingModule
 
 # Scores beside the weights of the references' resume files; none of these runs anything.
 _MULTIARRAY: Any = importlib.import_module("numpy._core.multiarray")
@@ -67,9 +68,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def load(
-    path: str | Path, *, device: str | torch.device = "cpu", tokenizer: Any = None, **overrides: Any
-) -> CountingModule:
+def load(path: str | Path, *, device: str | torch.device = "cpu", tokenizer: Any = None, **overrides: Any) -> Any:
     """The model of a zoo checkpoint, of whichever class it is, ready to count.
 
     Args:
@@ -132,7 +131,7 @@ def save(module: CountingModule, path: str | Path) -> Path:
     return path
 
 
-def model_class(name: str) -> type[CountingModule]:
+def model_class(name: str) -> type[TrainingModule]:
     """The class a checkpoint names, if it is the zoo's or the caller has already imported it.
 
     Raises:
@@ -149,7 +148,7 @@ def model_class(name: str) -> type[CountingModule]:
         raise CheckpointError(
             f"the checkpoint is of {name!r}, which this version of counting_zoo does not have; update counting_zoo"
         ) from error
-    if not (isinstance(kind, type) and issubclass(kind, CountingModule)):
+    if not (isinstance(kind, type) and issubclass(kind, TrainingModule)):
         raise CheckpointError(f"the checkpoint names {name!r}, which is no model of counting_zoo")
     return kind
 

@@ -1,34 +1,29 @@
-"""The only training loop of the zoo: every model is a subclass that says how it counts and what it loses."""
+"""What every counting model shares; a subclass says how it counts and what it loses."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from counting_zoo.class_metrics import ClassCountErrors
 from counting_zoo.counter import Counter
 from counting_zoo.data.records import Split, n_objects, present_names
-from counting_zoo.errors import CheckpointError, InputError, NamesError, SupervisionError
+from counting_zoo.errors import InputError, NamesError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.metrics import GAME, CountErrors, PromptErrors
 from counting_zoo.prompts import wrong_prompts
+from counting_zoo.training import TrainingModule
 from counting_zoo.types import Batch, CountOutput
-from counting_zoo.version import __version__
 
 
-class CountingModule(Counter, L.LightningModule):
+class CountingModule(Counter, TrainingModule):
     """Trains, scores and counts; subclasses implement ``forward`` and :meth:`losses`.
 
     Args:
@@ -39,14 +34,9 @@ class CountingModule(Counter, L.LightningModule):
         blend: how overlapping tiles are mixed, ``average`` or the ``official`` sigmoid ramp of CLIP-Count.
         pad: ``minimal`` pads only pictures smaller than a tile; ``official`` pads a stride on the right.
         default_classes: names to count where nobody names any; the training classes where there are few.
-        non_finite: a loss that is not finite stops training with an error naming the pictures (``raise``), or its
-            step is left out and counted (``skip``).
-        decay: weight decay for ``matrices`` only, or for ``all`` parameters.
-        optimizer: called with parameter groups; the model's own default if ``None``.
-        scheduler: called with the optimizer; the model's own default if ``None``.
+        training: those of :class:`~counting_zoo.training.TrainingModule`.
     """
 
-    #: Any one of these sets of batch keys is enough to train.
     requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points"}),)
     #: Whether the count depends on the name asked about.
     text_guided: ClassVar[bool] = False
@@ -61,26 +51,15 @@ class CountingModule(Counter, L.LightningModule):
         blend: Literal["average", "official"] = "average",
         pad: Literal["minimal", "official"] = "minimal",
         default_classes: list[str] | None = None,
-        non_finite: Literal["raise", "skip"] = "raise",
-        decay: Literal["matrices", "all"] = "matrices",
-        optimizer: OptimizerCallable | None = None,
-        scheduler: LRSchedulerCallable | None = None,
+        **training: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore=["optimizer", "scheduler", "_class_path", "_instantiator"])
-        for name, value in self.hparams.items():
-            self.hparams[name] = _plain(value)
+        super().__init__(**training)
         if stride is not None and (window is None or not 0 < stride <= window):
             raise InputError(f"stride is {stride} with window {window}; expected 0 < stride <= window")
-        if non_finite not in ("raise", "skip"):
-            raise InputError(f"non_finite is {non_finite!r}; expected 'raise' or 'skip'")
         self.preprocess = Preprocess.of(preprocess)
         self.window, self.stride, self.window_batch_size = window, stride, window_batch_size
         self.blend, self.pad = blend, pad
         self.default_classes = default_classes
-        self.non_finite, self.decay = non_finite, decay
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.skipped_steps = 0
         self.val_errors, self.test_errors = CountErrors(), CountErrors()
         self.val_classes, self.test_classes = ClassCountErrors(present_1=True), ClassCountErrors(present_1=True)
         self.val_game, self.test_game = GAME(), GAME()
@@ -98,62 +77,7 @@ class CountingModule(Counter, L.LightningModule):
         assert isinstance(images, Tensor), "training pictures come as one tensor"
         return self.losses(self(images, batch["classes"]), batch)
 
-    def idle_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that the current stage of training does not reach."""
-        return []
-
-    def read_facts(self, datamodule: Any) -> None:
-        """Take what the model must know of the training data, once, before the first step."""
-
-    def lr_factor(self, name: str) -> float:
-        """What the learning rate of a parameter is multiplied by, such as less than 1 for a pretrained encoder."""
-        return 1.0
-
-    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The model's published optimizer."""
-        return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.05)
-
-    def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The model's published schedule, which goes with its optimizer; ``None`` for a constant rate."""
-        return None
-
     # -- steps ----------------------------------------------------------------------------------------------------
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        terms = self.training_losses(batch)
-        loss = torch.stack(list(terms.values())).sum()
-        if self.non_finite == "raise" and not torch.isfinite(loss):
-            bad = {name: float(value.detach()) for name, value in terms.items()}
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.global_step} ({bad}) on the pictures {batch['image_id']}; "
-                "weights are still those of the step before and the last checkpoint is good. Look at these pictures, "
-                "lower the learning rate, clip gradients, or leave such steps out with model.non_finite: skip"
-            )
-        log = {f"train/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(log | {"train/loss": loss.detach()}, batch_size=len(batch["image_id"]), prog_bar=False)
-        if self._distributed():
-            # DDP waits for a gradient of every parameter; those of another stage get a zero, removed below.
-            loss = loss + sum(0.0 * p.sum() for p in self.idle_parameters())
-        return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._distributed():
-            for p in self.idle_parameters():
-                p.grad = None
-        if self.non_finite == "skip":
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            # Gradients are the same on every rank, so all ranks leave out the same steps.
-            if gradients and not torch.isfinite(torch.stack([g.float().norm() for g in gradients])).all():
-                optimizer.zero_grad(set_to_none=True)
-                self.skipped_steps += 1
-        self.log("train/skipped_steps", float(self.skipped_steps)) if self.skipped_steps else None
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Each step's dropout is a function of (seed, epoch, batch, rank), so a run taken up again is the same run.
-        # Once an epoch would not do: loaders draw from the same generator, before or after the epoch's start.
-        if "PL_GLOBAL_SEED" in os.environ:
-            place = [int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, batch_idx, self.global_rank]
-            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score(batch, "val")
@@ -173,7 +97,6 @@ class CountingModule(Counter, L.LightningModule):
         return self.test_errors, self.test_classes, self.test_game, self.test_prompts
 
     def _score(self, batch: Batch, split: Split) -> None:
-        errors, classes, game, prompts = self._metrics(split)
         if "counts" not in batch:
             raise InputError(f"the {split} data of {batch['image_id'][:3]} carry no counts, so nothing can be scored")
         if not batch["image_id"]:
@@ -184,6 +107,28 @@ class CountingModule(Counter, L.LightningModule):
         images = batch["image"]
         outputs = self.count_batch(list(images), names)
         assert isinstance(outputs, list)
+        sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
+        self._tally(outputs, batch, sizes, extra, split)
+
+    def _tally(
+        self,
+        outputs: list[Any],
+        batch: Batch,
+        sizes: list[tuple[int, int]],
+        extra: list[list[str]] | None,
+        split: Split,
+    ) -> None:
+        """Add one output for each picture of a batch, whose pictures may be gone by now, to the scores.
+
+        Args:
+            outputs: of the names asked about and then of ``extra``.
+            batch: what is known of the pictures.
+            sizes: (H, W) of the pictures as the model saw them.
+            extra: wrong names that were asked about too, or ``None``.
+            split: whose scores.
+        """
+        errors, classes, game, prompts = self._metrics(split)
+        asked = batch["classes"]
         counts = self.reported(torch.cat([o.counts for o in outputs]))  # (B, K [+ 3])
         target = batch["counts"].sum(1, keepdim=True) if self.class_blind else batch["counts"]
         errors.update(counts[:, : target.shape[1]], target, batch["image_id"])
@@ -192,7 +137,6 @@ class CountingModule(Counter, L.LightningModule):
             classes.update(counts[:, : target.shape[1]], target, batch["image_id"])
         if "points" in batch and "labels" in batch:
             density = [o.density[0, : target.shape[1]] for o in outputs]
-            sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
             labels = None if self.class_blind else batch["labels"]
             extents = [self.extent(d, size) for d, size in zip(density, sizes, strict=True)]
             game.update(density, batch["points"], sizes, batch["image_id"], labels=labels, extents=extents)
@@ -242,35 +186,18 @@ class CountingModule(Counter, L.LightningModule):
     # -- set-up ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.train()  # a loaded model comes in evaluation mode, which Lightning would keep
-        precision = str(self.trainer.precision)
-        if precision.endswith("-true") and not precision.startswith(("32", "64")):
-            raise InputError(
-                f"trainer.precision is {precision!r}: counts summed in it are off by about one; "
-                "use 'bf16-mixed', '16-mixed' or '32-true'"
-            )
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.class_blind and hasattr(datamodule, "asked_counts"):
             splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
             for split in splits.get(stage, ()):
                 self._warn_of_names(datamodule, split)
         if hasattr(datamodule, "class_names"):
             self._check_names(datamodule, stage)
-        if stage != "fit" or datamodule is None:
-            return
-        provides = getattr(datamodule, "provides", None)
-        if provides is not None and not any(keys <= provides for keys in self.requires):
-            needs = " or ".join(" and ".join(sorted(keys)) for keys in self.requires)
-            raise SupervisionError(
-                f"{type(self).__name__} trains on {needs}, which {type(datamodule).__name__} does not give (it gives "
-                f"{', '.join(sorted(provides)) or 'nothing'}); choose data with {needs}, or test and predict only"
-            )
-        if hasattr(datamodule, "class_names") and self.default_classes is None:
+        super().setup(stage)
+        if stage == "fit" and hasattr(datamodule, "class_names") and self.default_classes is None:
             known = datamodule.class_names("train")
             if self.class_blind or not self.text_guided or len(known) == 1:
                 self.default_classes = self.hparams["default_classes"] = list(known)
-        self.read_facts(datamodule)
 
     def _warn_of_names(self, datamodule: Any, split: Split) -> None:
         """A model without names counts every object it sees, so all of them must be asked about."""
@@ -321,102 +248,9 @@ class CountingModule(Counter, L.LightningModule):
                     stacklevel=2,
                 )
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters by their weight decay and share of the learning rate."""
-        groups: dict[tuple[bool, float], dict[str, Any]] = {}
-        for name, p in self.named_parameters():
-            if not p.requires_grad:
-                continue
-            plain = self.decay == "matrices" and (p.ndim < 2 or "embedding" in name or name.endswith("context"))
-            factor = self.lr_factor(name)
-            options = {"params": [], **({"weight_decay": 0.0} if plain else {}), "lr_factor": factor}
-            groups.setdefault((plain, factor), options)["params"].append(p)
-        return [groups[key] for key in sorted(groups)]
-
-    def on_fit_start(self) -> None:
-        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-        if self._distributed() and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
-            warnings.warn(
-                f"{type(self).__name__} has batch norm, and each of {self.trainer.world_size} processes normalises "
-                "with its own part of the batch, so training differs from that of one process; on GPUs "
-                "--trainer.sync_batchnorm true makes it the same",
-                stacklevel=2,
-            )
-
-    def configure_optimizers(self) -> Any:
-        groups = self._parameter_groups()
-        optimizer = self.default_optimizer(groups) if self.optimizer is None else self.optimizer(groups)
-        for group in optimizer.param_groups:
-            group["lr"] *= group["lr_factor"]
-        scheduler: Any = None
-        if self.scheduler is not None:
-            scheduler = self.scheduler(optimizer)
-        elif self.optimizer is None:
-            scheduler = self.default_scheduler(optimizer)
-        if scheduler is None:
-            return optimizer
-        if len({group.get("max_lr") for group in optimizer.param_groups} - {None}) == 1:
-            # OneCycleLR has put one rate of its own in the place of those of all groups.
-            for group in optimizer.param_groups:
-                group |= {key: group[key] * group["lr_factor"] for key in ("lr", "initial_lr", "max_lr", "min_lr")}
-        if getattr(scheduler, "total_steps", 0) is None:
-            steps = self.trainer.estimated_stepping_batches  # infinite where only max_time ends the run
-            scheduler.total_steps = int(steps) if math.isfinite(steps) else None
-        interval = getattr(scheduler, "interval", "epoch")
-        monitor = {"monitor": "val/mae"} if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else {}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval, **monitor}}
-
-    def _distributed(self) -> bool:
-        return self._trainer is not None and self.trainer.world_size > 1
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def recipe(self) -> dict[str, Any]:
-        """What, beside weights and hyper-parameters, a checkpoint needs to give the same numbers (plain data)."""
-        return {}
-
-    def restore_recipe(self, recipe: dict[str, Any]) -> None:
-        """Take back what :meth:`recipe` gave."""
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kind = type(self)
-        checkpoint["counting_zoo"] = {
-            "class": f"{kind.__module__}.{kind.__qualname__}",
-            "version": __version__,
-            "recipe": self.recipe(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        stored = checkpoint.get("counting_zoo")
-        if stored is None:
-            raise CheckpointError(
-                "this is not a checkpoint of counting_zoo (it has no 'counting_zoo' entry); for weights of a "
-                "reference implementation use counting_zoo.load_official or 'counting-zoo convert'"
-            )
-        own = f"{type(self).__module__}.{type(self).__qualname__}"
-        if stored["class"] != own:
-            raise CheckpointError(
-                f"the checkpoint holds a {stored['class']}, not a {own}; leave the model to the checkpoint "
-                "(counting_zoo.load, or test --ckpt_path without --config for a model)"
-            )
-        self.restore_recipe(stored["recipe"])
-
 
 def _some(names: Sequence[str], n: int = 12) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
-
-
-def _plain(value: Any) -> Any:
-    """Hyper-parameters as plain data, which checkpoints load without executing anything."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if hasattr(value, "as_dict"):
-        return value.as_dict()
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, tuple):
-        return list(value)
-    return value
 
 
 __all__ = ["CountingModule"]

@@ -75,19 +75,26 @@ def roi_align(
         return features.flatten()[:0].reshape(0, channels, rows, columns)  # still a function of the features
     start, end = (xyxy * spatial_scale - (0.5 if aligned else 0.0)).split(2, 1)
     size = end - start if aligned else (end - start).clamp(min=1)
-    step = min(TOGETHER, max(1, PRODUCT // (channels * height * columns)))
+    one = rows == columns == 1
+    step = PRODUCT // (height * width) if one else min(TOGETHER, PRODUCT // (channels * height * columns))
     # Neighbours go together, so that the products need only the part of the map that they share.
     order = (start + size / 2)[:, 0].argsort()
     order = order[picture[order].argsort(stable=True)]
     pieces = []
+    maps = exact.unbind()  # whose gradients are put together once, where those of a slice of all fill the whole batch
     with torch.autocast(features.device.type, enabled=False):
-        for i, mine in enumerate(order.split(picture.bincount(minlength=n).tolist())):
-            for part in mine.split(step) if len(mine) else ():
+        for own, mine in zip(maps, order.split(picture.bincount(minlength=n).tolist()), strict=True):
+            for part in mine.split(max(1, step)) if len(mine) else ():
                 along_x = _bin_weights(start[part, 0], size[part, 0], columns, width, sampling_ratio)  # (R, Q, W)
                 along_y = _bin_weights(start[part, 1], size[part, 1], rows, height, sampling_ratio)  # (R, P, H)
                 (left, right), (top, bottom) = _support(along_x), _support(along_y)
                 along_x, along_y = along_x[..., left:right], along_y[..., top:bottom]
-                lines = exact[i, :, top:bottom, left:right] @ along_x.flatten(0, 1).T  # (C, H, R * Q)
+                if one:  # a single product, as the two cost no less
+                    weights = (along_y.transpose(1, 2) * along_x).flatten(1)  # (R, H * W)
+                    means = weights @ own[:, top:bottom, left:right].flatten(1).T  # (R, C)
+                    pieces.append(means[..., None, None])
+                    continue
+                lines = own[:, top:bottom, left:right] @ along_x.flatten(0, 1).T  # (C, H, R * Q)
                 lines = lines.unflatten(2, (-1, columns)).permute(2, 1, 0, 3).flatten(2)  # (R, H, C * Q)
                 pieces.append((along_y @ lines).unflatten(2, (channels, columns)).transpose(1, 2))  # (R, C, P, Q)
     return torch.cat(pieces)[order.argsort()].to(features.dtype)

@@ -23,6 +23,7 @@ from counting_zoo.config_safety import CURE
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.module import CountingModule
+from counting_zoo.training import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class CountingCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         super().__init__(
-            CountingModule,
+            TrainingModule,
             CountingDataModule,
             args=args,
             subclass_mode_model=True,

@@ -125,6 +125,11 @@ class TargetPreset(ScenePreset):
             splits[split] = classes
         return splits
 
+    def held_out_pairs(self) -> list[tuple[str, str]]:
+        """The (shape, colour) pairs that training never shows."""
+        places = product(range(len(self.shapes)), range(len(self.colours)))
+        return [(self.shapes[s], self.colours[c]) for s, c in places if (s + c) % self.held_out == 0]
+
     def plan(self, rng: np.random.Generator, classes: Sequence[Attributes]) -> list[tuple[Attributes, int]]:
         """The target with a log-normal count, and 0 to 3 distractors."""
         target = classes[int(rng.integers(len(classes)))]
@@ -143,6 +148,26 @@ class TargetPreset(ScenePreset):
 
     def _draw(self, rng: np.random.Generator) -> int:
         return int(np.clip(np.round(np.exp(rng.normal(*self.log_count))), self.min_target, self.max_target))
+
+
+@dataclass(frozen=True)
+class CommonPreset(TargetPreset):
+    """Scenes for pretraining: training shows only (shape, colour) pairs that none of other presets keeps from its own.
+
+    Args:
+        of: the other presets; what one of them holds out is in val and test in turn.
+    """
+
+    of: tuple[TargetPreset, ...] = ()
+
+    def class_splits(self) -> dict[str, list[Attributes]]:
+        """Every texture of the pairs of each split."""
+        held = sorted({pair for preset in self.of for pair in preset.held_out_pairs()})
+        seen = [pair for pair in product(self.shapes, self.colours) if pair not in held]
+        chosen = {"train": seen, "val": held[::2], "test": held[1::2]}
+        return {
+            split: [Attributes(*pair, t) for pair in pairs for t in self.textures] for split, pairs in chosen.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -200,5 +225,10 @@ PRESETS: dict[str, ScenePreset] = {
         max_objects=330, held_out=4, n_classes=(89, 29, 29),
     ),
 }  # fmt: skip
+PRESETS["common"] = CommonPreset(
+    height=192, widths=(192,), shapes=PRESETS["full"].shapes, colours=PRESETS["full"].colours,
+    textures=PRESETS["full"].textures, radius=(3, 28), min_radius=2.5, log_count=(2.8, 0.9), max_target=120,
+    max_objects=150, of=tuple(p for p in PRESETS.values() if isinstance(p, TargetPreset)),
+)  # fmt: skip
 
-__all__ = ["COLOURS", "PRESETS", "Attributes", "EachClassPreset", "ScenePreset", "TargetPreset"]
+__all__ = ["COLOURS", "PRESETS", "Attributes", "CommonPreset", "EachClassPreset", "ScenePreset", "TargetPreset"]

@@ -41,7 +41,7 @@ class SceneSet:
     """Everything that the files of a set of scenes depend on.
 
     Args:
-        preset: ``easy``, ``low`` or ``full``.
+        preset: ``easy``, ``low``, ``full`` or ``common``.
         split_by: ``class`` tests on (shape, colour) pairs never trained on, ``picture`` on new pictures of the classes
             that training shows; ``None`` takes what the preset is made for.
         sizes: number of pictures of ``train``, ``val`` and ``test``; those left out keep their default.

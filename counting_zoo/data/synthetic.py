@@ -28,13 +28,15 @@ class SyntheticScenes(CountingDataModule):
 
     ``easy`` (192 x 192 pixels, 1 to 60 objects) is for tests and the quick start, ``full`` (384 x 384-672 pixels, 3 to
     300 objects, 147 classes) is like FSC-147, ``low`` (256 x 256 pixels, 0 to 8 objects of each of 12 classes) is for
-    image-level counts. They are written as files in FSC-147's layout, so that its reader reads them as well.
+    image-level counts, ``common`` (192 x 192 pixels, 1 to 120 objects) is for pretraining: it has the words of all and
+    shows in training only pairs that neither ``easy`` nor ``full`` tests on. They are written as files in FSC-147's
+    layout, so that its reader reads them as well.
 
     Args:
         root: the folder the scenes are written to and read from; by default one folder for each setting below
             ``$COUNTING_ZOO_CACHE/scenes`` or ``~/.cache/counting_zoo/scenes``.
         preset: what the scenes look like.
-        split_by: ``class`` (default of ``easy`` and ``full``) tests on shape-colour pairs that training never shows,
+        split_by: ``class`` (default of all but ``low``) tests on shape-colour pairs that training never shows,
             although it shows every word; ``picture`` (default of ``low``) tests on new pictures of the same classes.
         sizes: number of pictures of ``train``, ``val`` and ``test`` (default 1500, 150 and 200).
         scene_seed: seeds the pictures; ``seed`` seeds only the order and augmentation in training.
@@ -51,7 +53,7 @@ class SyntheticScenes(CountingDataModule):
         self,
         root: str | Path | None = None,
         *,
-        preset: Literal["easy", "low", "full"] = "easy",
+        preset: Literal["easy", "low", "full", "common"] = "easy",
         split_by: SplitBy | None = None,
         sizes: dict[str, int] | None = None,
         scene_seed: int = 0,

@@ -103,7 +103,9 @@ _VIT = {
     "visual.ln_post.": "vision_model.post_layernorm.",
     "visual.transformer.resblocks.": "vision_model.encoder.layers.",
     "visual.proj": "visual_projection.weight",
-}
+    # Of a convolutional stem, which OpenAI has not; see counting_zoo.nn.vision.
+    "visual.stem.": "stem.", "visual.lateral.": "lateral.", "visual.fuse.": "fuse.",
+}  # fmt: skip
 _RESNET = {f"visual.{name}": f"visual.{name}" for name in (
     "conv1.", "conv2.", "conv3.", "bn1.", "bn2.", "bn3.", "layer1.", "layer2.", "layer3.", "layer4.",
 )} | {"visual.attnpool.": "attnpool."}  # fmt: skip
@@ -167,8 +169,18 @@ def text_to_openai(clip: nn.Module) -> dict[str, Tensor]:
     Args:
         clip: a ``transformers.CLIPModel`` or a :class:`~counting_zoo.nn.clip_resnet.CLIPResNetModel`.
     """
-    state, out = clip.state_dict(), {}
-    for old, new in _TEXT.items():
+    out = to_openai(clip.state_dict())
+    return {key: value for key, value in out.items() if not key.startswith("visual.") and key != "logit_scale"}
+
+
+def to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of transformers, or of this package's CLIP ResNet, under OpenAI's; others are left out.
+
+    Args:
+        state: a whole CLIP or a part of one.
+    """
+    out: dict[str, Tensor] = {}
+    for old, new in (_VIT | _RESNET | _TEXT).items():
         for key in (k for k in state if k == new or (new.endswith(".") and k.startswith(new))):
             name = old + key[len(new) :]
             if ".self_attn." in name and "_proj." in name and ".out_proj." not in name:
@@ -178,12 +190,11 @@ def text_to_openai(clip: nn.Module) -> dict[str, Tensor]:
                 continue
             for theirs, ours in _LAYER.items():
                 name = name.replace(f".{ours}", f".{theirs}")
-            out[name] = state[key].t().contiguous() if old == "text_projection" else state[key]
-    out.pop("logit_scale", None)
+            out[name] = state[key].t().contiguous() if old in ("visual.proj", "text_projection") else state[key]
     return out
 
 
 __all__ = [
     "clip_config_of_openai", "is_resnet", "openai_to_huggingface", "openai_to_resnet", "resnet_config_of_openai",
-    "text_to_openai",
+    "text_to_openai", "to_openai",
 ]  # fmt: skip

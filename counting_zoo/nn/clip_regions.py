@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, batch_norm, relu
 
 from counting_zoo.errors import InputError
+from counting_zoo.nn.vision import DenseViT, Stem
 from counting_zoo.regions import roi_align
 
 if TYPE_CHECKING:
@@ -167,11 +168,69 @@ class ViTRegions(nn.Module):
     def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """``(N, D)`` embeddings of all boxes, in the order of the pictures; see :func:`region_embeddings`."""
         # The projection is linear, so the mean of projected patches is the projected mean, which costs less.
-        pooled = roi_align(features, _indexed(boxes, features), 1, 1 / self.stride, 0, aligned=True)
-        return self.visual_projection(pooled.flatten(1))
+        return self.visual_projection(_means(features, boxes, self.stride))
 
 
-RegionEncoder = ResNetRegions | ViTRegions
+class StemRegions(nn.Module):
+    """A small CLIP ViT behind a convolutional stem, whose cells of 8 pixels are averaged over boxes and projected.
+
+    The features are those that counters with ``stem="conv"`` read. A whole picture is a box around everything.
+
+    Args:
+        clip: gives the transformer, whose patch embedding is dropped.
+
+    Attributes:
+        dim: width D of the embeddings.
+        stride: pixels along a side of a cell, 8.
+        multiple: sides of the input are multiples of it, 16.
+    """
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.dim = int(clip.config.projection_dim or 0)
+        self.vision = DenseViT(clip, stem="conv", train=True)
+        self.visual_projection = nn.Linear(self.vision.dim, self.dim, bias=False)
+        nn.init.xavier_uniform_(self.visual_projection.weight)
+        self.stride, self.multiple = self.vision.stride, self.vision.patch
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        """``(B, 3, H, W)`` normalised pictures to ``(B, C, H / 8, W / 8)``."""
+        _check_size(images, self.multiple)
+        return self.vision(images), None
+
+    def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """``(N, D)`` embeddings of all boxes, in the order of the pictures; see :func:`region_embeddings`."""
+        return self.visual_projection(_means(features, boxes, self.stride))
+
+
+def _means(features: Tensor, boxes: Sequence[Tensor], stride: int) -> Tensor:
+    """``(N, C)`` means of the features over boxes."""
+    return roi_align(features, _indexed(boxes, features), 1, 1 / stride, 0, aligned=True).flatten(1)
+
+
+RegionEncoder = ResNetRegions | ViTRegions | StemRegions
+
+
+def region_encoder(
+    clip: CLIPModel | CLIPResNetModel, *, stem: Stem = "patch", dense: DenseMode = "patch", freeze_at: int = 2
+) -> RegionEncoder:
+    """The encoder of regions for a CLIP, which gives its modules away.
+
+    Args:
+        clip: a vision transformer or a ResNet.
+        stem: ``conv`` for :class:`StemRegions`.
+        dense: of a vision transformer, see :class:`ViTRegions`.
+        freeze_at: of a ResNet, see :class:`ResNetRegions`.
+
+    Raises:
+        InputError: a stem for a ResNet, or an unknown one.
+    """
+    resnet = not hasattr(clip, "vision_model")
+    if stem not in ("patch", "conv") or (stem == "conv" and resnet):
+        raise InputError(f"stem is {stem!r}; expected 'patch', or 'conv' with a CLIP ViT")
+    if resnet:
+        return ResNetRegions(clip, freeze_at=freeze_at)  # type: ignore[arg-type]
+    return StemRegions(clip) if stem == "conv" else ViTRegions(clip, dense=dense)  # type: ignore[arg-type]
 
 
 def region_embeddings(encoder: RegionEncoder, images: Tensor, boxes: Sequence[Tensor]) -> Tensor:
@@ -235,6 +294,6 @@ def _indexed(boxes: Sequence[Tensor], features: Tensor) -> Tensor:
 
 
 __all__ = [
-    "DenseMode", "FrozenBatchNorm2d", "RegionEncoder", "ResNetRegions", "ViTRegions", "freeze_batch_norms",
-    "region_and_picture_embeddings", "region_embeddings",
+    "DenseMode", "FrozenBatchNorm2d", "RegionEncoder", "ResNetRegions", "StemRegions", "ViTRegions",
+    "freeze_batch_norms", "region_and_picture_embeddings", "region_embeddings", "region_encoder",
 ]  # fmt: skip

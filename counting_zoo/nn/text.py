@@ -86,19 +86,18 @@ class TextTower(nn.Module):
         keep = not (self.training or torch.is_grad_enabled())
         if not keep:
             self._cache.clear()  # this may be a step of training, which may run in evaluation mode
-        lowered = torch.is_autocast_enabled(self.projection.weight.device.type)
-        found = {p: self._cache[p, lowered] for p in distinct if keep and (p, lowered) in self._cache}
-        new = [p for p in distinct if p not in found]
-        # In evaluation one prompt at a time: then its bits do not depend on what else was asked, now or before.
-        for group in [[p] for p in new] if keep else [new] if new else []:
-            pooled, tokens, ends = self._run(group)
-            for i, prompt in enumerate(group):
-                found[prompt] = (pooled[i], tokens[i, : int(ends[i]) + 1])
-        if keep:
-            self._cache.update({(p, lowered): found[p] for p in new})
-        rows = [found[p] for p in distinct]
         place = {p: i for i, p in enumerate(distinct)}
-        index = torch.tensor([place[p] for p in prompts], device=rows[0][0].device)
+        index = torch.tensor([place[p] for p in prompts], device=self.projection.weight.device)
+        if not keep:
+            pooled, tokens, ends = self._run(distinct)
+            return pooled[index], tokens[:, : int(ends.max()) + 1][index]
+        lowered = torch.is_autocast_enabled(self.projection.weight.device.type)
+        found = {p: self._cache[p, lowered] for p in distinct if (p, lowered) in self._cache}
+        # One prompt at a time: then its bits do not depend on what else was asked, now or before.
+        for prompt in [p for p in distinct if p not in found]:
+            pooled, tokens, ends = self._run([prompt])
+            found[prompt] = self._cache[prompt, lowered] = (pooled[0], tokens[0, : int(ends[0]) + 1])
+        rows = [found[p] for p in distinct]
         padded = nn.utils.rnn.pad_sequence([tokens for _, tokens in rows], batch_first=True)
         return torch.stack([pooled for pooled, _ in rows])[index], padded[index]
 

@@ -19,6 +19,7 @@ from counting_zoo.models.clip_count.loss import (
 from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction
 from counting_zoo.module import CountingModule
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config
+from counting_zoo.nn.pretrained import PretrainedCLIP, load_text, load_vision, read_pretrained
 from counting_zoo.nn.text import TextPool
 from counting_zoo.nn.tokenizer import TokenizerLike, word_tokenizer
 from counting_zoo.nn.vision import PromptIndexing, Stem
@@ -34,6 +35,9 @@ class CLIPCount(CountingModule):
 
     Args:
         clip: CLIP weights: hub name, folder, or a config mapping for random weights.
+        pretrained_encoder: a file that ``RegionCLIPPretraining.export`` wrote, or ``small`` for the zoo's own small
+            CLIP: both towers start from it in place of ``clip``'s weights, and so does the projection of patches where
+            a ``conv`` stem makes them the same.
         tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from the
             class names of its training data.
         prompt_template: ``{}`` is replaced by the name asked about; the same in training, test and prediction.
@@ -63,6 +67,7 @@ class CLIPCount(CountingModule):
         self,
         clip: CLIPSource = "openai/clip-vit-base-patch16",
         *,
+        pretrained_encoder: str | None = None,
         tokenizer: str | None = None,
         prompt_template: str = "{}",
         window: int = 384,
@@ -126,8 +131,10 @@ class CLIPCount(CountingModule):
             contrast_proj=contrast != "none",
         )
         self._tokenizer_is_made = False
-        if tokenizer is not None or isinstance(clip, str):
+        if tokenizer is not None or (isinstance(clip, str) and pretrained_encoder is None):
             self.set_tokenizer(tokenizer or str(clip))
+        if pretrained_encoder is not None:
+            self._start_from(read_pretrained(pretrained_encoder))
         self.prompt_template = prompt_template
         self.contrast, self.contrast_epochs = contrast, contrast_epochs if contrast != "none" else 0
         self.contrast_weight, self.contrast_weight_after = contrast_weight, contrast_weight_after
@@ -135,6 +142,17 @@ class CLIPCount(CountingModule):
         self.sigma, self.splat, self.unique_points = sigma, splat, unique_points
         self.density_mask, self.count_weight = density_mask, count_weight
         self.train_classes: list[str] = []
+
+    @torch.no_grad()
+    def _start_from(self, pretrained: PretrainedCLIP) -> None:
+        self.hparams["pretrained_encoder"] = None  # the checkpoint has the weights
+        load_vision(self.network.vision, pretrained)
+        load_text(self.network.text, pretrained)
+        if self.network.vision.stem is not None:
+            for layer in (self.network.patch_proj, self.network.contrast_proj):
+                if layer is not None:
+                    layer.weight.copy_(pretrained.state["visual_projection.weight"])
+                    layer.bias.zero_()
 
     @property
     def cell(self) -> int:

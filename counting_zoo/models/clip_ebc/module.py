@@ -32,6 +32,7 @@ from counting_zoo.module import CountingModule
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
 from counting_zoo.nn.clip_resnet import CLIPResNet, CLIPResNetModel
 from counting_zoo.nn.normalization import Normalization
+from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained
 from counting_zoo.nn.prompted_vit import PromptedViT
 from counting_zoo.nn.small_encoder import SmallEncoder
 from counting_zoo.nn.text import TextTower
@@ -281,6 +282,8 @@ class CLIPEBC(BlockwiseCounter):
     Args:
         clip: a CLIP ViT (hub name, folder), a CLIP ResNet (``resnet50`` ..., an OpenAI or open_clip file or folder),
             or a config mapping for random weights.
+        pretrained_encoder: a file that ``RegionCLIPPretraining.export`` wrote: both towers start from it in place of
+            ``clip``'s weights.
         tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own.
         prompt_style: numbers in the texts as a ``word`` or a ``number``.
         prompt_wording: ``corrected`` says "four or more" of a bin that four is in; the reference says "more than
@@ -302,6 +305,7 @@ class CLIPEBC(BlockwiseCounter):
         self,
         clip: CLIPSource = "openai/clip-vit-base-patch16",
         *,
+        pretrained_encoder: str | None = None,
         tokenizer: str | None = None,
         prompt_style: Style = "word",
         prompt_wording: Wording = "corrected",
@@ -339,6 +343,11 @@ class CLIPEBC(BlockwiseCounter):
                 towers, n_prompts=visual_prompts, deep=deep_prompts, dropout=prompt_dropout, init=prompt_init,
                 train=bool(train_vision),
             )  # fmt: skip
+        if pretrained_encoder is not None:
+            pretrained = read_pretrained(pretrained_encoder)
+            load_vision(body, pretrained)
+            load_text(tower, pretrained)
+            self.hparams["pretrained_encoder"] = None  # the checkpoint has the weights
         neck = Decoder(
             body.dim,
             _published_decoder(body) if decoder is None else decoder,
@@ -348,7 +357,8 @@ class CLIPEBC(BlockwiseCounter):
             body, neck, self._text_head(neck.dim, tower.dim), reduction=self.reduction, normalization=normalization
         )
         if isinstance(clip, str | Mapping) and not without_text:
-            self.describe_bins(tower, tokenizer or tokenizer_of(clip))
+            known = None if tower.tokenizer is None else tower.tokenizer.to_json()
+            self.describe_bins(tower, tokenizer or known or tokenizer_of(clip))
 
     def _text_head(self, inside: int, dim: int) -> BinHead | ZeroInflatedHead:
         if self.head == "bins":

@@ -1,1 +1,5 @@
 """RegionCLIP: a CLIP that matches texts with regions of a picture (Zhong et al., CVPR 2022, arXiv 2112.09106)."""
+
+from counting_zoo.models.region_clip.pretraining import RegionCLIPPretraining
+
+__all__ = ["RegionCLIPPretraining"]

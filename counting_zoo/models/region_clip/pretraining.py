@@ -1,0 +1,465 @@
+"""RegionCLIP's pretraining: a CLIP learns to match regions, instead of whole pictures, with texts."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from counting_zoo.errors import InputError, SupervisionError
+from counting_zoo.geometry import Preprocess
+from counting_zoo.metrics import PictureRows
+from counting_zoo.models.region_clip.concepts import (
+    Ensemble,
+    cached_concepts,
+    concepts_from_captions,
+    concepts_from_classes,
+    concepts_from_file,
+    embed_concepts,
+)
+from counting_zoo.models.region_clip.loss import Gather, pretraining_losses, text_logits
+from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, prompt_templates, region_prompts
+from counting_zoo.models.region_clip.pseudo_labels import (
+    Fallback,
+    PseudoLabels,
+    label_statistics,
+    pseudo_labels,
+    teacher_probabilities,
+)
+from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
+from counting_zoo.nn.clip_regions import DenseMode, RegionEncoder, region_and_picture_embeddings, region_encoder
+from counting_zoo.nn.normalization import STATISTICS
+from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained, write_pretrained
+from counting_zoo.nn.text import TextPool, TextTower
+from counting_zoo.nn.tokenizer import TokenizerLike, word_tokenizer
+from counting_zoo.nn.vision import Stem
+from counting_zoo.training import TrainingModule
+from counting_zoo.types import Batch
+
+log = logging.getLogger(__name__)
+
+Labels = Literal["teacher", "boxes"]
+CAPTIONS = 5
+"""Captions of a picture that one is drawn from at most, as in the reference."""
+
+
+class RegionAccuracy(PictureRows):
+    """How often regions, and whole pictures, are nearest to a right name; the mean over pictures."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(("region", "picture"), **options)
+
+    def update(self, image_id: str, region: Tensor, picture: Tensor) -> None:
+        """Add the share of regions of one picture given their name, and whether the picture is given one in it."""
+        self.append([image_id], region=region.float().reshape(1, 1), picture=picture.float().reshape(1, 1))
+
+    def compute(self) -> dict[str, float]:
+        """``region_accuracy, picture_accuracy``; nothing where no picture has named boxes."""
+        rows = self.rows()
+        if not len(rows["picture"]):
+            return {}
+        return {f"{name}_accuracy": float(rows[name].mean()) for name in ("region", "picture")}
+
+
+class RegionCLIPPretraining(TrainingModule):
+    """Region-text pretraining (Zhong et al., "RegionCLIP", CVPR 2022, arXiv 2112.09106).
+
+    A student embeds regions of a picture; a teacher, which is the student as it was before, says which concept of a
+    pool each of them shows. The student is drawn to the concept, to the teacher's opinion of all concepts, and whole
+    pictures to their captions. What comes out is :meth:`export`: a CLIP that counters start from.
+
+    Args:
+        clip: CLIP weights: hub name, folder, file, or a config mapping for random weights. Its image tower is a vision
+            transformer or a ResNet.
+        pretrained_encoder: a file that :meth:`export` wrote, or ``small``, to go on from; in place of ``clip``'s
+            weights.
+        tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from
+            captions and concepts of its training data.
+        stem: ``conv`` puts small convolutions in the place of a ViT's patch embedding, which learn from scratch.
+        dense: how a ViT makes patches of its last layer; see :class:`~counting_zoo.nn.clip_regions.ViTRegions`.
+        teacher_dense: the same of the teacher, which never saw regions.
+        freeze_at: parts of a ResNet that do not train; see :class:`~counting_zoo.nn.clip_regions.ResNetRegions`.
+        train_text: whether the text tower trains along, as it must from scratch.
+        text_pool: where texts are read; see :class:`~counting_zoo.nn.text.TextTower`.
+        concepts: the pool: frequent words of the training ``captions``, the ``classes`` of the data beside
+            ``distractors``, a file with one name in each line, or a list of names.
+        concept_count: captions that a concept of ``captions`` is in at least.
+        distractors: names beside ``classes``; COCO's if ``None``.
+        templates, wording, ensemble: see :func:`~counting_zoo.models.region_clip.concepts.embed_concepts`.
+        cache: folder in which embeddings of the pool are kept between runs; ``None`` calculates them anew.
+        regions: where boxes come from: ``random``, the data's own ``boxes``, a file of boxes, or a detector of
+            transformers (``owlv2:`` or ``detr:`` and a folder or hub name).
+        n_regions: boxes of each picture, drawn at random where there are more.
+        labels: what says which concept a region shows: the ``teacher``, or the names of the data's own ``boxes``,
+            which needs no teacher.
+        threshold: the teacher's probability above which its label is believed; it depends on the size of the pool.
+        fallback: what is kept where no region of a batch passes; see
+            :func:`~counting_zoo.models.region_clip.pseudo_labels.pseudo_labels`.
+        temperature: of all cosines.
+        weights: of ``region_text``, ``distillation`` and ``image_text``; 1 each. A term of weight 0 is not calculated.
+        gather: what sees the pictures of every process; see
+            :func:`~counting_zoo.models.region_clip.loss.pretraining_losses`.
+        caption_template: the caption of a picture without captions; ``{}`` becomes the names that are in it.
+        same_caption: equal captions in a batch are positives of each other (``positive``), or negatives as in the
+            reference (``negative``).
+        preprocess: geometry of whole pictures before the model sees them.
+        training: those of :class:`~counting_zoo.training.TrainingModule`.
+    """
+
+    requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"captions"}), frozenset({"counts"}))
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        clip: CLIPSource = "openai/clip-vit-base-patch16",
+        *,
+        pretrained_encoder: str | None = None,
+        tokenizer: str | None = None,
+        stem: Stem = "patch",
+        dense: DenseMode = "patch",
+        teacher_dense: DenseMode = "value",
+        freeze_at: int = 2,
+        train_text: bool = False,
+        text_pool: TextPool = "eot",
+        concepts: str | list[str] = "captions",
+        concept_count: int = 100,
+        distractors: list[str] | None = None,
+        templates: TemplateSet | list[str] = "region_clip",
+        wording: Wording = "corrected",
+        ensemble: Ensemble = "normalised",
+        cache: str | None = None,
+        regions: str = "random",
+        n_regions: int = 100,
+        labels: Labels = "teacher",
+        threshold: float = 0.1,
+        fallback: Fallback = "none",
+        temperature: float = 0.01,
+        weights: dict[str, float] | None = None,
+        gather: Gather = "image_text",
+        caption_template: str = "a photo of {}.",
+        same_caption: Literal["positive", "negative"] = "positive",
+        preprocess: Preprocess | None = None,
+        **training: Any,
+    ) -> None:
+        super().__init__(**training)
+        self.weights = {"region_text": 1.0, "distillation": 1.0, "image_text": 1.0}
+        if unknown := set(weights or {}) - set(self.weights):
+            raise InputError(f"weights names {sorted(unknown)}; expected some of {', '.join(self.weights)}")
+        self.weights |= weights or {}
+        if labels not in ("teacher", "boxes"):
+            raise InputError(f"labels is {labels!r}; expected 'teacher', or 'boxes' for the names of the data's boxes")
+        if labels == "boxes" and (regions != "boxes" or concepts != "classes"):
+            raise InputError(f"labels 'boxes' are names of the data's own boxes; set regions to 'boxes' (it is "
+                             f"{regions!r}) and concepts to 'classes' (it is {concepts!r})")  # fmt: skip
+        if labels == "teacher" and train_text:
+            raise InputError("train_text moves the concepts away from the teacher that labels regions with them; set "
+                             "train_text to false, or labels to 'boxes'")  # fmt: skip
+        if n_regions < 1 or "{}" not in caption_template:
+            raise InputError(f"n_regions is {n_regions} and caption_template {caption_template!r}; expected at least 1 "
+                             "region, and a text with {} for the names")  # fmt: skip
+        if gather not in ("image_text", "all", "none") or same_caption not in ("positive", "negative"):
+            raise InputError(f"gather is {gather!r} and same_caption {same_caption!r}; expected 'image_text', 'all' or "
+                             "'none', and 'positive' or 'negative'")  # fmt: skip
+        prompt_templates(templates)
+        towers = build_towers(clip)
+        # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
+        self.hparams.update(clip=towers_config(towers), tokenizer=None, pretrained_encoder=None)
+        self.preprocess = Preprocess.of(preprocess)
+        self.text = TextTower(towers, n_context=0, pool=text_pool, train=train_text)
+        self.teacher: RegionEncoder | None = None
+        if labels == "teacher":
+            self.teacher = region_encoder(deepcopy(towers), stem=stem, dense=teacher_dense, freeze_at=freeze_at)
+        self.encoder = region_encoder(towers, stem=stem, dense=dense, freeze_at=freeze_at)
+        self.settings = {"clip": self.hparams["clip"], "stem": stem}
+        given = tokenizer if tokenizer is not None or pretrained_encoder else tokenizer_of(clip)
+        if given is not None:
+            self.set_tokenizer(given)
+        if pretrained_encoder is not None:
+            source = read_pretrained(pretrained_encoder)
+            load_vision(self.encoder, source)
+            load_text(self.text, source)
+        if self.teacher is not None:
+            self.teacher.load_state_dict(self.encoder.state_dict())
+            self.teacher.requires_grad_(False)
+        for name, values in zip(("mean", "std"), STATISTICS["clip"], strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
+        self.concept_source, self.concept_count, self.distractors = concepts, concept_count, distractors
+        self.templates, self.wording, self.ensemble, self.cache = templates, wording, ensemble, cache
+        self.regions, self.n_regions, self.labels = regions, n_regions, labels
+        self.threshold, self.fallback, self.temperature = threshold, fallback, temperature
+        self.gather, self.caption_template, self.same_caption = gather, caption_template, same_caption
+        self.train_text = train_text
+        self.concepts: list[str] = []
+        self.accuracy = RegionAccuracy()
+        self._embedded: dict[tuple[str, ...], Tensor] = {}
+        self._validated: list[str] = []
+        self._warned = False
+        self._source: Any = None
+
+    def set_tokenizer(self, source: TokenizerLike) -> None:
+        """Use a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids."""
+        self.text.set_tokenizer(source)
+
+    def train(self, mode: bool = True) -> RegionCLIPPretraining:
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        if not self.train_text:
+            self.text.eval()
+        return self
+
+    # -- concepts -------------------------------------------------------------------------------------------------
+
+    def read_facts(self, datamodule: Any) -> None:
+        provides = datamodule.provides
+        if self.regions == "boxes" and not {"boxes", "box_labels"} <= provides:
+            raise SupervisionError(
+                f"regions is 'boxes', and {type(datamodule).__name__} gives {sorted(provides)} for training; choose "
+                "data with boxes, or regions: random"
+            )
+        captions = [text for record in datamodule.records("train") for text in record.captions or ()]
+        if not self.concepts:  # a run that is taken up again has them
+            self.concepts = self._pool(datamodule, captions)
+        if self.text.tokenizer is None:
+            prompts = [p for name in self.concepts for p in region_prompts(name, self.templates, self.wording)]
+            vocab_size = self.text.model.embeddings.token_embedding.num_embeddings
+            self.set_tokenizer(word_tokenizer([*captions, *prompts, self.caption_template], vocab_size))
+        if self.regions not in ("random", "boxes"):
+            from counting_zoo.models.region_clip.proposals import FileProposals, proposal_source
+
+            self._source = proposal_source(self.regions)
+            if isinstance(self._source, FileProposals) and datamodule.augmentation is not None:
+                raise InputError(
+                    f"regions are those of the file {self.regions!r}, which do not move along when pictures are "
+                    "flipped or cropped; set data.augmentation to null, or regions to 'random'"
+                )
+
+    def _pool(self, datamodule: Any, captions: list[str]) -> list[str]:
+        source = self.concept_source
+        if isinstance(source, list):
+            return concepts_from_classes(source, ())
+        if source == "captions":
+            if not captions:
+                raise SupervisionError(f"concepts are to come from captions, and {type(datamodule).__name__} has none "
+                                       "for training; set concepts to 'classes', a file, or a list")  # fmt: skip
+            return concepts_from_captions(captions, min_count=self.concept_count)
+        if source == "classes":
+            names = datamodule.class_names("train")
+            return concepts_from_classes(names, *([] if self.distractors is None else [self.distractors]))
+        return concepts_from_file(source)
+
+    def _embeddings(self, names: list[str]) -> Tensor:
+        """``(C, D)`` embeddings of names, calculated once where texts do not train."""
+        if self.train_text and self.training:
+            prompts = [p for name in names for p in region_prompts(name, self.templates, self.wording)]
+            return self.text(prompts).unflatten(0, (len(names), -1)).mean(1)
+        key = tuple(names)
+        if not self.train_text and key in self._embedded:
+            return self._embedded[key].to(self.device)
+        options: Any = {"wording": self.wording, "ensemble": self.ensemble}
+        if self.cache is None or self.train_text:
+            found = embed_concepts(self.text, names, self.templates, **options)
+        else:
+            found = cached_concepts(self.cache, self.text, names, self.templates, **options)
+        # Validation runs in inference mode, and training takes gradients through what it is multiplied with.
+        self._embedded = {key: found.clone()} | self._embedded
+        return found
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def training_losses(self, batch: Batch) -> dict[str, Tensor]:
+        # Lightning's and this module's seeds decide about torch's generator, so a run taken up again is the same run.
+        generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, ())))
+        terms, statistics = self._terms(batch, self.concepts, generator)
+        size = len(batch["image_id"])
+        self.log_dict({f"train/{name}": value.float() for name, value in statistics.items()}, batch_size=size)
+        if statistics["distinct_concepts"] < 2 and not self._warned and self.weights["region_text"]:
+            self._warned = True
+            log.warning(
+                "the kept regions of a batch show fewer than two concepts, so its region-text loss is 0; if it goes on "
+                "(train/distinct_concepts), lower threshold, or give concepts that are in the pictures"
+            )
+        return terms
+
+    def on_validation_epoch_start(self) -> None:
+        if self.labels != "boxes":
+            return
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._validated = list(datamodule.class_names("val"))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        generator = torch.Generator().manual_seed(batch_idx)
+        pool = self._validated if self.labels == "boxes" else self.concepts
+        terms, statistics = self._terms(batch, pool, generator)
+        found = terms | statistics | {"loss": torch.stack(list(terms.values())).sum()}
+        # A picture that evens out the processes counts twice here, and once in the accuracies.
+        found = {f"val/{name}": value.float() for name, value in found.items()}
+        self.log_dict(found, batch_size=len(batch["image_id"]), sync_dist=True)
+        if "boxes" in batch and "box_labels" in batch:
+            self._classify(batch)
+
+    def _classify(self, batch: Batch) -> None:
+        """Whether the data's own boxes are given their names, of those of the split."""
+        images, sizes = self._padded(batch["image"])
+        boxes = [own.to(self.device) for own in batch["boxes"]]
+        regions, pictures = region_and_picture_embeddings(self.encoder, images, boxes, sizes)
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        names = list(datamodule.class_names("val"))
+        place = {name: i for i, name in enumerate(names)}
+        texts = self._embeddings(names)
+        nearest = text_logits(regions, texts).argmax(1).split([len(own) for own in boxes])
+        first = text_logits(pictures, texts).argmax(1)
+        for i, (asked, labels) in enumerate(zip(batch["classes"], batch["box_labels"], strict=True)):
+            if len(labels):
+                true = torch.tensor([place[name] for name in asked], device=self.device)[labels.to(self.device)]
+                self.accuracy.update(
+                    batch["image_id"][i], (nearest[i] == true).float().mean(), (true == first[i]).any()
+                )
+
+    def on_validation_epoch_end(self) -> None:
+        with warnings.catch_warnings():
+            # A rank without pictures computes too, or the others would wait for it for ever.
+            warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
+            scores = self.accuracy.compute()
+        self.log_dict({f"val/{name}": value for name, value in scores.items()})
+        self.accuracy.reset()
+
+    def _terms(
+        self, batch: Batch, pool: list[str], generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weighted losses of a batch, and what to watch."""
+        images, sizes = self._padded(batch["image"])
+        boxes, names = self._boxes(batch, sizes, generator)
+        if not (self.weights["region_text"] or self.weights["distillation"]):
+            boxes, names = [own[:0] for own in boxes], []
+        regions, pictures = region_and_picture_embeddings(self.encoder, images, boxes, sizes)
+        concepts = self._embeddings(pool)
+        pseudo = self._pseudo_labels(images, boxes, names, pool, concepts)
+        statistics = label_statistics(pseudo, regions, concepts)
+        captions, same = self._captions(batch, generator)
+        gather = self.gather if self.training else "none"
+        if gather == "all" and self._distributed():
+            regions, pseudo = _filled(regions, pseudo, len(images) * self.n_regions)
+        losses = pretraining_losses(
+            regions, pseudo.probabilities, pseudo.labels, pseudo.kept, concepts, pictures, self.text(captions),
+            captions=same, temperature=self.temperature, gather=gather, all_gather=self._all_gather,
+        )  # fmt: skip
+        return {name: self.weights[name] * loss for name, loss in losses.items() if self.weights[name]}, statistics
+
+    def _padded(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Normalised pictures with zeros on the right and at the bottom, and their heights and widths without."""
+        sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
+        multiple = self.encoder.multiple
+        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
+        found = [
+            pad(
+                ((i if i.is_floating_point() else i.float() / 255) - self.mean) / self.std,
+                (0, width - w, 0, height - h),
+            )
+            for i, (h, w) in zip(images, sizes, strict=True)
+        ]
+        return torch.stack(found), sizes
+
+    def _boxes(
+        self, batch: Batch, sizes: list[tuple[int, int]], generator: torch.Generator
+    ) -> tuple[list[Tensor], list[str]]:
+        """At most ``n_regions`` boxes of each picture, and where they are the data's own the name of each."""
+        if self.regions == "random":
+            from counting_zoo.models.region_clip.proposals import random_boxes
+
+            return [random_boxes(size, self.n_regions, generator).to(self.device) for size in sizes], []
+        if self._source is not None:
+            found = self._source(list(batch["image"]), batch["image_id"], sizes=batch.get("original_size"))
+            boxes = [proposed.boxes for proposed in found]
+        else:
+            boxes = list(batch["boxes"])
+        chosen = [torch.randperm(len(own), generator=generator)[: self.n_regions].to(own.device) for own in boxes]
+        names = []
+        if self.labels == "boxes":
+            for asked, labels, kept in zip(batch["classes"], batch["box_labels"], chosen, strict=True):
+                names += [asked[i] for i in labels[kept].tolist()]
+        return [own[kept].to(self.device) for own, kept in zip(boxes, chosen, strict=True)], names
+
+    def _pseudo_labels(
+        self, images: Tensor, boxes: list[Tensor], names: list[str], pool: list[str], concepts: Tensor
+    ) -> PseudoLabels:
+        if self.teacher is not None:
+            with torch.no_grad():
+                probabilities = teacher_probabilities(
+                    self.teacher.pool(self.teacher(images)[0], boxes), concepts, self.temperature
+                )
+            return pseudo_labels(probabilities, self.threshold, fallback=self.fallback)
+        place = {name: i for i, name in enumerate(pool)}
+        labels = torch.tensor([place[name] for name in names], dtype=torch.int64, device=self.device)
+        kept = torch.ones_like(labels, dtype=torch.bool)
+        return PseudoLabels(one_hot(labels, len(concepts)).float(), labels, kept, kept)
+
+    def _captions(self, batch: Batch, generator: torch.Generator) -> tuple[list[str], Tensor | None]:
+        """One caption for each picture, and which of them are the same sentence."""
+        chosen = []
+        for i, image_id in enumerate(batch["image_id"]):
+            texts = batch["captions"][i][:CAPTIONS] if "captions" in batch else []
+            if texts:
+                chosen.append(texts[int(torch.randint(len(texts), (), generator=generator))])
+            elif names := batch["present"][i] if "present" in batch else batch["classes"][i]:
+                chosen.append(self.caption_template.replace("{}", ", ".join(names)))
+            else:
+                raise InputError(f"{image_id} has neither a caption nor a name of anything in it; leave it out of the "
+                                 "training pictures, or give it a caption")  # fmt: skip
+        if self.same_caption == "negative":
+            return chosen, None
+        # A hash, so that the sentences of other processes have the same number.
+        numbers = [int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) for text in chosen]
+        return chosen, torch.tensor(numbers, device=self.device)
+
+    def _all_gather(self, x: Tensor) -> Tensor:
+        if not self._distributed():
+            return x
+        if x.dtype == torch.bool:
+            return self._all_gather(x.to(torch.uint8)).bool()
+        gathered = self.all_gather(x, sync_grads=x.requires_grad)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def recipe(self) -> dict[str, Any]:
+        tokenizer = self.text.tokenizer
+        return {"tokenizer": None if tokenizer is None else tokenizer.to_json(), "concepts": self.concepts}
+
+    def restore_recipe(self, recipe: dict[str, Any]) -> None:
+        self.concepts = list(recipe["concepts"])
+        if self.text.tokenizer is None and recipe["tokenizer"] is not None:
+            self.set_tokenizer(recipe["tokenizer"])
+
+    def export(self, path: str | Path, *, half: bool = False) -> Path:
+        """Write the student and its texts as a CLIP that counters load through ``pretrained_encoder``.
+
+        Args:
+            path: a ``.safetensors`` file; its names are OpenAI's.
+            half: in half precision.
+        """
+        dtype = torch.float16 if half else torch.float32
+        return write_pretrained(path, self.encoder, self.text, self.settings, temperature=self.temperature, dtype=dtype)
+
+
+def _filled(regions: Tensor, pseudo: PseudoLabels, rows: int) -> tuple[Tensor, PseudoLabels]:
+    """Regions and their labels with rows that are not kept, so that every process has as many."""
+
+    def fill(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+
+    filled = PseudoLabels(*(fill(x) for x in (pseudo.probabilities, pseudo.labels, pseudo.kept, pseudo.valid)))
+    return fill(regions), filled
+
+
+__all__ = ["Labels", "RegionAccuracy", "RegionCLIPPretraining"]
