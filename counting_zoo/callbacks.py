@@ -28,9 +28,10 @@ log = logging.getLogger(__name__)
 class PredictionWriter(L.Callback):
     """Writes what ``predict`` finds: ``counts.csv``, ``points.csv``, ``errors.csv``, ``densities.h5``, ``pictures/``.
 
-    Every process writes its part as it goes; at the end the first one joins them, ordered by picture and each picture
-    once, so that the files do not depend on the number of processes. Files appear complete or not at all. On several
-    machines ``dir`` must lie on a disk they share. See :mod:`counting_zoo.evaluation.prediction_files` for columns.
+    And ``boxes.csv``, where the model detects. Every process writes its part as it goes; at the end the first one
+    joins them, ordered by picture and each picture once, so that the files do not depend on the number of processes.
+    Files appear complete or not at all. On several machines ``dir`` must lie on a disk they share. See
+    :mod:`counting_zoo.evaluation.prediction_files` for columns.
 
     Args:
         dir: the folder; files of an earlier run in it are replaced.

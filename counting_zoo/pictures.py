@@ -125,7 +125,10 @@ def _chw(image: np.ndarray) -> Tensor:
 
 
 def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
-    """A prediction as a picture: density as colour, points as rings, boxes, and the count in a strip above.
+    """A prediction as a picture: density as colour and points as dots, and the count in a strip above.
+
+    What a model detects is drawn as boxes in place of both, which are no more than the boxes' centres and would hide
+    small objects.
 
     OpenCV's fonts are ASCII: accents are dropped from the caption and other characters become ``?``; files, tables
     and :func:`plot_prediction` keep names as they are.
@@ -147,22 +150,17 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
     scale = _drawn_scale(frame)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     canvas = _background(prediction, (h, w))
-    drawn = resize_density(prediction.density[k], (h, w), prediction.extent).numpy()
-    # One scale for all names, or the faint traces of an absent one would look like objects.
-    high, wide = prediction.extent or prediction.density.shape[-2:]
-    most = float(prediction.density.nan_to_num(posinf=0.0).max()) if prediction.density.numel() else 0.0
-    canvas = _blend(canvas, drawn, most * high * wide / (h * w))  # objects per cell to objects per drawn pixel
     ratio = np.array([w / width, h / height], np.float32)
     if prediction.boxes is not None:
-        for x1, y1, x2, y2 in np.rint(prediction.boxes[k].numpy().reshape(-1, 4) * np.tile(ratio, 2)).astype(int):
-            cv2.rectangle(canvas, (int(x1), int(y1)), (int(x2), int(y2)), WHITE, 1)
-    if prediction.points:
-        radius = max(3, round(max(h, w) / 150))
-        # Pixel centres lie at halves in picture coordinates and at whole numbers in OpenCV's.
-        for x, y in np.rint(prediction.points[k].numpy().reshape(-1, 2) * ratio - 0.5).astype(int):
-            cv2.circle(canvas, (int(x), int(y)), radius + 1, DARK, -1, cv2.LINE_AA)
-            cv2.circle(canvas, (int(x), int(y)), radius, WHITE, -1, cv2.LINE_AA)
-            cv2.circle(canvas, (int(x), int(y)), max(1, radius - 1), RED, -1, cv2.LINE_AA)
+        _draw_boxes(canvas, prediction.boxes[k].numpy().reshape(-1, 4) * np.tile(ratio, 2))
+    else:
+        drawn = resize_density(prediction.density[k], (h, w), prediction.extent).numpy()
+        # One scale for all names, or the faint traces of an absent one would look like objects.
+        high, wide = prediction.extent or prediction.density.shape[-2:]
+        most = float(prediction.density.nan_to_num(posinf=0.0).max()) if prediction.density.numel() else 0.0
+        canvas = _blend(canvas, drawn, most * high * wide / (h * w))  # objects per cell to objects per drawn pixel
+        if prediction.points:
+            _draw_points(canvas, prediction.points[k].numpy().reshape(-1, 2) * ratio)
     caption = f"{name}: {_one_decimal(prediction.counts[k])}"
     if prediction.interval is not None:
         low, high = prediction.interval[k].tolist()
@@ -170,11 +168,30 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
     return np.concatenate([_caption(caption, w), canvas])
 
 
+def _draw_points(canvas: np.ndarray, points: np.ndarray) -> None:
+    radius = max(3, round(max(canvas.shape) / 150))
+    # Pixel centres lie at halves in picture coordinates and at whole numbers in OpenCV's.
+    for x, y in np.rint(points - 0.5).astype(int).tolist():
+        cv2.circle(canvas, (x, y), radius + 1, DARK, -1, cv2.LINE_AA)
+        cv2.circle(canvas, (x, y), radius, WHITE, -1, cv2.LINE_AA)
+        cv2.circle(canvas, (x, y), max(1, radius - 1), RED, -1, cv2.LINE_AA)
+
+
+def _draw_boxes(canvas: np.ndarray, boxes: np.ndarray) -> None:
+    """Lines on the outermost pixels that boxes cover, a pixel at least, with a light rim outside."""
+    low = np.floor(boxes[:, :2] + 0.5).astype(int)
+    edges = np.concatenate([low, np.maximum(np.floor(boxes[:, 2:] + 0.5).astype(int) - 1, low)], 1).tolist()
+    for x1, y1, x2, y2 in edges:
+        cv2.rectangle(canvas, (x1 - 1, y1 - 1), (x2 + 1, y2 + 1), WHITE, 1)
+    for x1, y1, x2, y2 in edges:  # after all rims, so that no rim hides the line of a neighbour
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), RED, 1)
+
+
 def plot_prediction(prediction: Prediction, ax: Any = None) -> Any:
-    """One matplotlib panel for each name: the picture, its density in colour, the points and the count.
+    """One matplotlib panel for each name: the picture, the count, and density and points, or boxes.
 
     Args:
-        prediction: without a picture, the density alone is drawn.
+        prediction: without a picture, density and points, or boxes, are drawn alone.
         ax: one axes, or one for each name; a new figure if ``None``.
 
     Returns:
@@ -185,6 +202,7 @@ def plot_prediction(prediction: Prediction, ax: Any = None) -> Any:
     """
     try:
         import matplotlib.pyplot as plt
+        from matplotlib.collections import PolyCollection
     except ModuleNotFoundError as error:
         raise InputError(
             "plot() draws with matplotlib, which is not installed: pip install 'counting-zoo[viz]' "
@@ -205,16 +223,18 @@ def plot_prediction(prediction: Prediction, ax: Any = None) -> Any:
     for k, (panel, name) in enumerate(zip(axes, names, strict=True)):
         if prediction.image is not None:
             panel.imshow(prediction.image, extent=whole)
-        density = prediction.density[k].clamp(min=0).numpy()
-        alpha = _opacity(density, most) if prediction.image is not None else None
-        panel.imshow(
-            density, extent=covered, cmap="turbo", vmin=0, vmax=most or 1, alpha=alpha, interpolation="nearest"
-        )
-        if prediction.points:
-            x, y = prediction.points[k].numpy().reshape(-1, 2).T
-            panel.plot(x, y, "o", markersize=4, color="red", markeredgecolor="white", markeredgewidth=0.8)
-        for x1, y1, x2, y2 in prediction.boxes[k].tolist() if prediction.boxes is not None else []:
-            panel.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white"))
+        if prediction.boxes is not None:
+            corners = prediction.boxes[k].numpy().reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
+            panel.add_collection(PolyCollection(list(corners), facecolors="none", edgecolors="red", linewidths=1.2))
+        else:
+            density = prediction.density[k].clamp(min=0).numpy()
+            alpha = _opacity(density, most) if prediction.image is not None else None
+            panel.imshow(
+                density, extent=covered, cmap="turbo", vmin=0, vmax=most or 1, alpha=alpha, interpolation="nearest"
+            )
+            if prediction.points:
+                x, y = prediction.points[k].numpy().reshape(-1, 2).T
+                panel.plot(x, y, "o", markersize=4, color="red", markeredgecolor="white", markeredgewidth=0.8)
         panel.set(title=f"{name}: {_one_decimal(prediction.counts[k])}", xlim=(0, width), ylim=(height, 0))
         panel.set_axis_off()
     return axes

@@ -67,7 +67,9 @@ class Prediction:
         names: the K names asked about.
         density: ``(K, h, w)`` float32 objects per cell over the whole picture; sums to ``counts``.
         points: K tensors ``(N_k, 2)``: x, y of density peaks in pixels of the picture given.
-        boxes: K tensors ``(M_k, 4)`` where the model detects, else ``None``.
+        boxes: K tensors ``(M_k, 4)``: x1, y1, x2, y2 in pixels of the picture given where the model detects, else
+            ``None``; ``points`` are their centres then.
+        scores: K tensors ``(M_k,)``, one for each box, where the model gives them.
         interval: ``(K, 2)`` lower and upper bound where the model is calibrated, else ``None``.
         image_id: the file name, or what the caller called the picture.
         image: uint8 RGB picture ``(h, w, 3)`` as the model saw it, kept for :meth:`plot`; ``None`` where it was not.
@@ -81,6 +83,7 @@ class Prediction:
     density: Tensor
     points: list[Tensor] = field(default_factory=list)
     boxes: list[Tensor] | None = None
+    scores: list[Tensor] | None = None
     interval: Tensor | None = None
     image_id: str = ""
     image: np.ndarray | None = None
@@ -98,7 +101,7 @@ class Prediction:
         return float(self.counts[self.names.index(name)])
 
     def overlay(self, name: str | None = None) -> np.ndarray:
-        """``(H, W, 3)`` uint8 RGB: the picture with density, points and count of one name drawn on it.
+        """``(H, W, 3)`` uint8 RGB: the picture with density and points, or boxes, and the count of one name.
 
         Args:
             name: which of the names; the first one if ``None``.

@@ -20,7 +20,7 @@ from tiny_zoo import TinyCounter, TinyPictures
 from counting_zoo import VOCCounts
 from counting_zoo.callbacks import DensityPictures, PredictionWriter, TestReport
 from counting_zoo.errors import ImageError, InputError
-from counting_zoo.evaluation.prediction_files import COUNT_COLUMNS, PartWriter, merge_parts
+from counting_zoo.evaluation.prediction_files import BOX_COLUMNS, COUNT_COLUMNS, PartWriter, merge_parts
 from counting_zoo.evaluation.tables import replacing, safe_cell, write_table
 from counting_zoo.types import Prediction
 
@@ -115,6 +115,29 @@ def test_files_do_not_depend_on_the_number_of_processes(
         assert one[name] == two[name], name
 
 
+class TinyDetector(TinyCounter):
+    """Says a box beside its counts, for each name."""
+
+    def to_prediction(self, *args: Any) -> Prediction:
+        made = super().to_prediction(*args)
+        boxes = [torch.tensor([[1.0, 2.0, 20.0 + k, 30.0]]) for k in range(len(made.names))]
+        return replace(made, boxes=boxes, scores=[torch.tensor([0.75])] * len(boxes))
+
+
+def test_boxes_of_a_model_are_written_and_drawn(tmp_path: Path) -> None:
+    detector = TinyDetector()
+    for ranks in (1, 2):
+        predict(tmp_path / str(ranks), detector, ranks)
+    one = files_of(tmp_path / "1")
+    assert one == files_of(tmp_path / "2")
+    rows = table(tmp_path / "1" / "boxes.csv")
+    assert [row["x2"] for row in rows] == ["20", "21"] * 5
+    drawing = cv2.cvtColor(cv2.imread(str(next((tmp_path / "1" / "pictures").iterdir()))), cv2.COLOR_BGR2RGB)[28:]
+    scale = drawing.shape[1] / 40
+    line = drawing[round(10 * scale), round(scale)].astype(int)
+    assert line[0] - line[1:].max() > 40, "red, as far as JPEG keeps it"
+
+
 def test_options_leave_files_out(tmp_path: Path, model: TinyCounter) -> None:
     predict(tmp_path, model, writer={"pictures": False, "densities": False})
     assert sorted(files_of(tmp_path)) == ["counts.csv", "errors.csv", "points.csv"]
@@ -127,6 +150,57 @@ def prediction(image_id: str, count: float = 1.0) -> Prediction:
     return Prediction(
         torch.tensor([count]), ["a"], torch.full((1, 1, 1), count), points=[torch.zeros(0, 2)], image_id=image_id
     )
+
+
+def detected(image_id: str, n: int, scored: bool = True) -> Prediction:
+    """``n`` boxes of the first name and one of the second."""
+    boxes = [torch.arange(4.0 * n).reshape(-1, 4) + len(image_id) / 3, torch.tensor([[0.1, 0.2, 30.5, 1e-7]])]
+    return Prediction(
+        torch.tensor([float(n), 1.0]), ["a", "=b"], torch.zeros(2, 1, 1), points=[b[:, :2] for b in boxes],
+        boxes=boxes, scores=[torch.linspace(0.9, 0.1, n), torch.tensor([0.3])] if scored else None, image_id=image_id,
+        size=(40, 40),
+    )  # fmt: skip
+
+
+def write_parts(folder: Path, *parts: list[Prediction]) -> None:
+    for rank, predictions in enumerate(parts):
+        part = PartWriter(folder, rank, densities=False, max_pictures=None)
+        for one in predictions:
+            part.add(one)
+        part.close()
+    merge_parts(folder, len(parts), None)
+
+
+def test_boxes_of_one_process_and_of_two(tmp_path: Path) -> None:
+    found = [detected("b.jpg", 2), detected("=a.jpg", 3), detected("none.jpg", 0)]
+    write_parts(tmp_path / "1", found)
+    write_parts(tmp_path / "2", [found[0], found[2]], [found[1], found[0]])  # one picture was dealt to both
+    one, two = files_of(tmp_path / "1"), files_of(tmp_path / "2")
+    assert one == two
+    rows = table(tmp_path / "1" / "boxes.csv")
+    assert tuple(rows[0]) == BOX_COLUMNS
+    assert [(row["image"], row["name"]) for row in rows] == [
+        *[("'=a.jpg", "a")] * 3, ("'=a.jpg", "'=b"), *[("b.jpg", "a")] * 2, ("b.jpg", "'=b"), ("none.jpg", "'=b"),
+    ]  # fmt: skip
+    for image, n in (("'=a.jpg", 3), ("b.jpg", 2)):
+        mine = [row for row in rows if (row["image"], row["name"]) == (image, "a")]
+        made = detected(image.removeprefix("'"), n)
+        assert made.boxes is not None
+        assert made.scores is not None
+        read = np.array([[row[column] for column in BOX_COLUMNS[2:]] for row in mine], np.float32)
+        assert np.array_equal(read[:, :4], made.boxes[0].numpy())
+        assert np.array_equal(read[:, 4], made.scores[0].numpy())
+    assert [row["points"] for row in table(tmp_path / "1" / "counts.csv")] == ["3", "1", "2", "1", "0", "1"]
+
+
+def test_boxes_without_scores_and_none_at_all(tmp_path: Path) -> None:
+    write_parts(tmp_path, [detected("a.jpg", 2, scored=False)], [prediction("b.jpg")])
+    assert [row["score"] for row in table(tmp_path / "boxes.csv")] == [""] * 3
+    nothing = replace(detected("a.jpg", 0), boxes=[torch.zeros(0, 4)] * 2, scores=[torch.zeros(0)] * 2)
+    write_parts(tmp_path, [nothing])
+    assert (tmp_path / "boxes.csv").read_text().strip() == ",".join(BOX_COLUMNS), "a model that detects found nothing"
+    write_parts(tmp_path, [prediction("a.jpg")], [])
+    assert not (tmp_path / "boxes.csv").exists(), "of an earlier run"
 
 
 def test_every_picture_gets_a_file_of_its_own(tmp_path: Path) -> None:

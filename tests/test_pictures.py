@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from counting_zoo.errors import ImageError, InputError
-from counting_zoo.pictures import as_picture, ascii_text, draw_prediction, plot_prediction
+from counting_zoo.pictures import RED, as_picture, ascii_text, draw_prediction, plot_prediction
 from counting_zoo.types import Prediction
 
 
@@ -129,8 +129,36 @@ def test_a_drawing_shows_points_and_density_in_their_places() -> None:
 def test_boxes_are_scaled_to_the_drawing() -> None:
     box = torch.tensor([[80.0, 240.0, 160.0, 320.0]])
     drawn = draw_prediction(prediction(boxes=[box, box], points=[], density=torch.zeros(2, 4, 8)), "yellow rings")
+    lines = (drawn[28:] == RED).all(2)
+    ys, xs = np.nonzero(lines)
+    assert (xs.min(), xs.max(), ys.min(), ys.max()) == (80, 159, 240, 319), "the outermost pixels of the box"
+    assert lines.sum() == 4 * 79
     ys, xs = np.nonzero(drawn[28:].any(2))
-    assert (xs.min(), xs.max(), ys.min(), ys.max()) == (80, 160, 240, 320)
+    assert (xs.min(), xs.max(), ys.min(), ys.max()) == (79, 160, 239, 320), "and a rim of one pixel"
+
+
+def test_boxes_stand_in_for_points_and_colour() -> None:
+    box = torch.tensor([[600.0, 100.0, 700.0, 200.0]])
+    drawn = draw_prediction(prediction(boxes=[box, torch.zeros(0, 4)]), "yellow rings")[28:]
+    assert not drawn[102:198, 602:698].any(), "what is in the box can be seen"
+    assert not draw_prediction(prediction(boxes=[box, torch.zeros(0, 4)]), "Äpfel 苹果")[28:].any()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_boxes_at_the_border_and_without_area_are_seen(scale: float) -> None:
+    size = (round(400 * scale), round(800 * scale))
+    whole = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+    lines = (draw_prediction(prediction(size=size, boxes=[whole, whole]), "yellow rings")[28:] == RED).all(2)
+    assert all(side.all() for side in (lines[0], lines[-1], lines[:, 0], lines[:, -1]))
+    point = torch.tensor([[size[1] / 2, size[0] / 2, size[1] / 2, size[0] / 2]])
+    lines = (draw_prediction(prediction(size=size, boxes=[point, point]), "yellow rings")[28:] == RED).all(2)
+    assert lines.sum() == 1
+
+
+def test_no_rim_hides_the_line_of_a_neighbour() -> None:
+    side_by_side = torch.tensor([[100.0, 100.0, 200.0, 200.0], [200.0, 100.0, 300.0, 200.0]])
+    lines = (draw_prediction(prediction(boxes=[side_by_side, side_by_side]), "yellow rings")[28:] == RED).all(2)
+    assert lines[100:200, [100, 199, 200, 299]].all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 3000), (192, 192)])
@@ -170,6 +198,22 @@ def test_plot_has_a_panel_for_each_name() -> None:
     assert axes[0].get_xlim() == (0, 800)
     with pytest.raises(InputError, match="1 axes for 2 names"):
         plot_prediction(prediction(), axes[0])
+    plt.close("all")
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_plot_draws_boxes_in_place_of_points(with_image: bool) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    boxes = [torch.tensor([[600.0, 100.0, 700.0, 200.0], [0.0, 0.0, 50.0, 80.0]]), torch.zeros(0, 4)]
+    changes: dict[str, object] = {} if with_image else {"image": None}
+    axes = prediction(boxes=boxes, **changes).plot()
+    drawn = [[path.get_extents().extents.tolist() for path in ax.collections[0].get_paths()] for ax in axes]
+    assert drawn == [value.tolist() for value in boxes]
+    assert [(len(ax.lines), len(ax.images)) for ax in axes] == [(0, int(with_image))] * 2
+    assert axes[0].get_xlim() == (0, 800)
     plt.close("all")
 
 

@@ -6,6 +6,9 @@
     set in ``densities.h5`` (either empty where there is none).
 ``points.csv``
     ``image, name, x, y`` in pixels of the upright picture.
+``boxes.csv``
+    ``image, name, x1, y1, x2, y2, score`` in the same pixels, where the model detects; ``score`` is empty where it
+    gives none. Without such a model there is no such file.
 ``errors.csv``
     ``image, error``: pictures that could not be read; without rows when all could.
 ``densities.h5``
@@ -35,6 +38,7 @@ from counting_zoo.types import Prediction
 
 COUNT_COLUMNS = ("image", "name", "count", "points", "width", "height", "overlay", "density")
 POINT_COLUMNS = ("image", "name", "x", "y")
+BOX_COLUMNS = ("image", "name", "x1", "y1", "x2", "y2", "score")
 ERROR_COLUMNS = ("image", "error")
 _PARTS = ".parts"
 
@@ -80,6 +84,8 @@ class PartWriter:
             "names": prediction.names,
             "counts": prediction.counts.tolist(),
             "points": [points.tolist() for points in prediction.points],
+            "boxes": None if prediction.boxes is None else [boxes.tolist() for boxes in prediction.boxes],
+            "scores": None if prediction.scores is None else [scores.tolist() for scores in prediction.scores],
             "size": prediction.size,
             "extent": prediction.extent,
         }
@@ -149,6 +155,11 @@ def merge_parts(folder: Path, n_parts: int, max_pictures: int | None) -> Merged:
                 for x, y in points
             ),
         )
+        boxed = [image for image in counted if found[image].boxed]
+        if boxed:
+            write_table(folder / "boxes.csv", BOX_COLUMNS, (line for row in rows(boxed) for line in _box_lines(row)))
+        else:
+            (folder / "boxes.csv").unlink(missing_ok=True)  # of an earlier run
         failed = [image for image in order if found[image].failed]
         write_table(folder / "errors.csv", ERROR_COLUMNS, ((row["image"], row["error"]) for row in rows(failed)))
         table = (line for row in rows(counted) for line in _count_lines(row, stems, row["image"] in shown))
@@ -166,6 +177,7 @@ class _Place:
     failed: bool
     drawn: bool
     mapped: bool
+    boxed: bool
 
 
 def _find_rows(folder: Path, n_parts: int) -> dict[str, _Place]:
@@ -180,7 +192,12 @@ def _find_rows(folder: Path, n_parts: int) -> dict[str, _Place]:
                 known = found.get(row["image"])
                 if known is None or (n, rank) < known.order:
                     found[row["image"]] = _Place(
-                        (n, rank), place, "error" in row, row.get("drawn", False), row.get("mapped", False)
+                        order=(n, rank),
+                        place=place,
+                        failed="error" in row,
+                        drawn=row.get("drawn", False),
+                        mapped=row.get("mapped", False),
+                        boxed=row.get("boxes") is not None,
                     )
                 place += len(line)
     return found
@@ -194,6 +211,14 @@ def _count_lines(row: dict[str, Any], stems: dict[str, str], shown: bool) -> Ite
         overlay = _overlay(row, k, stems) if shown else ""
         density = f"{stems[image]}/{k}" if row["mapped"] else ""
         yield image, name, float(count), len(points), width, height, overlay, density
+
+
+def _box_lines(row: dict[str, Any]) -> Iterator[tuple[str | float, ...]]:
+    """The lines of ``boxes.csv`` that a picture has, one for each box."""
+    scores = row["scores"] or [[""] * len(boxes) for boxes in row["boxes"]]
+    for name, boxes, own in zip(row["names"], row["boxes"], scores, strict=True):
+        for box, score in zip(boxes, own, strict=True):
+            yield row["image"], name, *map(float, box), score
 
 
 def _overlay(row: dict[str, Any], k: int, stems: dict[str, str]) -> str:
@@ -258,4 +283,4 @@ def _numbered(plain: str) -> Iterator[str]:
         yield f"{plain}-{n}"
 
 
-__all__ = ["COUNT_COLUMNS", "ERROR_COLUMNS", "POINT_COLUMNS", "Merged", "PartWriter", "merge_parts"]
+__all__ = ["BOX_COLUMNS", "COUNT_COLUMNS", "ERROR_COLUMNS", "POINT_COLUMNS", "Merged", "PartWriter", "merge_parts"]
