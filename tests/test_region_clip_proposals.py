@@ -274,6 +274,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny detectors with random weights, as save_pretrained writes them; 3 labels, 7 queries."""
     pytest.importorskip("PIL", reason="transformers' image processors need Pillow")
     import transformers as tf
+    from transformers.models.deformable_detr.image_processing_pil_deformable_detr import DeformableDetrImageProcessorPil
     from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
     from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
     from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
@@ -285,8 +286,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                              "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
                              "num_queries": 7, "num_labels": 3}  # fmt: skip
     resnet: dict[str, Any] = {"use_timm_backbone": False, "backbone_config": tf.ResNetConfig(**body)}
-    steps = ["stage2", "stage3", "stage4"]
-    rt_body = tf.RTDetrResNetConfig(**body, out_features=steps)
+    stepped = {**body, "out_features": ["stage2", "stage3", "stage4"]}
+    levels: dict[str, Any] = {"use_timm_backbone": False, "num_feature_levels": 3,
+                              "backbone_config": tf.ResNetConfig(**stepped)}  # fmt: skip
+    rt_body = tf.RTDetrResNetConfig(**stepped)
     rt: dict[str, Any] = {"d_model": 32, "encoder_hidden_dim": 32, "encoder_in_channels": [8] * 3,
                           "decoder_in_channels": [32] * 3, "num_denoising": 0, "backbone_config": rt_body}  # fmt: skip
     shortest = {"shortest_edge": 64, "longest_edge": 100}
@@ -295,6 +298,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "detr": (
             lambda: tf.DetrForObjectDetection(tf.DetrConfig(d_model=16, **resnet, **sizes)),
             DetrImageProcessorPil(size=shortest),
+        ),
+        "deformable_detr": (
+            lambda: tf.DeformableDetrForObjectDetection(tf.DeformableDetrConfig(d_model=32, **levels, **sizes)),
+            DeformableDetrImageProcessorPil(size=shortest),
         ),
         "rt_detr_v2": (
             lambda: tf.RTDetrV2ForObjectDetection(tf.RTDetrV2Config(**rt, **sizes)),
@@ -325,7 +332,8 @@ def detector(folders: dict[str, Path], kind: str, **options: Any) -> Any:
     return made(folders[kind], **{"threshold": 0.0, **options})
 
 
-KINDS = ["detr", "rt_detr_v2", "owlv2"]
+DETRS = ["detr", "deformable_detr", "rt_detr_v2"]
+KINDS = [*DETRS, "owlv2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -352,7 +360,7 @@ def test_batch_dtype_and_layout_do_not_matter(folders: dict[str, Path], kind: st
     assert not any(p.requires_grad for p in source.model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["detr", "rt_detr_v2"])
+@pytest.mark.parametrize("kind", DETRS)
 def test_detr_as_its_own_processor_has_it(folders: dict[str, Path], kind: str) -> None:
     """Softmax or sigmoid, and the geometry of a picture that is not square: what transformers makes of the output."""
     source, image = detector(folders, kind), picture(40, 60)
@@ -362,7 +370,7 @@ def test_detr_as_its_own_processor_has_it(folders: dict[str, Path], kind: str) -
         output = source.model(**inputs)
     theirs = source.processor.post_process_object_detection(output, threshold=0.0, target_sizes=[(40, 60)])[0]
     clipped = kept_inside(theirs["boxes"], theirs["scores"], (40, 60))
-    best = {}  # theirs may list a query once for each of its classes
+    best: dict[tuple[float, ...], float] = {}  # theirs may list a query once for each of its classes
     for box, score in zip(clipped.boxes, clipped.scores, strict=True):
         key = tuple(round(x, 2) for x in box.tolist())
         best[key] = max(best.get(key, 0.0), float(score))
@@ -693,6 +701,6 @@ def test_on_a_gpu(folders: dict[str, Path], kind: str) -> None:
         found = other([image.cuda()], ["a"])[0]
         assert found.boxes.is_cuda
         assert torch.equal(found.boxes.cpu(), other([image], ["a"])[0].boxes)
-    assert is_sound(Proposed(*(v.cpu() for v in (there.boxes, there.scores)), False), (64, 80))
+    assert is_sound(Proposed(there.boxes.cpu(), there.scores.cpu(), False), (64, 80))
     joined = tiled(source, [image.cuda()], ["a"], depth=1)[0]
     assert joined.boxes.is_cuda
