@@ -32,6 +32,7 @@ _HOME = {
     "VOCCounts": "counting_zoo.data.voc",
     "COCOCounts": "counting_zoo.data.coco",
     "ImageFolder": "counting_zoo.data.folder",
+    "CaptionedPictures": "counting_zoo.data.captions",
     "PackedCounts": "counting_zoo.data.pack",
     "pack": "counting_zoo.data.pack",
     "load": "counting_zoo.loading",
@@ -41,6 +42,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from counting_zoo.data.base import CountingDataModule
+    from counting_zoo.data.captions import CaptionedPictures
     from counting_zoo.data.carpk import CARPK
     from counting_zoo.data.coco import COCOCounts
     from counting_zoo.data.folder import ImageFolder
@@ -81,6 +83,7 @@ __all__ = [
     "Batch",
     "CLIPCount",
     "COCOCounts",
+    "CaptionedPictures",
     "CountOutput",
     "CountingDataModule",
     "CountingModule",

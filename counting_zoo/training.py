@@ -131,6 +131,15 @@ class TrainingModule(L.LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or datamodule is None:
             return
+        self.check_supervision(datamodule)
+        self.read_facts(datamodule)
+
+    def check_supervision(self, datamodule: Any) -> None:
+        """Make sure that the training data give what the model learns from.
+
+        Raises:
+            SupervisionError: they do not; says what is needed and what is given.
+        """
         provides = getattr(datamodule, "provides", None)
         if provides is not None and not any(keys <= provides for keys in self.requires):
             needs = " or ".join(" and ".join(sorted(keys)) for keys in self.requires)
@@ -138,7 +147,6 @@ class TrainingModule(L.LightningModule):
                 f"{type(self).__name__} trains on {needs}, which {type(datamodule).__name__} does not give (it gives "
                 f"{', '.join(sorted(provides)) or 'nothing'}); choose data with {needs}, or test and predict only"
             )
-        self.read_facts(datamodule)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Trainable parameters by their weight decay and share of the learning rate."""

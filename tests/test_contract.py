@@ -10,11 +10,11 @@ from pathlib import Path
 import h5py
 import pytest
 import tiny
-from tiny import DATA, MODELS, data, model, run, trainer
+from tiny import DATA, MODELS, UNCOUNTED, data, model, run, trainer
 
 from counting_zoo import Prediction, load
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.errors import NamesError, SupervisionError
+from counting_zoo.errors import InputError, NamesError, SupervisionError
 
 QUIET = trainer(callbacks=[])
 
@@ -51,6 +51,10 @@ def test_fit_test_predict(model_name: str, data_name: str, copies: dict[str, lis
         assert run("fit", *trainer(), *model(model_name), *words) == 0
     except NamesError as error:
         return refuses_other_names(model_name, words, copies["folder"], str(error))
+    except SupervisionError as error:
+        assert data_name in UNCOUNTED
+        return predicts_only(model_name, words, copies["folder"], str(error))
+    assert data_name not in UNCOUNTED
     best = tmp_path / "runs" / "a" / "checkpoints" / "best.ckpt"
     scored = rows(tmp_path / "runs" / "a" / "metrics.csv")
     assert all(math.isfinite(float(r["train/loss"])) for r in scored if r["train/loss"])
@@ -92,6 +96,19 @@ def refuses_other_names(model_name: str, words: list[str], folder: list[str], sa
     for command in (["test"], ["predict", "--data.classes=[plums]"]):
         with pytest.raises(NamesError, match="no name in common"):
             run(*command, *QUIET, *words, "--ckpt_path", best)
+
+
+def predicts_only(model_name: str, words: list[str], folder: list[str], said: str) -> None:
+    """A counter refuses to fit or to be scored on pictures that nothing is counted in, and predicts on them."""
+    assert "captions" in said
+    assert not list(Path.cwd().rglob("*.ckpt"))  # before the first step
+    run("fit", *trainer(), *model(model_name), *folder)
+    best = next(Path.cwd().rglob("best.ckpt"))
+    with pytest.raises(InputError, match="no counts"):
+        run("test", *QUIET, *words, "--ckpt_path", best)
+    assert run("predict", *QUIET, *words, "--data.classes=[figs]", "--ckpt_path", best, "--predictions.dir=out") == 0
+    assert len(rows(Path("out") / "counts.csv")) == 2
+    assert not rows(Path("out") / "errors.csv")
 
 
 @pytest.mark.parametrize("model_name", [path.stem for path in MODELS])

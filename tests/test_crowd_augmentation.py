@@ -184,7 +184,7 @@ def test_bicubic_is_the_float_kernel_clipped_after_each_direction(size: tuple[in
 
 def test_counts_only_pictures_get_colours_and_flips_alone() -> None:
     sample = crowd(0, 30, 44)
-    empty = replace(sample, points=sample.points[:0], labels=sample.labels[:0], has_points=False)
+    empty = replace(sample, points=sample.points[:0], labels=sample.labels[:0], croppable=False)
     for seed in range(6):
         after = plain(crop=16, flip=True, vflip=True, rot90=True)(empty, np.random.default_rng(seed))
         assert after.size == (30, 44)

@@ -225,7 +225,7 @@ def test_pipelines_stay_consistent(name: str, seed: int, height: int, width: int
 def test_counts_only_pictures_keep_everything_in_frame(name: str) -> None:
     sample = dotted(30, 44, [(0, 0), (43, 29), (10, 20)])
     empty = np.zeros((0, 2), np.float32)
-    sample = replace(sample, points=empty, labels=np.zeros(0, np.int64), has_points=False)
+    sample = replace(sample, points=empty, labels=np.zeros(0, np.int64), croppable=False)
     for seed in range(6):
         after = PIPELINES[name](sample, np.random.default_rng(seed))
         assert after.size == (30, 44)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from counting_zoo.data.checks import check_duplicates, check_kinds, check_records
 from counting_zoo.data.checksums import Checksums
 from counting_zoo.data.dataset import CountingDataset, collate
-from counting_zoo.data.records import Record, Split, ask, merged, present_names, without_annotation
+from counting_zoo.data.records import Record, Split, ask, croppable, merged, present_names, without_annotation
 from counting_zoo.data.sampling import EvaluationSampler, TrainingSampler
 from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import InputError
@@ -303,7 +303,7 @@ class CountingDataModule(L.LightningDataModule):
                 f"data.prompts is {self.prompts}, but training knows only the names {self.class_names('train')}; "
                 "expected no more than these"
             )
-        if stage == "fit" and self.augmentation is not None and "points" in self.provides:
+        if stage == "fit" and self.augmentation is not None and all(map(croppable, self.records("train"))):
             rule = self._preprocess()
             self.augmentation.check_sizes([rule.target_size(*size) for size in self.train_sizes()])
         if stage == "fit" and self.duplicates != "ignore":

@@ -104,7 +104,7 @@ class CrowdAugmentation(Augmentation):
         self.noise_rule = noise_rule
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if sample.has_points:
+        if sample.croppable:
             side = min(max(1, int(self.crop * rng.uniform(*self.scale))), *sample.size)
             sample = moves.resize(random_crop(sample, rng, side, side), self.crop, self.crop, bicubic)
         if self.flip and rng.random() < 0.5:

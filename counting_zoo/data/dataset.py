@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from counting_zoo.data.points import check_inside
-from counting_zoo.data.records import Record, Sample, ask, present_names
+from counting_zoo.data.records import Record, Sample, ask, croppable, present_names
 from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.geometry import Preprocess, scale_boxes, scale_points
@@ -94,7 +94,7 @@ class CountingDataset(Dataset):
             boxes=_moved(scale_boxes, asked.boxes, 4, original_size, size),
             box_labels=asked.box_labels if asked.box_labels is not None else np.zeros(0, np.int64),
             exemplars=_moved(scale_boxes, asked.exemplars, 4, original_size, size),
-            has_points=asked.points is not None,
+            croppable=croppable(asked),
         )
         samples = [sample]
         if self.training and self.augmentation is not None:

@@ -53,7 +53,7 @@ class Sample:
         boxes: ``(M, 4)`` float32.
         box_labels: ``(M,)`` int64.
         exemplars: ``(E, 4)`` float32.
-        has_points: whether the data knows every object's place; if not, the picture must never be cropped.
+        croppable: whether what is known of the picture stays true when part of it is cut away, see :func:`croppable`.
     """
 
     image: np.ndarray
@@ -62,7 +62,7 @@ class Sample:
     boxes: np.ndarray
     box_labels: np.ndarray
     exemplars: np.ndarray
-    has_points: bool = True
+    croppable: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
@@ -141,9 +141,23 @@ def n_objects(record: Record) -> float | None:
     return None if record.counts is None else float(record.counts.sum())
 
 
+def croppable(record: Record) -> bool:
+    """Whether a crop can be annotated: places move along and captions stay as they are, but a count would be wrong.
+
+    Example:
+        >>> croppable(Record("a", captions=["two cats"]))
+        True
+        >>> croppable(Record("b", classes=["cat"], counts=np.float32([2])))
+        False
+    """
+    return record.points is not None or record.counts is None
+
+
 def without_annotation(record: Record) -> Record:
     """What prediction may know of a picture: its id, place, size, and the names to ask about."""
     return Record(record.image_id, record.path, list(record.classes), size=record.size)
 
 
-__all__ = ["Record", "Sample", "Split", "ask", "merged", "n_objects", "present_names", "without_annotation"]
+__all__ = [
+    "Record", "Sample", "Split", "ask", "croppable", "merged", "n_objects", "present_names", "without_annotation",
+]  # fmt: skip

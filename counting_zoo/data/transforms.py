@@ -31,11 +31,11 @@ class Augmentation(ABC):
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """Return the augmented sample; the one given stays as it is.
 
-        A sample without points (``has_points`` false) knows its counts only, so nothing may leave its frame.
+        A sample that is not ``croppable`` knows its counts only, so nothing may leave its frame.
         """
 
     def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:  # noqa: B027  nothing to check by default
-        """Look at the (H, W) of all training pictures with points before training begins.
+        """Look at the (H, W) of all training pictures, where these may be cropped, before training begins.
 
         Raises:
             InputError: they and the settings do not go together.
@@ -89,7 +89,7 @@ class PlainAugmentation(Augmentation):
         self.offset = offset
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if sample.has_points:
+        if sample.croppable:
             sample = self._scaled_crop(sample, rng)
         sample = random_flips(sample, rng, self.flip, self.vflip)
         if self.rot90:
@@ -191,14 +191,14 @@ class CLIPCountAugmentation(Augmentation):
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         branch = rng.random()
-        if branch < self.mosaic and sample.has_points:
+        if branch < self.mosaic and sample.croppable:
             return self._recoloured(_mosaic(sample, rng, self.crop), rng, self._jitter)
         augment = branch < self.mosaic + self.augment
         if augment:
-            if sample.has_points:
+            if sample.croppable:
                 sample = moves.affine(sample, self._random_matrix(sample.size, rng))
             sample = random_flips(sample, rng, horizontal=True, vertical=True)
-        if sample.has_points:
+        if sample.croppable:
             sample = random_crop(sample, rng, self.crop, self.crop)
         return self._recoloured(sample, rng, self._photometric) if augment else sample
 

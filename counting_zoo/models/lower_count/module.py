@@ -178,10 +178,14 @@ class LowerCount(CountingModule):
     def configure_model(self) -> None:
         """Build the branches once the classes are known; averages of weights are made before ``setup``."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        if self.classes is None and hasattr(datamodule, "class_names"):
-            self._name_classes(datamodule.class_names("train"))
+        if self.classes is None and hasattr(datamodule, "class_names") and (names := datamodule.class_names("train")):
+            self._name_classes(names)
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.check_supervision(
+                getattr(self.trainer, "datamodule", None)
+            )  # says more than that there are no classes
         self.configure_model()
         if self.classes is None:
             raise InputError("this model has no classes, and the data do not name any: give it model.classes")
