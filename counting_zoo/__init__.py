@@ -21,6 +21,7 @@ _HOME = {
     "CLIPEBC": "counting_zoo.models.clip_ebc",
     "EBC": "counting_zoo.models.clip_ebc",
     "LowerCount": "counting_zoo.models.lower_count",
+    "RegionCLIPCounter": "counting_zoo.models.region_clip",
     "RegionCLIPPretraining": "counting_zoo.models.region_clip",
     "SyntheticScenes": "counting_zoo.data.synthetic",
     "FSC147": "counting_zoo.data.fsc147",
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from counting_zoo.models.clip_count import CLIPCount
     from counting_zoo.models.clip_ebc import CLIPEBC, EBC
     from counting_zoo.models.lower_count import LowerCount
-    from counting_zoo.models.region_clip import RegionCLIPPretraining
+    from counting_zoo.models.region_clip import RegionCLIPCounter, RegionCLIPPretraining
     from counting_zoo.module import CountingModule
     from counting_zoo.types import Batch, CountOutput, Prediction
 
@@ -94,6 +95,7 @@ __all__ = [
     "PackedCounts",
     "Prediction",
     "Preprocess",
+    "RegionCLIPCounter",
     "RegionCLIPPretraining",
     "ShanghaiTech",
     "SyntheticScenes",

@@ -251,9 +251,10 @@ class TestReport(L.Callback):
 def count_again(module: CountingModule, batch: Batch, index: int, names: list[str]) -> Prediction:
     """One picture of an evaluation batch, counted once more, with what drawing needs."""
     image = batch["image"][index]
-    output = module.count_batch([image], [names])
-    assert isinstance(output, list)  # as for every list of pictures
     size = (int(image.shape[-2]), int(image.shape[-1]))
+    stored = batch["original_size"][index] if "original_size" in batch else size
+    output = module.count_batch([image], [names], image_ids=[batch["image_id"][index]], sizes=[stored])
+    assert isinstance(output, list)  # as for every list of pictures
     return module.to_prediction(output[0], names, size, batch["image_id"][index], image)
 
 

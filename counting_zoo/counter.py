@@ -74,6 +74,9 @@ class Counter(nn.Module, ABC):
         classes: list[list[str]],
         window: int | None = None,
         stride: int | None = None,
+        *,
+        image_ids: Sequence[str] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> CountOutput | list[CountOutput]:
         """Count whole pictures, in tiles where the recipe or the arguments say so.
 
@@ -82,6 +85,8 @@ class Counter(nn.Module, ABC):
             classes: B x K names.
             window: overrides the recipe's window; 0 for none.
             stride: overrides the recipe's stride.
+            image_ids: what the pictures are called, for models that know something of each beforehand.
+            sizes: (H, W) of the pictures as they are stored, where they were resized; for the same.
 
         Returns:
             One output for a tensor; for a list one output (of batch 1) for each picture.
@@ -160,9 +165,10 @@ class Counter(nn.Module, ABC):
     def _count_one(self, source: Any, names: list[str], window: int | None, stride: int | None) -> Prediction:
         picture, image_id = as_picture(source)  # (3, H, W) uint8
         seen = self.preprocess(picture)
-        output = self.count_batch([seen], [names], window, stride)
+        size = (picture.shape[1], picture.shape[2])
+        output = self.count_batch([seen], [names], window, stride, image_ids=[image_id], sizes=[size])
         assert isinstance(output, list)
-        return self.to_prediction(output[0], names, (picture.shape[1], picture.shape[2]), image_id, seen)
+        return self.to_prediction(output[0], names, size, image_id, seen)
 
     def to_prediction(
         self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor
@@ -199,9 +205,9 @@ class Counter(nn.Module, ABC):
                 "has no default classes"
             )
         images = list(batch["image"])
-        outputs = self.count_batch(images, names)
-        assert isinstance(outputs, list)
         sizes = batch.get("original_size") or [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
+        outputs = self.count_batch(images, names, image_ids=batch["image_id"], sizes=sizes)
+        assert isinstance(outputs, list)
         return [
             self.to_prediction(o, n, s, i, picture)
             for o, n, s, i, picture in zip(outputs, names, sizes, batch["image_id"], images, strict=True)
