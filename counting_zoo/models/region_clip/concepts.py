@@ -140,8 +140,18 @@ def concepts_from_classes(names: Iterable[str], distractors: Iterable[str] = COC
         raise InputError(f"class names are {classes[:5]}; expected at least one, and none of them empty")
     pool: dict[str, str] = {}
     for name in (*classes, *distractors):
-        pool.setdefault(" ".join(name.replace("_", " ").lower().split()), name)
+        pool.setdefault(spelling(name), name)
     return list(pool.values())
+
+
+def spelling(name: str) -> str:
+    """What names have in common that are the same but for case, underscores and spaces.
+
+    Example:
+        >>> spelling("Traffic_light ")
+        'traffic light'
+    """
+    return " ".join(name.replace("_", " ").lower().split())
 
 
 def embed_concepts(
@@ -280,5 +290,5 @@ def cached_concepts(
 
 __all__ = [
     "STOP_WORDS", "Ensemble", "cached_concepts", "concepts_from_captions", "concepts_from_classes",
-    "concepts_from_file", "embed_concepts", "text_fingerprint",
+    "concepts_from_file", "embed_concepts", "spelling", "text_fingerprint",
 ]  # fmt: skip

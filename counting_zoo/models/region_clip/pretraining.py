@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import normalize, one_hot, pad
 
 from counting_zoo.errors import InputError, SupervisionError
 from counting_zoo.geometry import Preprocess
@@ -24,9 +25,11 @@ from counting_zoo.models.region_clip.concepts import (
     concepts_from_classes,
     concepts_from_file,
     embed_concepts,
+    spelling,
 )
 from counting_zoo.models.region_clip.loss import Gather, pretraining_losses, text_logits
-from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, prompt_templates, region_prompts
+from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, region_prompts
+from counting_zoo.models.region_clip.proposals import FileProposals, proposal_source, random_boxes
 from counting_zoo.models.region_clip.pseudo_labels import (
     Fallback,
     PseudoLabels,
@@ -55,18 +58,18 @@ class RegionAccuracy(PictureRows):
     """How often regions, and whole pictures, are nearest to a right name; the mean over pictures."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(("region", "picture"), **options)
+        super().__init__(("region", "whole"), **options)
 
     def update(self, image_id: str, region: Tensor, picture: Tensor) -> None:
         """Add the share of regions of one picture given their name, and whether the picture is given one in it."""
-        self.append([image_id], region=region.float().reshape(1, 1), picture=picture.float().reshape(1, 1))
+        self.append([image_id], region=region.float().reshape(1, 1), whole=picture.float().reshape(1, 1))
 
     def compute(self) -> dict[str, float]:
         """``region_accuracy, picture_accuracy``; nothing where no picture has named boxes."""
         rows = self.rows()
         if not len(rows["picture"]):
             return {}
-        return {f"{name}_accuracy": float(rows[name].mean()) for name in ("region", "picture")}
+        return {"region_accuracy": float(rows["region"].mean()), "picture_accuracy": float(rows["whole"].mean())}
 
 
 class RegionCLIPPretraining(TrainingModule):
@@ -97,6 +100,7 @@ class RegionCLIPPretraining(TrainingModule):
         cache: folder in which embeddings of the pool are kept between runs; ``None`` calculates them anew.
         regions: where boxes come from: ``random``, the data's own ``boxes``, a file of boxes, or a detector of
             transformers (``owlv2:`` or ``detr:`` and a folder or hub name).
+        missing_regions: a picture that the file of boxes does not name is an ``error``, or has no boxes (``empty``).
         n_regions: boxes of each picture, drawn at random where there are more.
         labels: what says which concept a region shows: the ``teacher``, or the names of the data's own ``boxes``,
             which needs no teacher.
@@ -107,6 +111,8 @@ class RegionCLIPPretraining(TrainingModule):
         weights: of ``region_text``, ``distillation`` and ``image_text``; 1 each. A term of weight 0 is not calculated.
         gather: what sees the pictures of every process; see
             :func:`~counting_zoo.models.region_clip.loss.pretraining_losses`.
+        picture_box: what a ResNet, or a ``conv`` stem, takes for a whole picture: the ``picture``, or as the reference
+            the ``canvas``, with the padding that a larger picture of the batch brings. A class token sees the canvas.
         caption_template: the caption of a picture without captions; ``{}`` becomes the names that are in it.
         same_caption: equal captions in a batch are positives of each other (``positive``), or negatives as in the
             reference (``negative``).
@@ -138,6 +144,7 @@ class RegionCLIPPretraining(TrainingModule):
         ensemble: Ensemble = "normalised",
         cache: str | None = None,
         regions: str = "random",
+        missing_regions: Literal["error", "empty"] = "error",
         n_regions: int = 100,
         labels: Labels = "teacher",
         threshold: float = 0.1,
@@ -145,6 +152,7 @@ class RegionCLIPPretraining(TrainingModule):
         temperature: float = 0.01,
         weights: dict[str, float] | None = None,
         gather: Gather = "image_text",
+        picture_box: Literal["picture", "canvas"] = "picture",
         caption_template: str = "a photo of {}.",
         same_caption: Literal["positive", "negative"] = "positive",
         preprocess: Preprocess | None = None,
@@ -155,6 +163,8 @@ class RegionCLIPPretraining(TrainingModule):
         if unknown := set(weights or {}) - set(self.weights):
             raise InputError(f"weights names {sorted(unknown)}; expected some of {', '.join(self.weights)}")
         self.weights |= weights or {}
+        if not all(0 <= w < math.inf for w in self.weights.values()) or not any(self.weights.values()):
+            raise InputError(f"weights are {self.weights}; expected finite numbers of at least 0, and one above it")
         if labels not in ("teacher", "boxes"):
             raise InputError(f"labels is {labels!r}; expected 'teacher', or 'boxes' for the names of the data's boxes")
         if labels == "boxes" and (regions != "boxes" or concepts != "classes"):
@@ -166,14 +176,22 @@ class RegionCLIPPretraining(TrainingModule):
         if n_regions < 1 or "{}" not in caption_template:
             raise InputError(f"n_regions is {n_regions} and caption_template {caption_template!r}; expected at least 1 "
                              "region, and a text with {} for the names")  # fmt: skip
-        if gather not in ("image_text", "all", "none") or same_caption not in ("positive", "negative"):
-            raise InputError(f"gather is {gather!r} and same_caption {same_caption!r}; expected 'image_text', 'all' or "
-                             "'none', and 'positive' or 'negative'")  # fmt: skip
-        prompt_templates(templates)
+        for name, value, choices in (
+            ("gather", gather, ("image_text", "all", "none")), ("same_caption", same_caption, ("positive", "negative")),
+            ("picture_box", picture_box, ("picture", "canvas")), ("fallback", fallback, ("none", "official")),
+            ("ensemble", ensemble, ("normalised", "official")), ("missing_regions", missing_regions, ("error", "empty")),
+        ):  # fmt: skip
+            if value not in choices:
+                raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+        if not 0 <= threshold < math.inf or not 0 < temperature < math.inf:
+            raise InputError(f"threshold is {threshold} and temperature {temperature}; expected at least 0, such as "
+                             "0.1, and above 0, such as 0.01")  # fmt: skip
+        region_prompts("a name", templates, wording)  # refuses what is no template or wording
         towers = build_towers(clip)
         # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
         self.hparams.update(clip=towers_config(towers), tokenizer=None, pretrained_encoder=None)
         self.preprocess = Preprocess.of(preprocess)
+        self._embedded: dict[tuple[str, ...], Tensor] = {}
         self.text = TextTower(towers, n_context=0, pool=text_pool, train=train_text)
         self.teacher: RegionEncoder | None = None
         if labels == "teacher":
@@ -195,12 +213,12 @@ class RegionCLIPPretraining(TrainingModule):
         self.concept_source, self.concept_count, self.distractors = concepts, concept_count, distractors
         self.templates, self.wording, self.ensemble, self.cache = templates, wording, ensemble, cache
         self.regions, self.n_regions, self.labels = regions, n_regions, labels
+        self.missing_regions, self.picture_box = missing_regions, picture_box
         self.threshold, self.fallback, self.temperature = threshold, fallback, temperature
         self.gather, self.caption_template, self.same_caption = gather, caption_template, same_caption
         self.train_text = train_text
         self.concepts: list[str] = []
         self.accuracy = RegionAccuracy()
-        self._embedded: dict[tuple[str, ...], Tensor] = {}
         self._validated: list[str] = []
         self._warned = False
         self._source: Any = None
@@ -208,6 +226,11 @@ class RegionCLIPPretraining(TrainingModule):
     def set_tokenizer(self, source: TokenizerLike) -> None:
         """Use a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids."""
         self.text.set_tokenizer(source)
+        self._embedded.clear()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._embedded.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> RegionCLIPPretraining:
         super().train(mode)
@@ -216,6 +239,13 @@ class RegionCLIPPretraining(TrainingModule):
         if not self.train_text:
             self.text.eval()
         return self
+
+    def setup(self, stage: str) -> None:
+        if self._source is None and self.regions not in ("random", "boxes"):
+            self._source = proposal_source(self.regions)
+            if isinstance(self._source, FileProposals):
+                self._source.missing = self.missing_regions
+        super().setup(stage)
 
     # -- concepts -------------------------------------------------------------------------------------------------
 
@@ -233,15 +263,11 @@ class RegionCLIPPretraining(TrainingModule):
             prompts = [p for name in self.concepts for p in region_prompts(name, self.templates, self.wording)]
             vocab_size = self.text.model.embeddings.token_embedding.num_embeddings
             self.set_tokenizer(word_tokenizer([*captions, *prompts, self.caption_template], vocab_size))
-        if self.regions not in ("random", "boxes"):
-            from counting_zoo.models.region_clip.proposals import FileProposals, proposal_source
-
-            self._source = proposal_source(self.regions)
-            if isinstance(self._source, FileProposals) and datamodule.augmentation is not None:
-                raise InputError(
-                    f"regions are those of the file {self.regions!r}, which do not move along when pictures are "
-                    "flipped or cropped; set data.augmentation to null, or regions to 'random'"
-                )
+        if isinstance(self._source, FileProposals) and datamodule.augmentation is not None:
+            raise InputError(
+                f"regions are those of the file {self.regions!r}, which do not move along when pictures are flipped or "
+                "cropped; set data.augmentation to null, or regions to 'random'"
+            )
 
     def _pool(self, datamodule: Any, captions: list[str]) -> list[str]:
         source = self.concept_source
@@ -261,17 +287,20 @@ class RegionCLIPPretraining(TrainingModule):
         """``(C, D)`` embeddings of names, calculated once where texts do not train."""
         if self.train_text and self.training:
             prompts = [p for name in names for p in region_prompts(name, self.templates, self.wording)]
-            return self.text(prompts).unflatten(0, (len(names), -1)).mean(1)
+            features = self.text(prompts).unflatten(0, (len(names), -1))  # (names, templates, D)
+            return (normalize(features.float(), dim=2) if self.ensemble == "normalised" else features).mean(1)
         key = tuple(names)
-        if not self.train_text and key in self._embedded:
+        if key in self._embedded:
             return self._embedded[key].to(self.device)
         options: Any = {"wording": self.wording, "ensemble": self.ensemble}
-        if self.cache is None or self.train_text:
-            found = embed_concepts(self.text, names, self.templates, **options)
-        else:
-            found = cached_concepts(self.cache, self.text, names, self.templates, **options)
-        # Validation runs in inference mode, and training takes gradients through what it is multiplied with.
-        self._embedded = {key: found.clone()} | self._embedded
+        # What is kept must not depend on the precision of the run that happened to be first.
+        with torch.autocast(self.device.type, enabled=False):
+            if self.cache is None or self.train_text:
+                found = embed_concepts(self.text, names, self.templates, **options)
+            else:
+                found = cached_concepts(self.cache, self.text, names, self.templates, **options)
+        if not self.train_text:
+            self._embedded[key] = found
         return found
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -294,7 +323,7 @@ class RegionCLIPPretraining(TrainingModule):
         if self.labels != "boxes":
             return
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._validated = list(datamodule.class_names("val"))
+        self._validated = concepts_from_classes(datamodule.class_names("val"), ())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = torch.Generator().manual_seed(batch_idx)
@@ -313,14 +342,16 @@ class RegionCLIPPretraining(TrainingModule):
         boxes = [own.to(self.device) for own in batch["boxes"]]
         regions, pictures = region_and_picture_embeddings(self.encoder, images, boxes, sizes)
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = list(datamodule.class_names("val"))
-        place = {name: i for i, name in enumerate(names)}
+        names = concepts_from_classes(datamodule.class_names("val"), ())
+        place = {spelling(name): i for i, name in enumerate(names)}
         texts = self._embeddings(names)
         nearest = text_logits(regions, texts).argmax(1).split([len(own) for own in boxes])
         first = text_logits(pictures, texts).argmax(1)
         for i, (asked, labels) in enumerate(zip(batch["classes"], batch["box_labels"], strict=True)):
             if len(labels):
-                true = torch.tensor([place[name] for name in asked], device=self.device)[labels.to(self.device)]
+                true = torch.tensor([place[spelling(name)] for name in asked], device=self.device)[
+                    labels.to(self.device)
+                ]
                 self.accuracy.update(
                     batch["image_id"][i], (nearest[i] == true).float().mean(), (true == first[i]).any()
                 )
@@ -341,16 +372,19 @@ class RegionCLIPPretraining(TrainingModule):
         boxes, names = self._boxes(batch, sizes, generator)
         if not (self.weights["region_text"] or self.weights["distillation"]):
             boxes, names = [own[:0] for own in boxes], []
-        regions, pictures = region_and_picture_embeddings(self.encoder, images, boxes, sizes)
+        extents = sizes if self.picture_box == "picture" else None
+        regions, pictures = region_and_picture_embeddings(self.encoder, images, boxes, extents)
         concepts = self._embeddings(pool)
         pseudo = self._pseudo_labels(images, boxes, names, pool, concepts)
         statistics = label_statistics(pseudo, regions, concepts)
         captions, same = self._captions(batch, generator)
+        with torch.enable_grad():  # or a TextTower runs captions one by one and remembers each of them
+            texts = self.text(captions) if self.training else self.text(captions).detach()
         gather = self.gather if self.training else "none"
         if gather == "all" and self._distributed():
             regions, pseudo = _filled(regions, pseudo, len(images) * self.n_regions)
         losses = pretraining_losses(
-            regions, pseudo.probabilities, pseudo.labels, pseudo.kept, concepts, pictures, self.text(captions),
+            regions, pseudo.probabilities, pseudo.labels, pseudo.kept, concepts, pictures, texts,
             captions=same, temperature=self.temperature, gather=gather, all_gather=self._all_gather,
         )  # fmt: skip
         return {name: self.weights[name] * loss for name, loss in losses.items() if self.weights[name]}, statistics
@@ -374,14 +408,15 @@ class RegionCLIPPretraining(TrainingModule):
     ) -> tuple[list[Tensor], list[str]]:
         """At most ``n_regions`` boxes of each picture, and where they are the data's own the name of each."""
         if self.regions == "random":
-            from counting_zoo.models.region_clip.proposals import random_boxes
-
             return [random_boxes(size, self.n_regions, generator).to(self.device) for size in sizes], []
         if self._source is not None:
             found = self._source(list(batch["image"]), batch["image_id"], sizes=batch.get("original_size"))
             boxes = [proposed.boxes for proposed in found]
-        else:
+        elif "boxes" in batch and "box_labels" in batch:
             boxes = list(batch["boxes"])
+        else:
+            raise SupervisionError(f"regions is 'boxes', and {batch['image_id'][0]} has none; choose data with boxes "
+                                   "in every split, or regions: random")  # fmt: skip
         chosen = [torch.randperm(len(own), generator=generator)[: self.n_regions].to(own.device) for own in boxes]
         names = []
         if self.labels == "boxes":
@@ -392,14 +427,17 @@ class RegionCLIPPretraining(TrainingModule):
     def _pseudo_labels(
         self, images: Tensor, boxes: list[Tensor], names: list[str], pool: list[str], concepts: Tensor
     ) -> PseudoLabels:
-        if self.teacher is not None:
+        if self.teacher is not None and any(len(own) for own in boxes):
             with torch.no_grad():
                 probabilities = teacher_probabilities(
                     self.teacher.pool(self.teacher(images)[0], boxes), concepts, self.temperature
                 )
             return pseudo_labels(probabilities, self.threshold, fallback=self.fallback)
-        place = {name: i for i, name in enumerate(pool)}
-        labels = torch.tensor([place[name] for name in names], dtype=torch.int64, device=self.device)
+        place = {spelling(name): i for i, name in enumerate(pool)}
+        if unknown := [name for name in names if spelling(name) not in place]:
+            raise SupervisionError(f"boxes are called {unknown[0]!r}, which is not among the {len(pool)} "
+                                   f"concepts, such as {pool[:5]}: the training data had other classes")  # fmt: skip
+        labels = torch.tensor([place[spelling(name)] for name in names], dtype=torch.int64, device=self.device)
         kept = torch.ones_like(labels, dtype=torch.bool)
         return PseudoLabels(one_hot(labels, len(concepts)).float(), labels, kept, kept)
 
