@@ -26,7 +26,7 @@ from counting_zoo.nn.clip_layout import (
 )
 from counting_zoo.nn.clip_names import PUBLISHED
 from counting_zoo.nn.clip_resnet import CLIPResNetModel
-from counting_zoo.nn.weight_files import read_state_dict
+from counting_zoo.nn.weight_files import read_state_dict, stored_settings
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -45,7 +45,8 @@ def build_towers(source: CLIPSource | Path | CLIPModel | CLIPResNetModel) -> CLI
               ``timm/resnet50_clip.openai``);
             - a file in OpenAI's layout, which is also open_clip's: ``.safetensors``, one of ``torch.save``, or a
               TorchScript archive such as OpenAI's ``RN50.pt``. No tensor shows the activation: it is OpenAI's
-              ``quick_gelu``, unless an ``open_clip_config.json`` beside open_clip's own file says otherwise;
+              ``quick_gelu``, unless an ``open_clip_config.json`` beside open_clip's own file, or this package's own
+              export, says otherwise;
             - a folder that holds open_clip's ``open_clip_model.safetensors`` or ``open_clip_pytorch_model.bin``, or
               was written by ``save_pretrained``;
             - a mapping for random weights: see :func:`random_clip`, or :class:`CLIPResNetModel` where its
@@ -93,6 +94,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _from_file(path: Path, repository: str) -> CLIPModel | CLIPResNetModel:
     state, activation = read_state_dict(path), "quick_gelu"
+    if settings := stored_settings(path):
+        return _from_export(path, state, settings)
     config = _json(path.parent / _OPEN_CLIP_CONFIG) if path.name in _OPEN_CLIP_FILES else {}
     # The first configs of OpenAI's own models on the hub did not mention theirs.
     if config and not repository.endswith(".openai") and not config.get("model_cfg", {}).get("quick_gelu"):
@@ -101,6 +104,17 @@ def _from_file(path: Path, repository: str) -> CLIPModel | CLIPResNetModel:
         return load_openai_towers(state, activation)
     except WeightsError as error:
         raise WeightsError(f"{str(path)!r} holds no CLIP in OpenAI's layout: {error}") from error
+
+
+def _from_export(path: Path, state: dict[str, Tensor], settings: dict[str, Any]) -> CLIPModel | CLIPResNetModel:
+    if settings.get("stem") == "conv":
+        raise WeightsError(
+            f"{str(path)!r} has a convolutional stem, which no CLIP has; give it as pretrained_encoder, beside stem: "
+            f"conv and clip: {json.dumps(settings.get('clip'))}"
+        )
+    model = build_towers(settings["clip"])
+    _load(model, openai_to_resnet(state) if is_resnet(state) else openai_to_huggingface(state))
+    return model
 
 
 def _download(repository: str) -> Path:
@@ -135,7 +149,7 @@ def tokenizer_of(source: Any) -> str | None:
 
     Args:
         source: as in :func:`build_towers`. OpenAI's models share one vocabulary, which is taken where a file or
-            folder comes without.
+            folder comes without. An export of this package has its own inside, which comes as JSON.
     """
     if not isinstance(source, str | Path):
         return None
@@ -144,6 +158,8 @@ def tokenizer_of(source: Any) -> str | None:
     if name in PUBLISHED or not path.exists():
         hub = PUBLISHED[name].hub if name in PUBLISHED else name
         return PUBLISHED["vit_b_16"].hub if hub.startswith("timm/") else hub
+    if path.is_file() and (own := stored_settings(path).get("tokenizer")):
+        return str(own)  # JSON, which Tokenizer takes as well
     folder = path if path.is_dir() else path.parent
     known = any((folder / leaf).is_file() for leaf in ("tokenizer.json", "vocab.json"))
     return str(folder) if known else PUBLISHED["vit_b_16"].hub

@@ -19,7 +19,9 @@ from counting_zoo.nn.clip_regions import RegionEncoder, ResNetRegions, StemRegio
 from counting_zoo.nn.clip_resnet import CLIPResNet
 from counting_zoo.nn.prompted_vit import PromptedViT
 from counting_zoo.nn.text import TextTower
+from counting_zoo.nn.tokenizer import TokenizerLike
 from counting_zoo.nn.vision import DenseViT
+from counting_zoo.nn.weight_files import stored_settings
 
 SMALL = "small"
 """The name of the zoo's own small CLIP, which comes with the package."""
@@ -40,6 +42,9 @@ _PARTS: dict[type[nn.Module], dict[str, str]] = {
 _TEXT = ("text_model.", "text_projection.", "logit_scale")
 # What some counters do without, and a file may therefore have more than they need.
 _SPARE = ("visual_projection.", "vision_model.post_layernorm.", "attnpool.")
+
+_UNSEEN = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+"""Settings of a transformer that its weights do not show."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ def read_pretrained(source: str | Path) -> PretrainedCLIP:
     Raises:
         WeightsError: there is no such file, or it holds no CLIP.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     if str(source) == SMALL:
         path = Path(str(resources.files("counting_zoo"))) / "weights" / "small_clip.safetensors"
@@ -125,12 +131,11 @@ def read_pretrained(source: str | Path) -> PretrainedCLIP:
             ".safetensors file that RegionCLIPPretraining's export wrote"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata, weights = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{str(path)!r} cannot be read as safetensors: {error}") from error
     state = openai_to_resnet(weights) if is_resnet(weights) else openai_to_huggingface(weights)
-    return PretrainedCLIP(str(source), state, json.loads(metadata.get("counting_zoo", "{}")))
+    return PretrainedCLIP(str(source), state, stored_settings(path))
 
 
 def load_vision(module: nn.Module, pretrained: PretrainedCLIP) -> None:
@@ -141,28 +146,55 @@ def load_vision(module: nn.Module, pretrained: PretrainedCLIP) -> None:
         pretrained: whose architecture must be the same.
 
     Raises:
-        WeightsError: the architectures differ; lists the keys that only one of them has, or that differ in shape.
+        WeightsError: the architectures differ; lists the keys that only one of them has, or that differ in shape, or
+            settings that no weight shows.
     """
+    _check_settings(module, pretrained, "vision")
     _load(module, {k: v for k, v in pretrained.state.items() if not k.startswith(_TEXT)}, pretrained.source, "image")
 
 
-def load_text(tower: TextTower, pretrained: PretrainedCLIP) -> None:
+def load_text(tower: TextTower, pretrained: PretrainedCLIP, tokenizer: TokenizerLike | None = None) -> None:
     """Put the text tower of a pretrained CLIP, and its tokenizer where the tower has none, into a text tower.
+
+    Args:
+        tower: whose architecture must be the same.
+        pretrained: the CLIP.
+        tokenizer: taken where neither of them has one.
 
     Raises:
         WeightsError: the architectures differ, as in :func:`load_vision`.
-        InputError: the CLIP was trained with its features read at another place.
+        InputError: the CLIP was trained with its features read at another place, or there is no tokenizer: one made
+            of the names in the data would give each word the embedding of another.
     """
+    _check_settings(tower, pretrained, "text")
     pool = pretrained.settings.get("text_pool", tower.pool)
     if pool != tower.pool:
         raise InputError(
             f"the texts of pretrained_encoder={pretrained.source!r} were trained with text_pool {pool!r}, and this "
-            f"model reads them at {tower.pool!r}; set model.text_pool to {pool!r}"
+            f"model reads them at {tower.pool!r}; both need the same text_pool"
         )
     own = {k: v for k, v in pretrained.state.items() if k.startswith(_TEXT) and k != "logit_scale"}
     _load(tower, own, pretrained.source, "text")
-    if tower.tokenizer is None and "tokenizer" in pretrained.settings:
-        tower.set_tokenizer(pretrained.settings["tokenizer"])
+    if tower.tokenizer is None:
+        known = pretrained.settings.get("tokenizer", tokenizer)
+        if known is None:
+            raise InputError(
+                f"pretrained_encoder={pretrained.source!r} comes without the tokenizer that its texts were trained "
+                "with; give it as tokenizer: a folder or a hub name"
+            )
+        tower.set_tokenizer(known)
+
+
+def _check_settings(module: nn.Module, pretrained: PretrainedCLIP, tower: str) -> None:
+    given = pretrained.settings.get("clip", {}).get(f"{tower}_config", {})
+    own = next((m.config for m in module.modules() if hasattr(getattr(m, "config", None), _UNSEEN[0])), None)
+    differ = [name for name in _UNSEEN if name in given and own is not None and getattr(own, name) != given[name]]
+    if differ:
+        found = ", ".join(f"{name} {given[name]!r} (model: {getattr(own, name)!r})" for name in differ)
+        raise WeightsError(
+            f"the {tower} tower of pretrained_encoder={pretrained.source!r} has another architecture than the model's, "
+            f"in what no weight shows: {found}. Give both the same clip"
+        )
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, str]]:

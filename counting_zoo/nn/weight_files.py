@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import zipfile
@@ -44,6 +45,24 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         inside = sorted(map(str, loaded))[:6] if isinstance(loaded, Mapping) else type(loaded).__name__
         raise WeightsError(f"{str(path)!r} holds no state dict of tensors: found {inside}")
     return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def stored_settings(path: Path) -> dict[str, Any]:
+    """What an encoder that this package exported says of itself beside its weights; empty for any other file.
+
+    Raises:
+        WeightsError: the file says so and cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with path.open("rb") as opened:
+        if opened.read(9)[8:] != b"{":
+            return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {}).get("counting_zoo", "{}")))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{str(path)!r} cannot be read as safetensors: {error}") from error
 
 
 def _torchscript_records(path: Path) -> str | None:

@@ -18,7 +18,7 @@ from counting_zoo.models.clip_count.loss import (
 )
 from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction
 from counting_zoo.module import CountingModule
-from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config
+from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, tokenizer_of
 from counting_zoo.nn.pretrained import PretrainedCLIP, load_text, load_vision, read_pretrained
 from counting_zoo.nn.text import TextPool
 from counting_zoo.nn.tokenizer import TokenizerLike, word_tokenizer
@@ -134,7 +134,7 @@ class CLIPCount(CountingModule):
         if tokenizer is not None or (isinstance(clip, str) and pretrained_encoder is None):
             self.set_tokenizer(tokenizer or str(clip))
         if pretrained_encoder is not None:
-            self._start_from(read_pretrained(pretrained_encoder))
+            self._start_from(read_pretrained(pretrained_encoder), clip)
         self.prompt_template = prompt_template
         self.contrast, self.contrast_epochs = contrast, contrast_epochs if contrast != "none" else 0
         self.contrast_weight, self.contrast_weight_after = contrast_weight, contrast_weight_after
@@ -144,10 +144,10 @@ class CLIPCount(CountingModule):
         self.train_classes: list[str] = []
 
     @torch.no_grad()
-    def _start_from(self, pretrained: PretrainedCLIP) -> None:
+    def _start_from(self, pretrained: PretrainedCLIP, clip: CLIPSource) -> None:
         self.hparams["pretrained_encoder"] = None  # the checkpoint has the weights
         load_vision(self.network.vision, pretrained)
-        load_text(self.network.text, pretrained)
+        load_text(self.network.text, pretrained, tokenizer_of(clip))
         if self.network.vision.stem is not None:
             for layer in (self.network.patch_proj, self.network.contrast_proj):
                 if layer is not None:

@@ -346,7 +346,9 @@ class CLIPEBC(BlockwiseCounter):
         if pretrained_encoder is not None:
             pretrained = read_pretrained(pretrained_encoder)
             load_vision(body, pretrained)
-            load_text(tower, pretrained)
+            if tokenizer is not None:
+                tower.set_tokenizer(tokenizer)
+            load_text(tower, pretrained, tokenizer_of(clip))
             self.hparams["pretrained_encoder"] = None  # the checkpoint has the weights
         neck = Decoder(
             body.dim,

@@ -179,7 +179,8 @@ class RegionCLIPPretraining(TrainingModule):
         for name, value, choices in (
             ("gather", gather, ("image_text", "all", "none")), ("same_caption", same_caption, ("positive", "negative")),
             ("picture_box", picture_box, ("picture", "canvas")), ("fallback", fallback, ("none", "official")),
-            ("ensemble", ensemble, ("normalised", "official")), ("missing_regions", missing_regions, ("error", "empty")),
+            ("ensemble", ensemble, ("normalised", "official")),
+            ("missing_regions", missing_regions, ("error", "empty")),
         ):  # fmt: skip
             if value not in choices:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
@@ -204,7 +205,7 @@ class RegionCLIPPretraining(TrainingModule):
         if pretrained_encoder is not None:
             source = read_pretrained(pretrained_encoder)
             load_vision(self.encoder, source)
-            load_text(self.text, source)
+            load_text(self.text, source, tokenizer_of(clip))
         if self.teacher is not None:
             self.teacher.load_state_dict(self.encoder.state_dict())
             self.teacher.requires_grad_(False)
