@@ -20,12 +20,13 @@ import fakes
 import lightning as L
 import numpy as np
 import tiny
+import tiny_clip
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import data, model, run
 from torch.utils.data import DataLoader
 
-from counting_zoo import LowerCount
+from counting_zoo import LowerCount, RegionCLIPPretraining
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import collate
 from counting_zoo.data.records import Record, Split
@@ -179,6 +180,63 @@ def low_counts() -> None:
             run.fit(model, Baskets(num_workers=0, prompts="all", duplicates="ignore"))
 
 
+class Boxed(Baskets):
+    """Eight pictures of one caption each; those at odd places have no box."""
+
+    def read_split(self, split: Split) -> list[Record]:
+        records = []
+        for i in range(8):
+            n = 0 if i % 2 else 1 + i // 2
+            corners = np.random.default_rng(i).uniform(0, 16, (n, 2)).astype(np.float32)
+            known = {"boxes": np.concatenate([corners, corners + 14], 1), "box_labels": np.arange(n) % 3}
+            names, size = ["figs", "dates", "plums"], (32, 32)
+            records.append(
+                Record(f"{split}/{i}.png", classes=names, captions=[f"{i // 3} figs"], size=size, **known)  # type: ignore[arg-type]
+            )
+        return records
+
+
+class RecordedPretraining(RegionCLIPPretraining):
+    """Leaves the terms of its loss in ``terms/``, one file for each process."""
+
+    name: str
+
+    def training_losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        terms = super().training_losses(batch)
+        Path("terms").mkdir(exist_ok=True)
+        kept = {name: float(value.detach()) for name, value in terms.items()}
+        torch.save(kept | {"boxes": sum(map(len, batch["boxes"]))}, f"terms/{self.name}_{self.global_rank}.pt")
+        return terms
+
+
+#: What labels regions, and what of it trains along.
+LABELS: dict[str, dict[str, Any]] = {
+    "teacher": {"labels": "teacher"},
+    "boxes": {"labels": "boxes", "train_text": True},
+}
+
+
+def pretraining() -> None:
+    """One step of RegionCLIP's pretraining on the same eight pictures; in two processes one sees no box."""
+    small: dict[str, Any] = {"regions": "boxes", "concepts": "classes", "distractors": ["forks"], "templates": ["{}"],
+                             "threshold": 0.0, "temperature": 0.2, "n_regions": 5}  # fmt: skip
+    for name, options in LABELS.items():
+        for gather in ("all", "image_text", "none"):
+            for world in (1, 2):
+                torch.manual_seed(0)
+                model = RecordedPretraining(
+                    tiny_clip.config(), gather=gather, **small | options, optimizer=partial(torch.optim.SGD, lr=1.0)
+                )  # type: ignore[arg-type]
+                model.name = f"{name}_{gather}_{world}"
+                run = L.Trainer(
+                    accelerator="cpu", devices=world, strategy="ddp_fork" if world > 1 else "auto", max_epochs=1,
+                    logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+                    use_distributed_sampler=False, callbacks=[ModelCheckpoint(".", model.name)],
+                )  # fmt: skip
+                run.fit(model, Boxed(num_workers=0, prompts="all", duplicates="ignore"))
+
+
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
-    {"short": short, "long": long, "blocks": blocks, "low_counts": low_counts}[sys.argv[2]]()
+    parts = {"short": short, "long": long, "blocks": blocks, "low_counts": low_counts, "pretraining": pretraining}
+    parts[sys.argv[2]]()

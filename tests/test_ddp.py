@@ -44,6 +44,11 @@ def low_counts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch(tmp_path_factory.mktemp("low_counts"), "low_counts")
 
 
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("pretraining"), "pretraining")
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -161,3 +166,38 @@ def test_lower_count_does_not_depend_on_processes(low_counts: Path, name: str) -
     if name != "pooled":
         other = weights(low_counts / "pooled_1.ckpt")
         assert any(not torch.equal(one_step[key], other.get(key, value)) for key, value in one_step.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", ["teacher", "boxes"])
+def test_pretraining_that_gathers_all_does_not_depend_on_processes(pretraining: Path, labels: str) -> None:
+    """D3: three losses and all gradients of eight pictures, although one of two processes sees no box."""
+    (one,), two = ([torch.load(pretraining / f"terms/{labels}_all_{n}_{r}.pt") for r in range(n)] for n in (1, 2))
+    assert [terms.pop("boxes") for terms in two] == [one.pop("boxes"), 0]
+    assert one.keys() == {"region_text", "distillation", "image_text"}
+    assert min(one.values()) > 1e-3
+    for terms in two:
+        assert terms == pytest.approx(one, rel=1e-5)
+    one_step, two_steps = (weights(pretraining / f"{labels}_all_{n}.ckpt") for n in (1, 2))
+    for key, value in one_step.items():
+        scale = max(1.0, float(value.abs().max()))  # a rate of 1 makes weights show gradients
+        assert float((value - two_steps[key]).abs().max()) < 1e-5 * scale, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", ["teacher", "boxes"])
+def test_pretraining_that_gathers_less(pretraining: Path, labels: str) -> None:
+    """``image_text`` has pictures and captions of all processes and regions of its own, ``none`` nothing of others."""
+    whole = torch.load(pretraining / f"terms/{labels}_all_1_0.pt")
+    ranks = {g: [torch.load(pretraining / f"terms/{labels}_{g}_2_{r}.pt") for r in (0, 1)]
+             for g in ("image_text", "none")}  # fmt: skip
+    for i, (gathered, alone) in enumerate(zip(*ranks.values(), strict=True)):
+        assert gathered["image_text"] == pytest.approx(whole["image_text"], rel=1e-5)
+        assert alone["image_text"] != pytest.approx(whole["image_text"], rel=1e-3)
+        for term in ("region_text", "distillation"):
+            # All boxes are those of the first process, so what it calculates alone is the whole.
+            expected = 0.0 if i else whole[term]
+            assert gathered[term] == alone[term] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    one, *others = (weights(pretraining / f"{labels}_{g}_2.ckpt") for g in ("all", "image_text", "none"))
+    for other in others:
+        assert any(not torch.allclose(value, other[key], atol=1e-4) for key, value in one.items() if value.ndim)
