@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from tiny import CONFIGS, DATA, MODELS, TRAINERS, run
+from tiny import CONFIGS, DATA, MODELS, TRAINERS, WHOLE, run
 
 ALL = sorted(CONFIGS.rglob("*.yaml"))
 COMBINATIONS = list(
@@ -39,7 +39,7 @@ def test_there_are_configurations() -> None:
     assert TRAINERS
     assert MODELS
     assert DATA
-    assert sorted([*TRAINERS, *MODELS, *DATA]) == ALL, "a YAML outside trainer/, model/ and data/ is not tested"
+    assert sorted([*TRAINERS, *MODELS, *DATA, *WHOLE]) == ALL, "a YAML in another folder is not tested"
 
 
 @pytest.mark.parametrize(("trainer", "model", "data"), COMBINATIONS, ids=stem)
@@ -47,6 +47,12 @@ def test_combinations_parse(trainer: Path, model: Path, data: Path, capsys: pyte
     shown = printed(capsys, "fit", *words(trainer, model, data))
     for path in (trainer, model, data):
         _holds(yaml.safe_load(path.read_text(encoding="utf-8")), shown, path.stem)
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=stem)
+def test_whole_recipes_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trainer, model and data in one file."""
+    _holds(yaml.safe_load(path.read_text(encoding="utf-8")), printed(capsys, "fit", *words(path)), path.stem)
 
 
 def _holds(wanted: Any, shown: Any, where: str) -> None:

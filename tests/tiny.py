@@ -11,7 +11,9 @@ import fakes
 from counting_zoo.cli import main
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-TRAINERS, MODELS, DATA = (sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("trainer", "model", "data"))
+TRAINERS, MODELS, DATA, WHOLE = (
+    sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("trainer", "model", "data", "pretraining")
+)
 UNCOUNTED = ("captions",)  # data without points or counts, which no counter learns from
 
 
@@ -51,6 +53,10 @@ SHRUNK: dict[str, dict[str, Any]] = {
         "pretrained": None, "reduction": 16, "preprocess": {"resize": "warp", "size": 64}, "first_stage": 0,
     },
     "lower_count_small": {"width": 8, "preprocess": {"resize": "warp", "size": 64}, "first_stage": 1},
+    "region_clip_counter": {
+        "clip": resnet_config(), "width": 8, "n_regions": 8, "preprocess": {"resize": "short", "size": 64},
+    },
+    "region_clip_counter_small": {"clip": clip_config(), "width": 8, "n_regions": 8},
 }  # fmt: skip
 
 #: The checkpoint to go on from, as in configs/trainer.

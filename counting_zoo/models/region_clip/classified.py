@@ -45,7 +45,7 @@ def boxes_inside(boxes: Any, size: tuple[int, int], seen: tuple[int, int]) -> Te
     """
     try:
         given = torch.as_tensor(boxes, dtype=torch.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: nothing like an array
         raise InputError(f"boxes are no (N, 4) numbers: {error}") from error
     given = given.reshape(0, 4) if not given.numel() else given
     if given.ndim != 2 or given.shape[1] != 4 or not bool(given.isfinite().all()):

@@ -30,6 +30,8 @@ def heat_target(points: Tensor, sizes: Tensor, grid: tuple[int, int], cell: int)
     """
     rows, columns = grid
     target = points.new_zeros(rows, columns, dtype=torch.float32)
+    if not len(points):
+        return target
     places = cells_of(points, grid, cell)  # (N, 2) column, row
     deviation = (sizes.float() / (6 * cell)).clamp(min=0.3)
     x = torch.arange(columns, device=points.device)
@@ -114,7 +116,8 @@ def typical_sides(points: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tenso
     if len(points) < 2:
         return points.new_tensor([longest, longest], dtype=torch.float32)
     some = points[:: -(-len(points) // 512)].float()  # enough for a median
-    distances = torch.cdist(some, points.float())
+    # Matrix products round the distance of a point to itself to something above 0.
+    distances = torch.cdist(some, points.float(), compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.masked_fill(distances == 0, torch.inf).amin(1)
     nearest = nearest[nearest.isfinite()]
     side = float(nearest.median().clamp(8.0, longest)) if len(nearest) else longest

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError
@@ -86,7 +87,8 @@ class RegionCLIPCounter(CountingModule):
         temperature: of the cosines of ``softmax`` and ``official``.
         negatives: names that compete in ``softmax``; COCO's classes if ``None``. Those asked about are left out.
         fusion: what a box scores: what its ``region`` says, or with the proposal's own score (``geometric``).
-        threshold: score above which a box counts, until it is calibrated.
+        threshold: score above which a box counts, until it is calibrated; 0.5 if ``None``. Given to a checkpoint that
+            was made without it, it takes the place of the calibrated one.
         calibrate: choose the threshold of the least validation error in each validation.
         iou_threshold: overlap above which the lower of two boxes of one name goes.
         suppression, assign: see :func:`~counting_zoo.models.region_clip.detections.detect`.
@@ -124,7 +126,7 @@ class RegionCLIPCounter(CountingModule):
         temperature: float = 0.01,
         negatives: list[str] | None = None,
         fusion: Fusion = "region",
-        threshold: float = 0.5,
+        threshold: float | None = None,
         calibrate: bool = True,
         iou_threshold: float = 0.5,
         suppression: Suppression = "hard",
@@ -140,7 +142,8 @@ class RegionCLIPCounter(CountingModule):
         if self.window is not None:
             raise InputError(f"window is {self.window}; a detector sees whole pictures, and cuts them itself where "
                              "its proposals are at their limit (tile_depth)")  # fmt: skip
-        for name, value in (("threshold", threshold), ("iou_threshold", iou_threshold), ("peak_floor", peak_floor)):
+        at_first = 0.5 if threshold is None else threshold
+        for name, value in (("threshold", at_first), ("iou_threshold", iou_threshold), ("peak_floor", peak_floor)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is {value}; expected 0 to 1")
         if n_regions < 1 or tile_depth < 0 or not scale > 0:
@@ -171,10 +174,11 @@ class RegionCLIPCounter(CountingModule):
         self.iou_threshold, self.suppression, self.assign = iou_threshold, suppression, assign
         self.heat_weight, self.size_weight, self.text_weight = heat_weight, size_weight, text_weight
         self.n_regions, self.calibrate = n_regions, calibrate
-        self.register_buffer("threshold", torch.tensor(float(threshold)))
+        self.register_buffer("threshold", torch.tensor(float(at_first)))
         self.train_classes: list[str] = []
         self.threshold_errors = ThresholdErrors()
         self._calibrated: float | None = None
+        self._calibrating = False
         self._waiting: list[tuple[Any, ...]] | None = None
         self._embedded: dict[str, Tensor] = {}
         self._source: ProposalSource = self._peaks if proposals == "peaks" else proposal_source(proposals)
@@ -210,7 +214,8 @@ class RegionCLIPCounter(CountingModule):
             raise InputError(f"an empty name in {list(names)[:5]}; name what is to be counted")
         if self.training and self.train_text:
             prompts = [p for name in names for p in region_prompts(name, self.templates, self.wording)]
-            return self.network.text(prompts).unflatten(0, (len(names), -1)).mean(1)
+            features = self.network.text(prompts).unflatten(0, (len(names), -1))  # (K, templates, D)
+            return (normalize(features.float(), dim=2) if self.ensemble == "normalised" else features).mean(1)
         if new := [name for name in dict.fromkeys(names) if name not in self._embedded]:
             # One by one in the cache, but together through the tower; words alike to the prompts are one name's.
             for name in new:
@@ -279,7 +284,7 @@ class RegionCLIPCounter(CountingModule):
             found = tiled(self._source, [image], [image_id], depth=self.tile_depth)[0]
         probabilities = self._probabilities(features, found.boxes.to(image.device), names)
         scores = fuse(probabilities, found.scores.to(image.device), self.fusion)
-        floor = float(self.threshold) if self._waiting is None else min(float(self.threshold), float(THRESHOLDS[0]))
+        floor = min(float(self.threshold), float(THRESHOLDS[0])) if self._calibrating else float(self.threshold)
         kept = detect(
             found.boxes.to(image.device), scores, size=size, threshold=floor, iou_threshold=self.iou_threshold,
             suppression=self.suppression, assign=self.assign,
@@ -315,7 +320,7 @@ class RegionCLIPCounter(CountingModule):
             negatives = self.embed_names(others) if others else None
         return text_probabilities(regions, texts, score=self.score, temperature=self.temperature, negatives=negatives)
 
-    def classify_regions(self, picture: Any, boxes: Any, prompts: Sequence[str]) -> ClassifiedRegions:
+    def classify_regions(self, picture: Any, boxes: Any, prompts: str | Sequence[str]) -> ClassifiedRegions:
         """What given boxes of a picture show, by the whole picture's features (not by crops).
 
         Args:
@@ -330,7 +335,7 @@ class RegionCLIPCounter(CountingModule):
             InputError: a box without area in the picture, coordinates that are not finite, or no name.
         """
         image, _ = as_picture(picture)
-        size, names = (image.shape[1], image.shape[2]), list(prompts)
+        size, names = (image.shape[1], image.shape[2]), [prompts] if isinstance(prompts, str) else list(prompts)
         if not names or len(set(names)) != len(names):
             raise InputError(f"prompts are {names}; expected names, each once")
         seen = self.preprocess(image)
@@ -457,7 +462,15 @@ class RegionCLIPCounter(CountingModule):
             self.threshold.fill_(self._calibrated)
 
     def on_validation_epoch_start(self) -> None:
-        self._waiting = [] if self.calibrate else None
+        # The few pictures of a sanity check decide nothing.
+        self._waiting = [] if self.calibrate and not self.trainer.sanity_checking else None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._calibrating = self._waiting is not None
+        try:
+            super().validation_step(batch, batch_idx)
+        finally:
+            self._calibrating = False  # what callbacks draw, or anybody counts after an error, is at the threshold
 
     def _tally(
         self,
@@ -494,6 +507,15 @@ class RegionCLIPCounter(CountingModule):
         super().on_validation_epoch_end()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["state_dict"]
+        if self.hparams["threshold"] != checkpoint["hyper_parameters"]["threshold"]:
+            state["threshold"], self._calibrated = self.threshold.clone(), None
+        if self.network.head is None:  # boxes come from elsewhere now
+            for key in [key for key in state if key.startswith("network.head.")]:
+                del state[key]
 
     def recipe(self) -> dict[str, Any]:
         tokenizer = self.network.text.tokenizer

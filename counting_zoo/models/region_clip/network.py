@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, max_pool2d, pad
+from torch.nn.functional import interpolate, pad
 
 from counting_zoo.models.region_clip.box_sources import Proposed, kept_inside
 from counting_zoo.nn.clip_regions import RegionEncoder, ResNetRegions, StemRegions
 from counting_zoo.nn.normalization import STATISTICS
 from counting_zoo.nn.text import TextTower
 from counting_zoo.nn.vision import ResidualBlock
-from counting_zoo.ops import points_to_counts
+from counting_zoo.ops import local_peaks, points_to_counts
 from counting_zoo.types import CountOutput
 
 CELL = 4
@@ -155,7 +155,7 @@ class RegionCLIPNet(nn.Module):
     def proposed(
         self, features: Tensor, images: Tensor, sizes: Sequence[tuple[int, int]], floor: float
     ) -> list[Proposed]:
-        """A box at every peak.
+        """A box at every peak, of which equal neighbours are one.
 
         Args:
             features: of the encoder.
@@ -165,19 +165,20 @@ class RegionCLIPNet(nn.Module):
         """
         assert self.head is not None  # the caller asks for peaks
         heat, log_sizes = self.head(features, images)
-        heat = heat.sigmoid()
-        peaks = (heat == max_pool2d(heat, 3, 1, 1)) & (heat > floor)
         sides = UNIT * log_sizes.clamp(-4, 4).exp()
+        lowest = float(torch.tensor(floor, dtype=torch.float64).logit())
         found = []
         for i, (height, width) in enumerate(sizes):
-            rows, columns = peaks[i, 0].nonzero(as_tuple=True)
-            centres = torch.stack([columns, rows], 1) * CELL + CELL / 2
-            inside = (centres < centres.new_tensor([width, height])).all(1)
-            rows, columns, centres = rows[inside], columns[inside], centres[inside]
-            half = sides[i, :, rows, columns].T / 2
-            cells = -(-height // CELL) * -(-width // CELL)
+            rows, columns = -(-height // CELL), -(-width // CELL)
+            # Of logits, which differ where probabilities are all 1, and without the padding, which is no place.
+            ((places, logits),) = local_peaks(heat[i : i + 1, :, :rows, :columns], threshold=lowest)[0]
+            column, row = places.long().unbind(1)
+            first = torch.stack([column, row], 1) * CELL
+            last = (first + CELL).minimum(first.new_tensor([width, height]))  # the last cell may be cut
+            centres, half = (first + last) / 2, sides[i, :, row, column].T / 2
             boxes = torch.cat([centres - half, centres + half], 1)
-            found.append(kept_inside(boxes, heat[i, 0, rows, columns], (height, width), len(rows) > FULL * cells))
+            full = len(boxes) > FULL * rows * columns
+            found.append(kept_inside(boxes, logits.sigmoid(), (height, width), full))
         return found
 
 
