@@ -77,4 +77,33 @@ class WarmupCosineRestarts(LRScheduler):
         return [self.rate(self.last_epoch, float(base)) for base in self.base_lrs]
 
 
-__all__ = ["WarmupCosineRestarts", "WarmupHoldDecay"]
+class WarmupSteps(LRScheduler):
+    """Linear warm-up, then a constant rate that falls at some steps (RegionCLIP, as detectron2 has it).
+
+    Args:
+        optimizer: whose groups are scheduled.
+        warmup: optimizer steps of warm-up.
+        start: share of the learning rate that warm-up begins with.
+        falls: optimizer steps at which the rate falls.
+        factor: what it is multiplied by there.
+    """
+
+    interval = "step"
+
+    def __init__(
+        self, optimizer: Optimizer, warmup: int = 1000, start: float = 1e-3,
+        falls: tuple[int, ...] = (300_000, 525_000), factor: float = 0.1,
+    ) -> None:  # fmt: skip
+        self.warmup, self.start, self.falls, self.factor = warmup, start, tuple(falls), factor
+        super().__init__(optimizer)
+
+    def share(self, step: int) -> float:
+        """What the learning rate is multiplied by at a step."""
+        done = min(1.0, step / self.warmup) if self.warmup else 1.0
+        return (self.start + (1 - self.start) * done) * self.factor ** sum(step >= fall for fall in self.falls)
+
+    def get_lr(self) -> list[Any]:
+        return [base * self.share(self.last_epoch) for base in self.base_lrs]
+
+
+__all__ = ["WarmupCosineRestarts", "WarmupHoldDecay", "WarmupSteps"]

@@ -37,6 +37,8 @@ class TrainingModule(L.LightningModule):
 
     #: Any one of these sets of batch keys is enough to train.
     requires: ClassVar[tuple[frozenset[str], ...]] = ()
+    #: Whether training pictures of different sizes may come as a list, which the model pads.
+    pads: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Batch(TypedDict):
     """What a data module hands to a model; B pictures, K names asked about in each."""
 
-    image: Tensor | list[Tensor]  # training: (B, 3, H, W) float32 RGB in [0, 1]; evaluation: B x (3, H_i, W_i) uint8
+    # training: (B, 3, H, W) float32 RGB in [0, 1], or B x (3, H_i, W_i) for a model that pads; evaluation: uint8 list
+    image: Tensor | list[Tensor]
     classes: list[list[str]]  # B x K names asked about; absent ones are allowed
     image_id: list[str]  # B, unique in the data set
     counts: NotRequired[Tensor]  # (B, K) float32; absent in predict

@@ -262,6 +262,9 @@ def test_collate_stacks_in_training_and_lists_in_evaluation() -> None:
     whole = [make_dataset(records, training=True)[i] for i in range(2)]
     with pytest.raises(InputError, match=r"differ in size.*crop"):
         collate(whole, training=True)
+    padding = collate(whole, training=True, ragged=True)["image"]  # for a model that pads them itself
+    assert [tuple(image.shape) for image in padding] == [(3, 40, 50), (3, 30, 60)]
+    assert isinstance(collate(whole[:1] * 2, training=True, ragged=True)["image"], torch.Tensor)
 
 
 def test_collate_refuses_different_numbers_of_names() -> None:

@@ -267,7 +267,8 @@ def test_sizes_of_one_batch_may_differ() -> None:
     for model.picture_box in ("picture", "canvas"):
         found[model.picture_box] = float(model.training_losses(batch)["image_text"])
         extents = sizes if model.picture_box == "picture" else [(48, 80)] * 2
-        pictures = region_and_picture_embeddings(model.encoder, padded, batch["boxes"], extents)[1]
+        regions, pictures = region_and_picture_embeddings(model.encoder, padded, batch["boxes"], extents)
+        torch.testing.assert_close(model(images, batch["boxes"]), (regions, pictures))
         expected = image_text_loss(pictures, model.text(["x", "y"]), 0.1)
         assert found[model.picture_box] == pytest.approx(float(expected), rel=1e-4)
     assert abs(found["picture"] - found["canvas"]) > 1e-4

@@ -90,6 +90,30 @@ def test_unseen_pairs_of_seen_words(preset: str, sizes: tuple[int, int, int]) ->
     assert words["val"] == words["test"] == words["train"]
 
 
+def test_common_shows_no_pair_that_others_test_on() -> None:
+    """What is pretrained on it has seen every word, and none of the pairs that counters are scored on."""
+    preset = PRESETS["common"]
+    splits = preset.class_splits()
+    pairs = {split: {(c.shape, c.colour) for c in classes} for split, classes in splits.items()}
+    assert not pairs["train"] & (pairs["val"] | pairs["test"])
+    assert not pairs["val"] & pairs["test"]
+    for other in ("easy", "full"):
+        for split in ("val", "test"):
+            tested = {(c.shape, c.colour) for c in PRESETS[other].class_splits()[split]}
+            assert tested
+            assert not pairs["train"] & tested
+            assert tested <= pairs["val"] | pairs["test"]
+    known = set().union(*splits["train"])
+    for name in ("easy", "full", "low", "common"):
+        for classes in PRESETS[name].class_splits().values():
+            assert set().union(*classes) <= known
+    # Nor does a distractor.
+    shown = {c for i in range(300) for c, _ in preset.plan(np.random.default_rng(i), splits["train"])}
+    assert {(c.shape, c.colour) for c in shown} <= pairs["train"]
+    scenes = [render(preset, splits["train"], (0, 0, i)) for i in range(3)]
+    assert all(set(scene.classes) <= set(splits["train"]) for scene in scenes)
+
+
 def test_low_list_needs_both_words() -> None:
     classes = PRESETS["low"].class_splits()["train"]
     assert len({c.name for c in classes}) == 12

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from counting_zoo.schedules import WarmupCosineRestarts, WarmupHoldDecay
+from counting_zoo.schedules import WarmupCosineRestarts, WarmupHoldDecay, WarmupSteps
 
 VECTORS = torch.load(Path(__file__).parent / "golden" / "clip_ebc_vectors.pt", weights_only=True)
 
@@ -48,3 +48,18 @@ def test_warm_up_hold_and_decay() -> None:
     assert found[9] == found[10] == found[50] == 1.0
     assert found[75] == pytest.approx(0.5)
     assert found[100] == pytest.approx(0.1)
+
+
+def test_warm_up_and_falls_are_the_references() -> None:
+    """0.002 after 1000 steps from a thousandth of it, and a tenth at each fall; detectron2's WarmupMultiStepLR."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.002)
+    schedule = WarmupSteps(optimizer)
+    rates = {step: 0.002 * schedule.share(step) for step in (0, 1, 500, 1000, 299_999, 300_000, 525_000)}
+    expected = {0: 2e-6, 1: 2e-6 + 1.998e-6, 500: 2e-6 + 0.999e-3, 1000: 2e-3, 299_999: 2e-3, 300_000: 2e-4,
+                525_000: 2e-5}  # fmt: skip
+    assert rates == pytest.approx(expected)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-6)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected[1])
+    assert WarmupSteps(optimizer, warmup=0, falls=()).share(0) == 1

@@ -361,12 +361,13 @@ class CountingDataModule(L.LightningDataModule):
         return Preprocess.of(getattr(model, "preprocess", None))
 
     def _loader(self, data: CountingDataset, sampler: Any, batch_size: int, *, training: bool) -> DataLoader:
+        model = self.trainer.lightning_module if self.trainer is not None else None
         return DataLoader(
             data,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=partial(collate, training=training),
+            collate_fn=partial(collate, training=training, ragged=getattr(model, "pads", False)),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             drop_last=False,

@@ -144,12 +144,15 @@ def _moved(
     return scale(torch.from_numpy(np.asarray(values, np.float32)), old, new).numpy()
 
 
-def collate(loaded: Sequence[dict[str, Any] | list[dict[str, Any]]], *, training: bool = False) -> Batch:
+def collate(
+    loaded: Sequence[dict[str, Any] | list[dict[str, Any]]], *, training: bool = False, ragged: bool = False
+) -> Batch:
     """Put items into one batch: pictures are stacked in training and stay a list in evaluation.
 
     Args:
         loaded: what the data set gives for each picture: its item, or the list of its crops' items.
         training: whether to stack the pictures.
+        ragged: whether training pictures that differ in size stay a list, as for a model that pads them itself.
 
     Raises:
         InputError: training pictures differ in size, the pictures are asked about different numbers of names, or some
@@ -173,12 +176,13 @@ def collate(loaded: Sequence[dict[str, Any] | list[dict[str, Any]]], *, training
         )
     if training:
         sizes = {tuple(image.shape[1:]) for image in batch["image"]}
-        if len(sizes) > 1:
+        if len(sizes) > 1 and not ragged:
             raise InputError(
                 f"training pictures of one batch differ in size ({sorted(sizes)[:3]}...); give data.augmentation "
                 "a crop, use a model whose preprocess warps to one size, or set data.batch_size to 1"
             )
-        batch["image"] = torch.stack(batch["image"])
+        if len(sizes) == 1:
+            batch["image"] = torch.stack(batch["image"])
     keys = set().union(*items) - set(batch)
     for key in sorted(keys):
         if lacking := [item["image_id"] for item in items if key not in item]:

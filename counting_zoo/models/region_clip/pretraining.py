@@ -121,6 +121,7 @@ class RegionCLIPPretraining(TrainingModule):
     """
 
     requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"captions"}), frozenset({"counts"}))
+    pads: ClassVar[bool] = True
     mean: Tensor
     std: Tensor
 
@@ -242,6 +243,11 @@ class RegionCLIPPretraining(TrainingModule):
         return self
 
     def setup(self, stage: str) -> None:
+        if stage in ("test", "predict"):
+            raise InputError(
+                "RegionCLIPPretraining counts nothing, so it has nothing to test or predict; validate it, or write its "
+                "CLIP (counting-zoo export-encoder) and start a counter from that (model.pretrained_encoder)"
+            )
         if self._source is None and self.regions not in ("random", "boxes"):
             self._source = proposal_source(self.regions)
             if isinstance(self._source, FileProposals):
@@ -304,6 +310,19 @@ class RegionCLIPPretraining(TrainingModule):
             self._embedded[key] = found
         return found
 
+    def forward(self, image: Tensor | Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The student's embeddings of boxes ``(N, D)`` and of whole pictures ``(B, D)``, not normalised.
+
+        Args:
+            image: B pictures ``(3, H_i, W_i)`` in [0, 1] or uint8, of any sizes.
+            boxes: B tensors ``(N_i, 4)`` of x1, y1, x2, y2 in pixels.
+        """
+        images, sizes = self._padded(image)
+        return region_and_picture_embeddings(self.encoder, images, boxes, self._extents(sizes))
+
+    def _extents(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+        return sizes if self.picture_box == "picture" else None
+
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -319,6 +338,9 @@ class RegionCLIPPretraining(TrainingModule):
                 "(train/distinct_concepts), lower threshold, or give concepts that are in the pictures"
             )
         return terms
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Is never reached, see :meth:`setup`; without it Lightning would say something less helpful."""
 
     def on_validation_epoch_start(self) -> None:
         if self.labels != "boxes":
@@ -339,9 +361,8 @@ class RegionCLIPPretraining(TrainingModule):
 
     def _classify(self, batch: Batch) -> None:
         """Whether the data's own boxes are given their names, of those of the split."""
-        images, sizes = self._padded(batch["image"])
         boxes = [own.to(self.device) for own in batch["boxes"]]
-        regions, pictures = region_and_picture_embeddings(self.encoder, images, boxes, sizes)
+        regions, pictures = self(batch["image"], boxes)
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         names = concepts_from_classes(datamodule.class_names("val"), ())
         place = {spelling(name): i for i, name in enumerate(names)}
@@ -373,8 +394,7 @@ class RegionCLIPPretraining(TrainingModule):
         boxes, names = self._boxes(batch, sizes, generator)
         if not (self.weights["region_text"] or self.weights["distillation"]):
             boxes, names = [own[:0] for own in boxes], []
-        extents = sizes if self.picture_box == "picture" else None
-        regions, pictures = region_and_picture_embeddings(self.encoder, images, boxes, extents)
+        regions, pictures = region_and_picture_embeddings(self.encoder, images, boxes, self._extents(sizes))
         concepts = self._embeddings(pool)
         pseudo = self._pseudo_labels(images, boxes, names, pool, concepts)
         statistics = label_statistics(pseudo, regions, concepts)
