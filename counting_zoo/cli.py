@@ -130,7 +130,7 @@ def _convert(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "counting-zoo convert", description="Turn weights of a reference implementation into a checkpoint of the zoo."
     )
-    parser.add_argument("name", help="which system: clip_count, clip_ebc or lower_count")
+    parser.add_argument("name", help="which system: clip_count, clip_ebc, lower_count or region_clip")
     parser.add_argument("source", help="the reference's checkpoint or state dict; pickled code in it is never run")
     parser.add_argument("out", help="the checkpoint to write")
     parser.add_argument("--config", help="the reference's settings, JSON or YAML, where the file does not carry them")

@@ -29,7 +29,7 @@ _PLAIN_NUMPY: list[Any] = [
 
 
 #: The models that :func:`load_official` reads weights of.
-OFFICIAL = ("clip_count", "clip_ebc", "lower_count")
+OFFICIAL = ("clip_count", "clip_ebc", "lower_count", "region_clip")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -163,11 +163,13 @@ def load_official(
     """A zoo model with the weights of a reference implementation, which predicts as the reference does.
 
     Args:
-        name: ``clip_count``, ``clip_ebc`` or ``lower_count``.
+        name: ``clip_count``, ``clip_ebc``, ``lower_count``, or ``region_clip`` (a counter by detection that needs no
+            training, see :func:`~counting_zoo.models.region_clip.weights.from_official`).
         source: the reference's weights as a file, a mapping, or a folder with ``model.safetensors`` and
             ``config.json``: a bare state dict, or one under ``state_dict``, ``model_state_dict`` (resume files),
             ``model`` or ``weights``, with or without ``model.`` / ``module.`` prefixes.
-        config: the reference's settings under its own names, over those the file carries.
+        config: the reference's settings under its own names, over those the file carries; for ``region_clip`` also
+            options of the counter, such as ``proposals`` and ``score``.
         clip: frozen CLIP weights where the file has none: hub name, folder, or an OpenAI-layout state dict (the
             mapping or a file of it).
         tokenizer: a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids.
@@ -205,6 +207,10 @@ def load_official(
         from counting_zoo.models.lower_count import weights as lower_count
 
         return lower_count.from_official(tensors, settings)
+    if name == "region_clip":
+        from counting_zoo.models.region_clip import weights as region_clip
+
+        return region_clip.from_official(tensors, settings, clip, tokenizer)
     from counting_zoo.models.clip_ebc import weights as clip_ebc
 
     if isinstance(source, str | Path):
