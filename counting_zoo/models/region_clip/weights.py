@@ -121,7 +121,7 @@ def _settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     options["preprocess"] = Preprocess("short", short, max_long=long, interpolation="bicubic", rounding="nearest")
     if "MODEL.ROI_HEADS.SOFT_NMS_ENABLED" in given:
         options["suppression"] = "soft" if given.pop("MODEL.ROI_HEADS.SOFT_NMS_ENABLED") else "hard"
-    heads = given.pop("transformer_heads", None)
+    heads = int(given.pop("transformer_heads")) if "transformer_heads" in given else None
     options |= {ours: given.pop(theirs) for theirs, ours in _REFERENCE.items() if theirs in given}
     options |= {key: given.pop(key) for key in _OPTIONS & set(given)}
     if given:
@@ -181,7 +181,24 @@ def _text_of(clip: Any) -> dict[str, Tensor]:
 
 
 def _towers(state: Mapping[str, Tensor], heads: int | None, text_prefix: str) -> CLIPResNetModel:
-    """The CLIP of an OpenAI-layout state dict, strictly, its batch statistics included.
+    """The CLIP of an OpenAI-layout state dict, strictly, its batch statistics included; see :func:`_checked_config`."""
+    towers = random_clip_resnet(_checked_config(state, heads, text_prefix))
+    means = [value for key, value in state.items() if key.endswith(".running_mean")]
+    if not any(bool(mean.any()) for mean in means):
+        warnings.warn(
+            "all batch statistics of this file are 0: it was saved by a run that had lost them (RegionCLIP's issue 67),"
+            " and its features are worthless",
+            stacklevel=4,
+        )
+    load_tensors(
+        towers, openai_to_resnet(state), "a CLIP ResNet",
+        optional=lambda key: key == "logit_scale" or key.endswith(".num_batches_tracked"),
+    )  # fmt: skip
+    return towers
+
+
+def _checked_config(state: Mapping[str, Tensor], heads: int | None, text_prefix: str) -> dict[str, Any]:
+    """The config of the CLIP whose names and shapes an OpenAI-layout state dict has, no more and no less.
 
     Args:
         state: both towers.
@@ -202,7 +219,10 @@ def _towers(state: Mapping[str, Tensor], heads: int | None, text_prefix: str) ->
         )
     config = resnet_config_of_openai(state)
     if heads is not None:
-        config["text_config"]["num_attention_heads"] = int(heads)
+        width = config["text_config"]["hidden_size"]
+        if heads < 1 or width % heads:
+            raise InputError(f"transformer_heads is {heads} for texts of width {width}; expected a divisor")
+        config["text_config"]["num_attention_heads"] = heads
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in to_openai(CLIPResNetModel(config).state_dict()).items()}
     # Frozen batch norms have not counted, and the reference learns no temperature.
@@ -217,19 +237,7 @@ def _towers(state: Mapping[str, Tensor], heads: int | None, text_prefix: str) ->
         found = (("missing", missing), ("without a place", unknown), ("of another shape", wrong))
         listed = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in found if keys)
         raise WeightsError(f"these weights make no CLIP ResNet of {config['vision_config']}: {listed}")
-    means = [value for key, value in state.items() if key.endswith(".running_mean")]
-    if not any(bool(mean.any()) for mean in means):
-        warnings.warn(
-            "all batch statistics of this file are 0: it was saved by a run that had lost them (RegionCLIP's issue 67),"
-            " and its features are worthless",
-            stacklevel=4,
-        )
-    towers = random_clip_resnet(config)
-    load_tensors(
-        towers, openai_to_resnet(state), "a CLIP ResNet",
-        optional=lambda key: key == "logit_scale" or key.endswith(".num_batches_tracked"),
-    )  # fmt: skip
-    return towers
+    return config
 
 
 __all__ = ["from_official"]
