@@ -203,16 +203,14 @@ def test_table(tmp_path: Path) -> None:
     assert plain([picture()], ["d.e.jpg"])[0].scores.tolist() == [1]
 
 
-def test_what_lies_outside_is_clipped_counted_and_said_once(tmp_path: Path) -> None:
+def test_what_reaches_over_the_border_stays_whole_and_what_is_empty_is_said_once(tmp_path: Path) -> None:
     boxes = [[-5, -5, 10, 10], [50, 30, 100, 100], [70, 0, 5, 5], [10, 10, 0, 5], [3, 3, 4, 4]]
     source = FileProposals(written(tmp_path / "r.json", [result("a", box) for box in boxes]))
-    with pytest.warns(
-        UserWarning, match="5 boxes of a 3 reach over its border and are clipped, and 2 are empty"
-    ) as said:
+    with pytest.warns(UserWarning, match="2 of the 5 boxes of a have no area in the picture") as said:
         first, found = (source([picture()], ["a"])[0] for _ in range(2))
     assert torch.equal(first.boxes, found.boxes)
     assert len(said) == 1
-    assert found.boxes.tolist() == [[0, 0, 5, 5], [50, 30, 60, 40], [3, 3, 7, 7]]
+    assert found.boxes.tolist() == [[-5, -5, 5, 5], [50, 30, 150, 130], [3, 3, 7, 7]]
 
 
 @pytest.mark.parametrize(
@@ -596,6 +594,36 @@ def test_coincident_objects_stay_two() -> None:
     found = tiled(source, source.pictures(), ["0"], depth=3)[0]
     assert exactly_once(found, objects)
     assert len(found.boxes) == 120
+
+
+class Cells:
+    """Sees every object of an :class:`Ideal` source as a box of ``side`` around the middle of its cell of 4 pixels."""
+
+    def __init__(self, ideal: Ideal, side: float) -> None:
+        self.ideal, self.side = ideal, side
+
+    def __call__(self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Any = None) -> list[Proposed]:
+        found = []
+        for own in self.ideal(images, image_ids):
+            centres = ((own.boxes[:, :2] + own.boxes[:, 2:]) / 8).floor() * 4 + 2
+            boxes = torch.cat([centres - self.side / 2, centres + self.side / 2], 1)
+            found.append(Proposed(boxes, own.scores, own.saturated))
+        return found
+
+
+def test_small_objects_of_a_coarse_source_count_once() -> None:
+    """Two tiles see the centre of an object up to a cell apart, and boxes smaller than that do not overlap."""
+    size = (160, 230)
+    y, x = torch.meshgrid(torch.arange(3.3, 160, 7), torch.arange(3.3, 230, 7), indexing="ij")
+    places = torch.stack([x.flatten(), y.flatten()], 1)
+    source = Ideal([torch.cat([places - 1, places + 1], 1)], size, cap=len(places) // 2)
+    coarse = Cells(source, side=4.0)
+    ignorant, found = (tiled(coarse, source.pictures(), ["0"], depth=1, step=step)[0] for step in (0.0, 4.0))
+    assert len(ignorant.boxes) > len(places)
+    assert len(found.boxes) == len(places)
+    gaps, nearest = torch.cdist((found.boxes[:, :2] + found.boxes[:, 2:]) / 2, places).min(1)
+    assert len(nearest.unique()) == len(places)
+    assert gaps.max() < 2.5
 
 
 def test_scores_come_along_and_a_blurred_look_counts_once() -> None:

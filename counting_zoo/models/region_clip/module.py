@@ -281,7 +281,8 @@ class RegionCLIPCounter(CountingModule):
         else:
             found = self._source([image], [image_id], None if stored is None else [stored])[0]
         if found.saturated and self.tile_depth:
-            found = tiled(self._source, [image], [image_id], depth=self.tile_depth)[0]
+            step = 0 if self.network.head is None else CELL
+            found = tiled(self._source, [image], [image_id], depth=self.tile_depth, step=step)[0]
         probabilities = self._probabilities(features, found.boxes.to(image.device), names)
         scores = fuse(probabilities, found.scores.to(image.device), self.fusion)
         floor = min(float(self.threshold), float(THRESHOLDS[0])) if self._calibrating else float(self.threshold)
@@ -455,13 +456,20 @@ class RegionCLIPCounter(CountingModule):
 
     # -- calibration ----------------------------------------------------------------------------------------------
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
+    def _set_threshold(self) -> None:
+        """Weight averaging validates a copy, and averages thresholds as well: both copies have the calibrated one."""
         if self._calibrated is not None:
-            # Weight averaging validates, and so calibrates, a copy; both copies have one threshold.
             self.threshold.fill_(self._calibrated)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._set_threshold()
+
+    def on_train_end(self) -> None:
+        self._set_threshold()
+
     def on_validation_epoch_start(self) -> None:
+        self._set_threshold()
         # The few pictures of a sanity check decide nothing.
         self._waiting = [] if self.calibrate and not self.trainer.sanity_checking else None
 
@@ -507,6 +515,11 @@ class RegionCLIPCounter(CountingModule):
         super().on_validation_epoch_end()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._calibrated is not None and "current_model_state" in checkpoint:  # beside averaged weights
+            checkpoint["state_dict"]["threshold"] = torch.tensor(self._calibrated)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

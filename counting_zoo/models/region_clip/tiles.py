@@ -54,6 +54,7 @@ def tiled(
     *,
     depth: int = 2,
     overlap: float = 0.2,
+    step: float = 0.0,
 ) -> list[Proposed]:
     """Ask a source about pictures, and again about the tiles of those in which it is at its limit.
 
@@ -64,8 +65,8 @@ def tiled(
     - A box that ends at a border of its tile within the picture is of an object that is cut there, and goes; the
       overlap shows it whole to the tile that its centre is in, as long as it is smaller than the overlap.
     - Larger objects, which fit in no tile, are those found in the whole.
-    - Boxes of two tiles near the line between their cores that overlap by :data:`SAME` or more are one object, whose
-      centre the two looks may see on two sides.
+    - Boxes of two tiles near the line between their cores that overlap by :data:`SAME` or more, or whose centres are
+      closer than the source tells places apart, are one object, whose centre the two looks may see on two sides.
 
     A source that says of no picture that it is saturated, such as a file, is asked once.
 
@@ -74,15 +75,18 @@ def tiled(
         images, image_ids, sizes: as in :class:`~counting_zoo.models.region_clip.box_sources.ProposalSource`.
         depth: how often a picture is cut at most; 0 never.
         overlap: of neighbouring tiles, as part of what is cut.
+        step: pixels of a picture it is given between the places that the source tells apart.
 
     Returns:
         One for each picture, in its pixels; ``saturated`` where a tile of the last level is.
 
     Raises:
-        InputError: ``depth`` below 0, ``overlap`` outside [0, 0.9], or what the source refuses.
+        InputError: ``depth`` or ``step`` below 0, ``overlap`` outside [0, 0.9], or what the source refuses.
     """
-    if depth < 0 or not 0 <= overlap <= 0.9:
-        raise InputError(f"tiled: depth is {depth} and overlap {overlap}; expected at least 0, and 0 to 0.9")
+    if depth < 0 or not 0 <= overlap <= 0.9 or not step >= 0:
+        raise InputError(
+            f"tiled: depth is {depth}, overlap {overlap} and step {step}; expected at least 0, 0 to 0.9, and at least 0"
+        )
     check_pictures(images, image_ids, sizes)
     level = roots = [_Region(i, (0, 0), (int(im.shape[-2]), int(im.shape[-1]))) for i, im in enumerate(images)]
     for left in reversed(range(depth + 1)):
@@ -94,7 +98,7 @@ def tiled(
         level = [tile for region in level for tile in _cut(region, overlap)] if left else []
         if not level:
             break
-    joined = [_joined(region) for region in roots]
+    joined = [_joined(region, step) for region in roots]
     return [kept_inside(f.boxes, f.scores, r.size, f.saturated) for f, r in zip(joined, roots, strict=True)]
 
 
@@ -128,12 +132,13 @@ def _cut(region: _Region, overlap: float) -> list[_Region]:
     return region.tiles
 
 
-def _joined(region: _Region) -> Proposed:
-    """What was found in a region, each object once, in pixels of the whole picture."""
+def _joined(region: _Region, step: float) -> Proposed:
+    """What was found in a region, each object once, in pixels of the whole picture, as ``step`` is."""
     assert region.found is not None
     if not region.tiles:
         return region.found
-    parts = [_joined(tile) for tile in region.tiles]
+    step *= max(region.tiles[0].size[0] / region.size[0], region.tiles[0].size[1] / region.size[1])  # looks are closer
+    parts = [_joined(tile, step) for tile in region.tiles]
     middle = region.found.boxes.new_tensor(region.middle)
     # The tiles on both sides of the line reach over it by half the overlap.
     reach = torch.stack([middle.new_tensor(tile.ends) for tile in region.tiles]).amin(0) - middle
@@ -145,7 +150,7 @@ def _joined(region: _Region) -> Proposed:
         own = (past >= -band / 2).all(1) & _whole(part.boxes, tile, region, CUT)
         fresh, near = part.boxes[own], (past[own] <= band).any(1)
         around = ((_centres(boxes) - middle).abs() <= band).any(1)
-        near[near.clone()] = _told(fresh[near], boxes[around], band / 2)
+        near[near.clone()] = _told(fresh[near], boxes[around], band / 2, step)
         boxes, scores = torch.cat([boxes, fresh[~near]]), torch.cat([scores, part.scores[own][~near]])
     large = ~_fits(region)
     large[large.clone()] = ~_told(region.found.boxes[large], boxes, band / 2)
@@ -156,7 +161,7 @@ def _joined(region: _Region) -> Proposed:
     )
 
 
-def _told(boxes: Tensor, others: Tensor, limit: Tensor) -> Tensor:
+def _told(boxes: Tensor, others: Tensor, limit: Tensor, step: float = 0.0) -> Tensor:
     """``(N,)``: whether a box is one of the others, seen in another look: in pairs, best first.
 
     Two objects at nearly the same place therefore stay two where both looks see both.
@@ -165,12 +170,14 @@ def _told(boxes: Tensor, others: Tensor, limit: Tensor) -> Tensor:
         boxes: ``(N, 4)`` of one look.
         others: ``(M, 4)`` of other looks.
         limit: how far apart centres may be along x and y.
+        step: how close centres of one object may be whatever the overlap, which is little where objects are small.
     """
     told = torch.zeros_like(boxes[:, 0], dtype=torch.bool)
     if not len(boxes) or not len(others):
         return told
     apart = (_centres(boxes)[:, None] - _centres(others)).abs()
-    iou = box_iou(boxes, others) * (apart <= limit).all(2)
+    iou = box_iou(boxes, others)
+    iou = torch.where((apart < step).all(2), SAME + (1 - SAME) * iou, iou) * (apart <= limit).all(2)
     while True:
         best, other = iou.max(1)
         paired = (best >= SAME) & (iou.argmax(0)[other] == torch.arange(len(boxes), device=iou.device))
