@@ -10,8 +10,8 @@ is none by default; 100 and 300 are the reference's on COCO and LVIS).
 Scenes have a box for each object. FSC-147 has dots and a few example boxes, so a box of the mean example's size stands
 around each dot. Its annotation does not say how wide a picture is, so both ends are given: boxes that are whole, and
 boxes cut at the lower edge of the highest picture and at the last dot or example on the right. Boxes that are cut
-overlap more. FSC-147 is looked for in ``$COUNTING_ZOO_DATA/fsc147`` (else ``../shared/data/fsc147``); pictures are not
-needed.
+overlap more; the counter suppresses whole ones and clips afterwards. FSC-147 is looked for in
+``$COUNTING_ZOO_DATA/fsc147`` (else ``../shared/data/fsc147``); pictures are not needed.
 
 Errors are of the number of objects of all names in a picture.
 """
@@ -103,12 +103,12 @@ def with_examples(record: Record, height: int | None = None) -> Perfect:
     points, examples = torch.from_numpy(record.points), torch.from_numpy(record.exemplars)
     width = math.ceil(float(torch.cat([points, examples[:, 2:]])[:, 0].amax()))
     boxes = around(points, typical_sides(points, examples, (height or width, width)))
-    size = (height or 0, width)
-    if height is None:
+    if height is not None:
+        boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    else:
         boxes = boxes - boxes[:, :2].amin(0).repeat(2)
         width, height = (math.ceil(side) for side in boxes[:, 2:].amax(0).tolist())
-        size = (height, width)
-    return Perfect(boxes, torch.from_numpy(record.labels), len(record.classes), size)
+    return Perfect(boxes, torch.from_numpy(record.labels), len(record.classes), (height, width))
 
 
 def lost(pictures: Sequence[Perfect], iou_threshold: float, limit: int | None = None) -> dict[str, float]:

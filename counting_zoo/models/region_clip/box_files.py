@@ -53,8 +53,8 @@ class FileProposals:
     (``COCO_val2014_000000000042.jpg``); and last by its stem. More than one match is an error.
 
     Boxes are in pixels of the picture as it is stored. They are scaled by the size that the file states, else by
-    ``sizes`` of a call, else taken to be of the picture given. What reaches over its border is clipped; of what is
-    clipped and what is empty the first is warned about.
+    ``sizes`` of a call, else taken to be of the picture given. Boxes may reach over its border; of those
+    without area in it the first picture's are warned about.
 
     Args:
         path: one of :data:`FORMATS`. Crowd regions of an annotation are left out, with a warning. A row of a table
@@ -99,13 +99,12 @@ class FileProposals:
         rows = [] if key is None else self._rows.pictures[key]
         size = self._size(key, image_id, given, stored)
         boxes, scores = self._rows.boxes[rows], torch.from_numpy(self._rows.scores[rows])
-        outside = ((boxes < -0.01) | (boxes > np.array([*size[::-1], *size[::-1]]) + 0.01)).any(1)
-        found = kept_inside(scale_boxes(torch.from_numpy(boxes), size, given), scores, given)
-        if outside.any() or len(found.boxes) < len(rows):
+        found = kept_inside(scale_boxes(torch.from_numpy(boxes), size, given), scores, given, clip=False)
+        if len(found.boxes) < len(rows):
             self._warn(
-                "clipped",
-                f"of the {len(rows)} boxes of {image_id} {int(outside.sum())} reach over its border and are clipped, "
-                f"and {len(rows) - len(found.boxes)} are empty and left out; other pictures are not reported",
+                "empty",
+                f"{len(rows) - len(found.boxes)} of the {len(rows)} boxes of {image_id} have no area in the picture "
+                "and are left out; other pictures are not reported",
             )
         return Proposed(found.boxes.to(image.device), found.scores.to(image.device), False)
 

@@ -25,7 +25,8 @@ class Proposed:
     """The boxes of one picture.
 
     Attributes:
-        boxes: ``(N, 4)`` float32 x1, y1, x2, y2 in pixels of the picture given, inside it, none empty.
+        boxes: ``(N, 4)`` float32 x1, y1, x2, y2 in pixels of the picture given, with some area inside it. Those that
+            somebody annotated may reach over its border.
         scores: ``(N,)`` float32 objectness in [0, 1].
         saturated: whether the source was at its limit, so that more objects may be there.
     """
@@ -75,7 +76,7 @@ def check_pictures(images: Sequence[Tensor], image_ids: Sequence[str], sizes: Se
             )
 
 
-def kept_inside(boxes: Tensor, scores: Tensor, size: Size, saturated: bool = False) -> Proposed:
+def kept_inside(boxes: Tensor, scores: Tensor, size: Size, saturated: bool = False, *, clip: bool = True) -> Proposed:
     """Boxes clipped to their picture, without those of which nothing is left.
 
     Args:
@@ -83,6 +84,7 @@ def kept_inside(boxes: Tensor, scores: Tensor, size: Size, saturated: bool = Fal
         scores: ``(N,)``.
         size: ``(H, W)``.
         saturated: see :class:`Proposed`.
+        clip: ``False`` leaves out the same boxes, and the others whole.
 
     Raises:
         InputError: a coordinate or score is not finite.
@@ -93,9 +95,9 @@ def kept_inside(boxes: Tensor, scores: Tensor, size: Size, saturated: bool = Fal
         )
     height, width = size
     limit = boxes.new_tensor([width, height, width, height], dtype=torch.float32)
-    boxes = torch.minimum(boxes.float().clamp(min=0), limit)
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return Proposed(boxes[kept], scores.float().clamp(0, 1)[kept], saturated)
+    clipped = torch.minimum(boxes.float().clamp(min=0), limit)
+    kept = (clipped[:, 2:] > clipped[:, :2]).all(1)
+    return Proposed((clipped if clip else boxes.float())[kept], scores.float().clamp(0, 1)[kept], saturated)
 
 
 def random_boxes(size: Size, n: int, generator: torch.Generator, *, grid: int = 8, min_side: int = 8) -> Tensor:

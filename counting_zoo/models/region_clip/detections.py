@@ -173,7 +173,7 @@ def detect(
     limit: int | None = None,
     deltas: Tensor | None = None,
 ) -> Detections:
-    """The boxes to report: regressed, clipped, above the threshold, and one for each object of a name.
+    """The boxes to report: regressed, above the threshold, one for each object of a name, and clipped.
 
     The scores of the boxes that stay do not depend on the threshold, so what a higher threshold would report is among
     what a lower one does: :func:`counts_at` counts for all of them at once (without a limit).
@@ -181,7 +181,8 @@ def detect(
     Args:
         boxes: ``(N, 4)`` proposals, x1, y1, x2, y2 in pixels of the picture.
         scores: ``(N, K)`` of each name, see :func:`fuse`.
-        size: (H, W) of the picture, to which boxes are clipped. Those without area in it are left out, and warned about
+        size: (H, W) of the picture, to which boxes are clipped behind the suppression: what is left of two neighbours
+            at the border overlaps more than they do. Those without area in it are left out, and warned about
             unless they were regressed: nothing would suppress them.
         threshold: at least 0. Scores above it are reported; the reference's is 0.001 on COCO and 0.02 on LVIS.
         iou_threshold: overlap above which the lower of two boxes of one name goes; 1 for none. Objects that overlap
@@ -216,8 +217,8 @@ def detect(
     if deltas is not None:
         boxes = _regressed(boxes, deltas.float())
     corner = boxes.new_tensor([size[1], size[0]]).repeat(2)
-    boxes = boxes.clamp(min=0).minimum(corner)
-    inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    clipped = boxes.clamp(min=0).minimum(corner)
+    inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
     if deltas is None and not bool(inside.all()):
         warnings.warn(
             f"{int((~inside).sum())} of {len(boxes)} boxes have no area in the picture of {size[0]} x {size[1]} pixels "
@@ -236,7 +237,7 @@ def detect(
     else:
         kept, found = soft_nms(boxes[source], found, labels, iou_threshold=iou_threshold, prune=threshold)
     kept, found = kept[:limit], found[:limit]
-    return Detections(boxes[source[kept]], found, labels[kept], source[kept])
+    return Detections(clipped[source[kept]], found, labels[kept], source[kept])
 
 
 def counts_at(scores: Tensor, labels: Tensor, n_names: int, thresholds: Tensor) -> Tensor:
