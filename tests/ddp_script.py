@@ -236,7 +236,20 @@ def pretraining() -> None:
                 run.fit(model, Boxed(num_workers=0, prompts="all", duplicates="ignore"))
 
 
+def detectors() -> None:
+    """A detector that finds much, fitted on two processes and scored on one, two and four, of which one has nothing."""
+    found = {"peak_floor": 0.0, "scale": 1.0, "bias": 0.0, "tile_depth": 0}
+    run("fit", *trainer("fit_detector", 2), *model("region_clip_counter_small", **found), *scenes())
+    for world in (1, 2, 4):
+        for command in ("validate", "test"):
+            words = trainer(f"{command}_detector_{world}", world, callbacks=[])
+            run(command, *words, *scenes(), "--data.eval_batch_size=1", "--ckpt_path", last("fit_detector"))
+
+
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
-    parts = {"short": short, "long": long, "blocks": blocks, "low_counts": low_counts, "pretraining": pretraining}
+    parts = {
+        "short": short, "long": long, "blocks": blocks, "low_counts": low_counts, "pretraining": pretraining,
+        "detectors": detectors,
+    }  # fmt: skip
     parts[sys.argv[2]]()

@@ -49,6 +49,11 @@ def pretraining(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch(tmp_path_factory.mktemp("pretraining"), "pretraining")
 
 
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("detectors"), "detectors")
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -201,3 +206,18 @@ def test_pretraining_that_gathers_less(pretraining: Path, labels: str) -> None:
     one, *others = (weights(pretraining / f"{labels}_{g}_2.ckpt") for g in ("all", "image_text", "none"))
     for other in others:
         assert any(not torch.allclose(value, other[key], atol=1e-4) for key, value in one.items() if value.ndim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_calibrate_as_one(detectors: Path, world: int) -> None:
+    """D1 for the threshold, which all pictures of validation choose: also by a process that has none of the three."""
+    one, many = (scores(detectors / "runs" / f"validate_detector_{n}") for n in (1, world))
+    assert one["val/n"] == 3
+    assert many == pytest.approx(one, rel=1e-6)
+    assert "val/threshold" in one
+    check_scores(detectors, "detector", world)
+    assert any(float(row["predicted"]) for row in rows(detectors / "runs" / "test_detector_1" / "test_counts.csv"))
+    trained = weights(detectors / "runs" / "fit_detector" / "checkpoints" / "last.ckpt")
+    fitted = scores(detectors / "runs" / "fit_detector")
+    assert float(trained["threshold"]) == pytest.approx(fitted["val/threshold"]) == pytest.approx(one["val/threshold"])

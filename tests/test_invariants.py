@@ -1,4 +1,4 @@
-"""The five invariants of the contracts, over every data module and CLIP-Count."""
+"""The five invariants of the contracts, over every data module, CLIP-Count and a detector."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from tiny import DATA, data, run, trainer
 from torch import Tensor
 
-from counting_zoo import CLIPCount, CountOutput, Prediction
+from counting_zoo import CLIPCount, CountOutput, Prediction, RegionCLIPCounter
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import CountingDataset
 from counting_zoo.data.records import Split
 from counting_zoo.data.transforms import Augmentation, CLIPCountAugmentation, PlainAugmentation
+from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.module import CountingModule
 from counting_zoo.ops import peak_points, points_to_counts, points_to_density, resize_density
@@ -158,6 +159,15 @@ def tiny_clip_count(patch: int = 16, **options: Any) -> CLIPCount:
 # -- 3. tiles ------------------------------------------------------------------------------------------------------
 
 
+def tiny_detector() -> RegionCLIPCounter:
+    """Which finds much of both names in every picture."""
+    torch.manual_seed(0)
+    settings = tiny.SHRUNK["region_clip_counter_small"] | {"proposals": "grid", "scale": 4.0, "bias": 0.0}
+    model = RegionCLIPCounter(**settings, templates=["{}"])
+    model._make_tokenizer(["a", "b"])
+    return model.eval()
+
+
 class Ideal(CountingModule):
     """Counts exactly: a picture's first channel is 1 at objects, and a cell's density is their number in it."""
 
@@ -219,6 +229,14 @@ def test_the_window_of_clip(size: tuple[int, int], stride: int) -> None:
     torch.testing.assert_close(found.counts, (picture[:2] > 0).sum((-2, -1)).float(), rtol=1e-4, atol=1e-3)
 
 
+def test_a_detector_takes_no_window() -> None:
+    """An object cut in two would be two: it sees whole pictures, and cuts crowded ones itself."""
+    with pytest.raises(InputError, match="whole pictures"):
+        tiny_detector().count_batch([dotted(64, 64, 0)], [["a", "b"]], window=32)
+    with pytest.raises(InputError, match="whole pictures"):
+        RegionCLIPCounter(tiny.clip_config(), window=32)
+
+
 # -- 4. the density is the count -----------------------------------------------------------------------------------
 
 
@@ -231,6 +249,7 @@ def counters() -> dict[str, CountingModule]:
         "clip_count": tiny_clip_count(window=32, stride=16),
         "clip_count untiled": tiny_clip_count(window=32, stride=None),
         "film": tiny_clip_count(interaction="film", window=32, stride=16),
+        "detector": tiny_detector(),
     }
 
 

@@ -646,6 +646,10 @@ def test_the_threshold_is_the_best_one(tmp_path: Path, capsys: pytest.CaptureFix
     (tested,) = run.test(model, data, verbose=False)
     assert "test/threshold" not in tested
     assert float(model.threshold) == chosen  # a test decides nothing
+    again = load(save(model, tmp_path / "model.ckpt"), calibrate=False)
+    again.threshold.fill_(0.77)
+    run.validate(again, data, verbose=False)
+    assert float(again.threshold) == pytest.approx(0.77)  # nor does a validation that is not to
 
 
 @pytest.mark.parametrize("options", [{"suppression": "soft"}, {"assign": "best"}, {"fusion": "geometric"}])

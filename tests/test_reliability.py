@@ -27,7 +27,7 @@ import torch
 from test_images import with_exif
 from tiny import model, run, trainer
 
-from counting_zoo import CLIPCount, ImageFolder, Prediction, load, load_official, save
+from counting_zoo import CLIPCount, ImageFolder, Prediction, RegionCLIPCounter, load, load_official, save
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.images import read_image
 
@@ -49,6 +49,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counter = CLIPCount(**tiny.SHRUNK["clip_count"])
     counter._make_tokenizer(["apples", "pears"])
     return save(counter, tmp_path_factory.mktemp("model") / "model.ckpt")
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight RegionCLIPCounter that finds much in every picture, as a checkpoint."""
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"proposals": "grid", "scale": 4.0, "bias": 0.0}
+    counter = RegionCLIPCounter(**tiny.SHRUNK["region_clip_counter_small"] | found)
+    counter._make_tokenizer(["apples", "pears"])
+    return save(counter, tmp_path_factory.mktemp("detector") / "model.ckpt")
+
+
+@pytest.fixture(params=["checkpoint", "detector"])
+def either(request: pytest.FixtureRequest) -> Path:
+    """One that makes a density, and one that makes boxes."""
+    return request.getfixturevalue(request.param)
 
 
 def folder_words(root: Path | str = "data") -> list[str]:
@@ -136,7 +152,7 @@ def test_every_orientation_counts_alike(checkpoint: Path) -> None:
         assert (row["height"], row["width"]) == ("40", "56")
 
 
-def test_odd_pictures(checkpoint: Path) -> None:
+def test_odd_pictures(either: Path) -> None:
     """F6, F7: grey, alpha, palette-free 16 bits; 1 x 1, very long, smaller than the window."""
     Path("data").mkdir()
     grey = cv2.cvtColor(PICTURE, cv2.COLOR_BGR2GRAY)
@@ -147,7 +163,7 @@ def test_odd_pictures(checkpoint: Path) -> None:
     }  # fmt: skip
     for name, picture in pictures.items():
         assert cv2.imwrite(f"data/{name}.png", picture)
-    assert run("predict", *predict_words(checkpoint)) == 0
+    assert run("predict", *predict_words(either)) == 0
     counts = {row["image"].removesuffix(".png"): float(row["count"]) for row in rows("predictions/counts.csv")}
     assert counts.keys() == pictures.keys()
     assert np.isfinite(list(counts.values())).all()
@@ -157,14 +173,14 @@ def test_odd_pictures(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["black", "white", "noise"])
-def test_blank_pictures(content: str, checkpoint: Path) -> None:
+def test_blank_pictures(content: str, either: Path) -> None:
     """I3: nothing but one value, or noise: a finite count, which sums from its density."""
     values = {
         "black": np.zeros((50, 70, 3)),
         "white": np.full((50, 70, 3), 255),
         "noise": np.resize(PICTURE, (50, 70, 3)),
     }
-    found = load(checkpoint).count(values[content].astype(np.uint8), "apples")
+    found = load(either).count(values[content].astype(np.uint8), "apples")
     assert isinstance(found, Prediction)
     assert bool(torch.isfinite(found.counts).all())
     assert float(found.density.sum()) == pytest.approx(float(found.counts[0]), rel=1e-5)
@@ -174,14 +190,20 @@ def test_blank_pictures(content: str, checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("empty", ["one", "all"])
-@pytest.mark.parametrize("name", ["clip_count", "clip_count_small"])
-def test_pictures_without_objects(name: str, empty: str) -> None:
-    """F8, F9: fit and test in both stages with finite losses and metrics; NAE leaves such pictures out."""
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("clip_count", {"contrast", "density"}), ("clip_count_small", {"contrast", "density"}),
+        ("region_clip_counter", {"heat", "size", "text"}), ("region_clip_counter_small", {"heat", "size", "text"}),
+    ],
+)  # fmt: skip
+def test_pictures_without_objects(name: str, terms: set[str], empty: str) -> None:
+    """F8, F9: fit and test in every stage with finite losses and metrics; NAE leaves such pictures out."""
     table = {f"{i}.png": [("", "")] if empty == "all" or i % 2 else [(5, 5)] for i in range(8)}
     fakes.folder(Path("data"), table)  # type: ignore[arg-type]
     assert run("fit", *trainer(max_epochs=2), *model(name), *folder_words()) == 0
     found = {key: float(value) for row in rows("runs/a/metrics.csv") for key, value in row.items() if value}
-    needed = {"train/loss", "train/contrast", "train/density", "val/mae", "val/rmse", "val/bias"}
+    needed = {"train/loss", *(f"train/{term}" for term in terms), "val/mae", "val/rmse", "val/bias"}
     assert needed <= found.keys()
     assert all(np.isfinite(found[key]) for key in needed)
     if empty == "all":
@@ -286,18 +308,19 @@ def test_names_that_lead_out(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert Path(name).name in error
 
 
-def test_names_that_attack_readers(checkpoint: Path) -> None:
+def test_names_that_attack_readers(either: Path) -> None:
     """S7, S8: a picture's and an object's name stay text in the report and in tables."""
     evil = {"=1+cmd.png": [(5, 5, "<script>alert(1)</script>")], "<b>&.png": [(6, 6, "@SUM(A1)")]}
     fakes.folder(Path("data"), evil, header="image,x,y,label")  # type: ignore[arg-type]
-    words = ["--data=ImageFolder", "--data.root=data", "--data.num_workers=0", "--ckpt_path", str(checkpoint)]
+    words = ["--data=ImageFolder", "--data.root=data", "--data.num_workers=0", "--ckpt_path", str(either)]
     assert run("test", *QUIET, *words) == 0
     report = Path("runs/a/report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in report
     assert "&lt;script&gt;alert(1)" in report
     assert "<b>&.png" not in report
     assert run("predict", *QUIET, *words, '--data.classes=["=cmd()", "+1", "-2", "@x"]') == 0
-    for table in ("predictions/counts.csv", "predictions/points.csv", "runs/a/test_counts.csv"):
+    boxes = ["predictions/boxes.csv"] if Path("predictions/boxes.csv").is_file() else []
+    for table in ("predictions/counts.csv", "predictions/points.csv", "runs/a/test_counts.csv", *boxes):
         for row in csv.reader(Path(table).read_text(encoding="utf-8").splitlines()):
             assert not any((cell[:1] in "=@+" and cell) or cell.startswith("-2") for cell in row[:2]), row
     assert all(path.name[0] not in "=<" for path in Path("predictions/pictures").iterdir())

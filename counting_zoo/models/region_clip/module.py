@@ -217,7 +217,7 @@ class RegionCLIPCounter(CountingModule):
             features = self.network.text(prompts).unflatten(0, (len(names), -1))  # (K, templates, D)
             return (normalize(features.float(), dim=2) if self.ensemble == "normalised" else features).mean(1)
         if new := [name for name in dict.fromkeys(names) if name not in self._embedded]:
-            # One by one in the cache, but together through the tower; words alike to the prompts are one name's.
+            # Name by name: two of them may have the same prompts, which a pool must not.
             for name in new:
                 found = embed_concepts(
                     self.network.text, [name], self.templates, wording=self.wording, ensemble=self.ensemble
@@ -458,7 +458,7 @@ class RegionCLIPCounter(CountingModule):
 
     def _set_threshold(self) -> None:
         """Weight averaging validates a copy, and averages thresholds as well: both copies have the calibrated one."""
-        if self._calibrated is not None:
+        if self.calibrate and self._calibrated is not None:
             self.threshold.fill_(self._calibrated)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -518,7 +518,7 @@ class RegionCLIPCounter(CountingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self._calibrated is not None and "current_model_state" in checkpoint:  # beside averaged weights
+        if self.calibrate and self._calibrated is not None and "current_model_state" in checkpoint:  # averaged weights
             checkpoint["state_dict"]["threshold"] = torch.tensor(self._calibrated)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
