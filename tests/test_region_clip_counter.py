@@ -24,13 +24,14 @@ from test_region_clip_proposals import folders  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from counting_zoo import Prediction, RegionCLIPCounter, SyntheticScenes, load, save
+from counting_zoo import Prediction, RegionCLIPCounter, RegionCLIPPretraining, SyntheticScenes, load, save
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import collate
 from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import CheckpointError, InputError, SupervisionError
 from counting_zoo.models.region_clip.calibration import THRESHOLDS
 from counting_zoo.models.region_clip.network import RegionOutput
+from counting_zoo.nn.clip import random_clip
 from counting_zoo.nn.tokenizer import word_tokenizer
 from counting_zoo.types import Batch
 
@@ -400,7 +401,7 @@ def test_pictures_that_are_not_saturated_are_not_cut() -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three pictures of 48 x 64 pixels with points in ``points.csv``, and boxes of them in a COCO file."""
+    """Three pictures of 48 x 64 pixels with a table of points, and boxes of these in a COCO file without sizes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COUNTING_ZOO_DEBUG", "1")
     rng = np.random.default_rng(0)
@@ -409,7 +410,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny.fakes.folder(tmp_path / "data", points, header="image,x,y,label")
     content: dict[str, Any] = {"images": [], "annotations": []}
     for i, (name, places) in enumerate(found.items()):
-        content["images"].append({"id": i, "file_name": name, "height": 48, "width": 64})
+        content["images"].append({"id": i, "file_name": name})
         content["annotations"] += [{"image_id": i, "bbox": [x - 4, y - 3, 8, 6]} for x, y in places.tolist()]
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     return tmp_path
@@ -842,6 +843,83 @@ def test_boxes_that_are_none(boxes: Any, said: str) -> None:
 def test_prompts_that_are_none(names: Any) -> None:
     with pytest.raises(InputError):
         counter().classify_regions(torch.rand(3, 48, 64), [[0, 0, 9, 9]], names)
+
+
+# -- where weights come from -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["stem", "vit", "resnet"])
+def test_encoders_pretrained_on_regions(kind: str, tmp_path: Path) -> None:
+    """They come with texts and tokenizer, and the checkpoint needs their file no more."""
+    own = {key: value for key, value in KINDS[kind].items() if key in ("clip", "stem", "text_pool")}
+    torch.manual_seed(3)
+    clip = own.pop("clip", tiny.clip_config())
+    pretraining = RegionCLIPPretraining(clip, templates=["{}"], **own)
+    pretraining.text.set_tokenizer(word_tokenizer([*NAMES, "stones"], 320))
+    file = pretraining.export(tmp_path / "clip.safetensors")
+    model = RegionCLIPCounter(clip, pretrained_encoder=str(file), templates=["{}"], width=8, **own).eval()
+    mine = model.network.encoder.state_dict()
+    assert all(torch.equal(value, mine[key]) for key, value in pretraining.encoder.state_dict().items())
+    picture, boxes = torch.rand(3, 48, 64), [[0, 0, 20, 20], [20, 9, 60, 40]]
+    with torch.no_grad():
+        features = pretraining.eval().encoder(model.network.normalised(picture[None]))[0]
+        regions = pretraining.encoder.pool(features, [torch.tensor(boxes).float()])
+        texts = pretraining.text(NAMES)
+    expected = (14 * torch.cosine_similarity(regions[:, None], texts, dim=2) - 7).sigmoid()
+    torch.testing.assert_close(
+        model.classify_regions(picture, boxes, NAMES).probabilities, expected, rtol=1e-3, atol=1e-5
+    )
+    save(model, tmp_path / "model.ckpt")
+    file.unlink()
+    again = load(tmp_path / "model.ckpt").classify_regions(picture, boxes, NAMES).probabilities
+    torch.testing.assert_close(again, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_zero_shot_without_a_checkpoint(photos: Path) -> None:
+    """A folder with a CLIP, a file of boxes, and names: nothing is trained."""
+    torch.manual_seed(0)
+    random_clip(tiny.clip_config()).save_pretrained(photos / "clip")
+    tokenizer: Any = counter().network.text.tokenizer
+    tokenizer._hf.save_pretrained(photos / "clip")
+    words = ["--model=RegionCLIPCounter", "--model.clip=clip", "--model.score=softmax", "--model.dense=value",
+             "--model.proposals=boxes.json", "--model.threshold=0", "--model.assign=best",
+             "--model.negatives=[stones]"]  # fmt: skip
+    names = "--data.classes=[figs, dates]"
+    assert tiny.run("predict", *folder_words(photos, names), *words) == 0
+    counted = rows(photos / "predictions" / "counts.csv")
+    assert [sum(float(row["count"]) for row in counted if f"{i}.png" in row["image"]) for i in range(3)] == [3, 5, 2]
+    both = [float(row["score"]) for row in rows(photos / "predictions" / "boxes.csv")]
+    assert all(0 < score < 1 for score in both)
+    assert tiny.run("test", *folder_words(photos, "--data.splits.test=[0, 3]"), *words) == 0
+
+
+@pytest.mark.parametrize("proposals", ["peaks", "grid"])
+def test_half_precision_and_other_boxes_train_and_score(tmp_path: Path, proposals: str) -> None:
+    """Counted again by the library, in single precision, what a run in bf16 finds differs little."""
+    model, data = counter(**STEM, proposals=proposals, peak_floor=0.0, tile_depth=0, scale=1.0, bias=0.0), Fruit()
+    stored = fitted(model, data, tmp_path, precision="bf16-mixed")
+    assert all(torch.isfinite(value).all() for value in stored["state_dict"].values())
+    run = trainer(tmp_path, precision="bf16-mixed")
+    (found,) = run.test(model, data, verbose=False)
+    assert math.isfinite(found["test/mae"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(kind: str, tmp_path: Path) -> None:
+    """Training, calibration, tiles and whole regions; the same regions as on the CPU."""
+    data = Fruit()
+    model = counter(**KINDS[kind], peak_floor=0.0, scale=1.0, bias=0.0)
+    fitted(model, data, tmp_path, accelerator="gpu", devices=1)
+    trainer(tmp_path, accelerator="gpu", devices=1).test(model, data, verbose=False)
+    image = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    boxes = [[0, 0, 20, 20], [20, 9, 60, 40]]
+    there = model.cuda().classify_regions(image, boxes, NAMES).probabilities
+    assert model.count(image, NAMES).counts.device.type == "cpu"  # type: ignore[union-attr]
+    torch.testing.assert_close(
+        model.cpu().classify_regions(image, boxes, NAMES).probabilities, there, rtol=1e-3, atol=1e-4
+    )
 
 
 # -- without weights or names -----------------------------------------------------------------------------------------

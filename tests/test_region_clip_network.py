@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from counting_zoo import RegionCLIPCounter
+from counting_zoo.errors import InputError
 from counting_zoo.models.region_clip import detection_loss
 from counting_zoo.models.region_clip.box_sources import Proposed
 from counting_zoo.models.region_clip.detection_loss import (
@@ -325,6 +326,12 @@ def test_objects_in_a_cut_cell_at_the_border(net: RegionCLIPNet, extra: int) -> 
     assert x < size[1]
     assert y == 10.0
     assert (found.boxes <= torch.tensor([size[1], size[0]]).repeat(2)).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_weights_are_not_an_empty_picture(net: RegionCLIPNet, value: float) -> None:
+    with pytest.raises(InputError, match="finite"):
+        peaks(net, {(3, 5): value}, (64, 64))
 
 
 def test_sizes_out_of_all_bounds(net: RegionCLIPNet) -> None:

@@ -165,7 +165,7 @@ class RegionCLIPCounter(CountingModule):
         if pretrained_encoder is not None:
             source = read_pretrained(pretrained_encoder)
             load_vision(encoder, source)
-            load_text(text, source)
+            load_text(text, source, tokenizer_of(clip))
         self.train_vision, self.train_text = train_vision, train_text
         self.templates, self.wording, self.ensemble = templates, wording, ensemble
         self.proposals, self.peak_floor, self.tile_depth = proposals, peak_floor, tile_depth

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
+from counting_zoo.errors import InputError
 from counting_zoo.models.region_clip.box_sources import Proposed, kept_inside
 from counting_zoo.nn.clip_regions import RegionEncoder, ResNetRegions, StemRegions
 from counting_zoo.nn.normalization import STATISTICS
@@ -162,9 +163,16 @@ class RegionCLIPNet(nn.Module):
             images: normalised, as the encoder saw them.
             sizes: (H, W) of the pictures without padding.
             floor: heat above which a local maximum is a peak; there is no limit to their number.
+
+        Raises:
+            InputError: the heat is not finite, in which there would be no peak.
         """
         assert self.head is not None  # the caller asks for peaks
         heat, log_sizes = self.head(features, images)
+        if not bool(heat.isfinite().all()):
+            raise InputError(
+                "the heat of peaks is not finite: look at the weights, the pictures, and the precision of the run"
+            )
         sides = UNIT * log_sizes.clamp(-4, 4).exp()
         lowest = float(torch.tensor(floor, dtype=torch.float64).logit())
         found = []
