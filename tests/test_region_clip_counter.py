@@ -389,7 +389,7 @@ def test_pictures_that_are_not_saturated_are_not_cut() -> None:
     model = counter(tile_depth=2)
     model.network.head = Bright()  # type: ignore[assignment]
     looks: list[int] = []
-    model._source = lambda images, *_: looks.append(len(images))  # type: ignore[assignment, return-value]
+    model.source = lambda images, *_: looks.append(len(images))  # type: ignore[assignment, return-value]
     model._probabilities = lambda features, boxes, names: torch.ones(len(boxes), 1)  # type: ignore[method-assign]
     output = look(model, image, ["figs"])
     assert float(output.counts) == 16
@@ -486,7 +486,7 @@ def test_another_source_beside_a_checkpoint(photos: Path) -> None:
 def test_a_detector_of_transformers(folders: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     source = f"detr:{folders['detr']}"
     model = counter(proposals=source, threshold=0.0, iou_threshold=1.0, tile_depth=0)
-    model._source.threshold = 0.0  # type: ignore[attr-defined]
+    model.source.threshold = 0.0  # type: ignore[attr-defined]
     image = torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0))
     found = one(model.count(image, ["figs", "dates"]))
     assert found.counts.tolist() == [7, 7]  # its queries
@@ -564,7 +564,7 @@ def test_scores_of_texts(tmp_path: Path) -> None:
     image = torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features = plain.network.encoder(plain.network.normalised(image[None]))[0]
-        boxes = plain._source([image], ["a.png"])[0].boxes
+        boxes = plain.source([image], ["a.png"])[0].boxes
         regions = torch.nn.functional.normalize(plain.network.encoder.pool(features, [boxes]), dim=1)
         every = torch.nn.functional.normalize(plain.embed_names([*NAMES, "stones"]), dim=1)
     cosines = regions @ every.T

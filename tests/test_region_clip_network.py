@@ -23,6 +23,7 @@ from counting_zoo.models.region_clip.detection_loss import (
     cells_of,
     focal_heat_loss,
     heat_target,
+    object_sides,
     region_examples,
     region_score_loss,
     size_loss,
@@ -192,9 +193,22 @@ def test_away_from_against_a_loop() -> None:
     assert away_from(boxes, points[:0]).all()
 
 
+def test_objects_have_the_size_of_their_own_box() -> None:
+    """Of their name and around them; else what is typical of the name, or of all."""
+    boxes = torch.tensor([[0.0, 0, 8, 4], [20, 20, 40, 60], [10, 0, 14, 2], [5, 5, 5, 9]])
+    points = torch.tensor([[4.0, 2.0], [4.0, 2.0], [30.0, 40.0], [70.0, 50.0], [12.0, 1.0], [1.0, 1.0]])
+    labels = torch.tensor([0, 1, 1, 0, 0, 2])
+    found = object_sides(points, labels, boxes, torch.tensor([0, 1, 0, 0]), (60, 80))
+    everywhere = [(8 + 20 + 4) / 3, (4 + 40 + 2) / 3]  # the empty box has no size
+    expected = [[8, 4], [20, 40], [20, 40], [6, 3], [4, 2], everywhere]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+    assert object_sides(points[:0], labels[:0], boxes, torch.tensor([0, 1, 0, 0]), (60, 80)).shape == (0, 2)
+
+
 def examples(points: Tensor, labels: Tensor, columns: list[int], n_regions: int = 6, **options: Any) -> Any:
+    sides = torch.tensor([8.0, 12.0]).expand(len(points), 2)
     return region_examples(
-        points, labels, torch.tensor(columns), torch.tensor([8.0, 12.0]), (60, 80), n_names=5, n_regions=n_regions,
+        points, labels, torch.tensor(columns), sides, (60, 80), n_names=5, n_regions=n_regions,
         generator=drawn(options.get("seed", 0)),
     )  # fmt: skip
 

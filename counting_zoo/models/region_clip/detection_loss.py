@@ -124,6 +124,43 @@ def typical_sides(points: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tenso
     return points.new_tensor([side, side], dtype=torch.float32)
 
 
+def object_sides(points: Tensor, labels: Tensor, boxes: Tensor, box_labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Width and height of each object: of the box of its name whose centre is nearest, where it lies in that box.
+
+    Others have the sides that are typical of the boxes of their name, or of all boxes where it has none, or of the
+    points (:func:`typical_sides`).
+
+    Args:
+        points: ``(N, 2)`` of the objects.
+        labels: ``(N,)`` their names.
+        boxes: ``(E, 4)`` of some of them.
+        box_labels: ``(E,)`` the names of those.
+        size: (H, W) of the picture.
+
+    Returns:
+        ``(N, 2)`` float32 pixels.
+
+    Example:
+        >>> points, boxes = torch.tensor([[4.0, 2.0], [30.0, 9.0]]), torch.tensor([[0.0, 0.0, 8.0, 4.0]])
+        >>> object_sides(points, torch.tensor([0, 1]), boxes, torch.tensor([0]), (48, 64))
+        tensor([[8., 4.],
+                [8., 4.]])
+    """
+    everywhere = typical_sides(points, boxes, size)
+    sides = everywhere.expand(len(points), 2).clone()
+    for name in labels.unique().tolist():  # the few names that a picture is asked about
+        mine, own = labels == name, boxes[box_labels == name].float()
+        own = own[(own[:, 2:] > own[:, :2]).all(1)]
+        if not len(own):
+            continue
+        places, wide = points[mine].float(), own[:, 2:] - own[:, :2]
+        away = (places[:, None] - (own[:, :2] + own[:, 2:]) / 2).abs()  # (n, E, 2)
+        nearest = away.square().sum(2).argmin(1)
+        inside = (away[torch.arange(len(places)), nearest] <= wide[nearest] / 2).all(1, keepdim=True)
+        sides[mine] = torch.where(inside, wide[nearest], wide.mean(0))
+    return sides
+
+
 def around(points: Tensor, sides: Tensor) -> Tensor:
     """``(N, 4)`` boxes of ``(N, 2)`` or ``(2,)`` sides around points."""
     return torch.cat([points - sides / 2, points + sides / 2], 1)
@@ -154,7 +191,7 @@ def region_examples(
         points: ``(N, 2)`` of the objects asked about.
         labels: ``(N,)`` which of the names asked about they are.
         columns: ``(K,)`` which of all names those are.
-        sides: ``(2,)`` width and height that objects of this picture have.
+        sides: ``(N, 2)`` width and height of each.
         size: (H, W) of the picture.
         n_names: of all names.
         n_regions: boxes of either kind at most.
@@ -168,9 +205,12 @@ def region_examples(
     chosen = torch.randperm(len(points), generator=generator)[:n_regions].to(device)
     places = torch.rand(2 * n_regions, 2, generator=generator).to(device) * points.new_tensor([size[1], size[0]])
     growth = 0.5 + torch.rand(2 * n_regions, 1, generator=generator).to(device)
-    beside = around(places, sides.to(device) * growth)
+    alike = torch.randint(max(1, len(points)), (2 * n_regions,), generator=generator).to(device)
+    # As large as objects of the picture are, or without any an eighth of it.
+    models = sides[alike] if len(points) else sides.new_tensor([size[1] / 8, size[0] / 8]).expand(2 * n_regions, 2)
+    beside = around(places, models * growth)
     beside = beside[away_from(beside, points)][:n_regions]
-    boxes = torch.cat([around(points[chosen], sides.to(device)), beside])
+    boxes = torch.cat([around(points[chosen], sides[chosen]), beside])
     target = torch.zeros(len(boxes), n_names, device=device)
     known = torch.zeros_like(target, dtype=torch.bool)
     columns = columns.to(device)
@@ -196,6 +236,6 @@ def region_score_loss(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
 
 
 __all__ = [
-    "around", "away_from", "cells_of", "focal_heat_loss", "heat_target", "region_examples", "region_score_loss",
-    "size_loss", "typical_sides",
+    "around", "away_from", "cells_of", "focal_heat_loss", "heat_target", "object_sides", "region_examples",
+    "region_score_loss", "size_loss", "typical_sides",
 ]  # fmt: skip
