@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_clip
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import run
 from torch import Tensor
 
-from counting_zoo import CLIPEBC, CLIPCount, RegionCLIPPretraining, load, save
+from counting_zoo import CLIPEBC, CLIPCount, RegionCLIPCounter, RegionCLIPPretraining, SyntheticScenes, load, save
 from counting_zoo.errors import InputError, WeightsError
 from counting_zoo.nn import pretrained as pretrained_module
 from counting_zoo.nn.clip import build_towers, random_clip, random_clip_resnet
@@ -25,6 +27,7 @@ from counting_zoo.nn.prompted_vit import PromptedViT
 from counting_zoo.nn.text import TextTower
 from counting_zoo.nn.tokenizer import word_tokenizer
 from counting_zoo.nn.vision import DenseViT
+from counting_zoo.quickstart import config
 
 NAMES = tiny_clip.NAMES
 KINDS: dict[str, dict[str, Any]] = {
@@ -370,3 +373,27 @@ def test_export_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.delenv("COUNTING_ZOO_DEBUG")
     assert run("export-encoder", "nothing.ckpt", "x.safetensors") == 2
     assert "no checkpoint at 'nothing.ckpt'" in capsys.readouterr().err
+
+
+def test_the_small_clip_of_the_package() -> None:
+    """Small, with its tokenizer and card, and it knows the words it was trained on: colours, textures and shapes."""
+    folder = Path(str(resources.files("counting_zoo"))) / "weights"
+    assert (folder / "small_clip.safetensors").stat().st_size <= 8e6
+    assert "small_clip.safetensors" in (folder / "README.md").read_text(encoding="utf-8")
+    found = read_pretrained("small")
+    assert found.settings["text_pool"] == "words"
+    assert found.settings["stem"] == "conv"
+    recipe = config("model/region_clip_counter_small.yaml").read_text(encoding="utf-8")
+    settings = yaml.safe_load(recipe)["model"]["init_args"]
+    del settings["optimizer"], settings["scheduler"]
+    model = RegionCLIPCounter(**settings, proposals="grid", score="softmax", negatives=[])
+    model.eval()
+    scenes = SyntheticScenes(preset="easy", sizes={"train": 1, "val": 1, "test": 12})
+    names = scenes.class_names("test")
+    right = total = 0
+    for record in scenes.records("test"):
+        others = [name for name in names if name not in record.classes]
+        shown = model.classify_regions(record.path, record.boxes, [*record.classes, *others])
+        right += sum(label == record.classes[i] for label, i in zip(shown.labels, record.box_labels, strict=True))
+        total += len(record.boxes)
+    assert right > 0.6 * total  # of twelve pairs of shape and colour that it never saw

@@ -56,7 +56,9 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "region_clip_counter": {
         "clip": resnet_config(), "width": 8, "n_regions": 8, "preprocess": {"resize": "short", "size": 64},
     },
-    "region_clip_counter_small": {"clip": clip_config(), "width": 8, "n_regions": 8},
+    "region_clip_counter_small": {
+        "clip": clip_config(), "pretrained_encoder": None, "width": 8, "n_regions": 8,
+    },
 }  # fmt: skip
 
 #: The checkpoint to go on from, as in configs/trainer.
