@@ -39,6 +39,8 @@ class TrainingModule(L.LightningModule):
     requires: ClassVar[tuple[frozenset[str], ...]] = ()
     #: Whether training pictures of different sizes may come as a list, which the model pads.
     pads: ClassVar[bool] = False
+    #: The score of validation that a schedule watches which lowers the rate where nothing improves; lower is better.
+    monitored: ClassVar[str] = "val/mae"
 
     def __init__(
         self,
@@ -127,8 +129,8 @@ class TrainingModule(L.LightningModule):
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and not precision.startswith(("32", "64")):
             raise InputError(
-                f"trainer.precision is {precision!r}: counts summed in it are off by about one; "
-                "use 'bf16-mixed', '16-mixed' or '32-true'"
+                f"trainer.precision is {precision!r}: what a step changes is rounded off in weights of it, and counts "
+                "summed in it are off by about one; use 'bf16-mixed', '16-mixed' or '32-true'"
             )
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or datamodule is None:
@@ -192,7 +194,8 @@ class TrainingModule(L.LightningModule):
             steps = self.trainer.estimated_stepping_batches  # infinite where only max_time ends the run
             scheduler.total_steps = int(steps) if math.isfinite(steps) else None
         interval = getattr(scheduler, "interval", "epoch")
-        monitor = {"monitor": "val/mae"} if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else {}
+        plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        monitor = {"monitor": self.monitored} if plateau else {}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval, **monitor}}
 
     def _distributed(self) -> bool:

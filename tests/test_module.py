@@ -116,8 +116,15 @@ def test_data_without_points_are_refused_before_the_first_step(tmp_path: Path) -
 
 
 def test_lowered_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'bf16-true': counts summed in it are off by about one"):
+    with pytest.raises(InputError, match=r"'bf16-true': .* counts summed in it are off by about one"):
         trainer(tmp_path, precision="bf16-true").test(counter(), Batches(), verbose=False)
+
+
+def test_a_schedule_that_watches_validation(tmp_path: Path) -> None:
+    model = counter(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(model, Batches())
+    assert run.lr_scheduler_configs[0].monitor == "val/mae"
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_pictures(tmp_path: Path) -> None:

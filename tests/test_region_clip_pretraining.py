@@ -466,7 +466,7 @@ def test_boxes_of_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     made: list[str] = []
     detector = Detector()
 
-    def source(name: str) -> Detector:
+    def source(name: str, *, missing: str) -> Detector:
         made.append(name)
         return detector
 

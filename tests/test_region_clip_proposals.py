@@ -22,7 +22,6 @@ from counting_zoo.models.region_clip.proposals import (
     FileProposals,
     GridProposals,
     Owlv2Proposals,
-    RandomBoxes,
     proposal_source,
     random_boxes,
     tiled,
@@ -76,22 +75,6 @@ def test_every_span_is_as_likely() -> None:
     assert set(spans) == {(0, 16), (0, 24), (0, 32), (8, 24), (8, 32), (16, 32)}
     assert max(abs(n - 20000 / 6) for n in spans.values()) < 5 * math.sqrt(20000 / 6)
     assert boxes[:, 2].max() == 48
-
-
-def test_random_boxes_by_name_or_from_the_run() -> None:
-    images = [picture(), picture(30, 20)]
-    first = RandomBoxes(9, seed=1)(images, ["a", "b"])
-    assert [is_sound(*each) for each in zip(first, [(40, 60), (30, 20)], strict=True)] == [True, True]
-    assert not any(found.saturated for found in first)
-    assert torch.equal(first[1].boxes, RandomBoxes(9, seed=1)([images[1]], ["b"])[0].boxes)
-    assert not torch.equal(first[0].boxes, RandomBoxes(9, seed=2)([images[0]], ["a"])[0].boxes)
-    assert not torch.equal(first[0].boxes, RandomBoxes(9, seed=1)([images[0]], ["b"])[0].boxes)
-    source = RandomBoxes(9)
-    torch.manual_seed(3)
-    drawn = [source([images[0]], ["a"])[0].boxes for _ in range(2)]
-    assert not torch.equal(*drawn)
-    torch.manual_seed(3)
-    assert torch.equal(source([images[0]], ["a"])[0].boxes, drawn[0])
 
 
 def test_grid_against_a_loop() -> None:
@@ -674,7 +657,7 @@ def test_tiles_of_a_detector(folders: dict[str, Path]) -> None:
 def test_bad_pictures_and_settings(folders: dict[str, Path], tmp_path: Path) -> None:
     table = written(tmp_path / "boxes.csv", "image,x1,y1,x2,y2\na,1,2,3,4\n")
     owl = detector(folders, "owlv2")
-    for source in (RandomBoxes(), GridProposals(), FileProposals(table), owl, lambda *given: tiled(owl, *given)):
+    for source in (GridProposals(), FileProposals(table), owl, lambda *given: tiled(owl, *given)):
         for image in (torch.zeros(1, 9, 9), torch.zeros(3, 0, 9), torch.zeros(3, 9, 9).long(), torch.zeros(1, 3, 9, 9)):
             with pytest.raises(InputError, match="a: the picture is"):
                 source([image], ["a"])
@@ -691,14 +674,12 @@ def test_bad_pictures_and_settings(folders: dict[str, Path], tmp_path: Path) -> 
     for wrong in ((0, 5), (5, 0)):
         with pytest.raises(InputError, match="at least 1 pixel"):
             random_boxes(wrong, 3, seeded())
-    with pytest.raises(InputError, match="n is 0"):
-        RandomBoxes(0)
     for numbers in (([], [1.0]), ([1.0], []), ([0.0], [1.0]), ([1.0], [-1.0]), ([math.nan], [1.0])):
         with pytest.raises(InputError, match="GridProposals"):
             GridProposals(*numbers)
     for kept in ({"depth": -1}, {"overlap": 1.0}):
         with pytest.raises(InputError, match="depth is"):
-            tiled(RandomBoxes(), [picture()], ["a"], **kept)  # type: ignore[arg-type]
+            tiled(GridProposals(), [picture()], ["a"], **kept)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="not all finite"):
         kept_inside(torch.full((1, 4), math.nan), torch.ones(1), (9, 9))
     with pytest.raises(InputError, match="not all finite"):
@@ -707,13 +688,16 @@ def test_bad_pictures_and_settings(folders: dict[str, Path], tmp_path: Path) -> 
 
 def test_by_a_text(folders: dict[str, Path], tmp_path: Path) -> None:
     table = written(tmp_path / "boxes.CSV", "image,x1,y1,x2,y2\n")
-    kinds = {"random": RandomBoxes, "grid": GridProposals, str(table): FileProposals,
+    kinds = {"grid": GridProposals, str(table): FileProposals,
              f"detr:{folders['rt_detr_v2']}": DetrProposals, f"owlv2:{folders['owlv2']}": Owlv2Proposals}  # fmt: skip
     for text, kind in kinds.items():
         assert isinstance(proposal_source(text), kind)
-    for text in ("rpn", "detr:", "owlv2", "boxes.txt", ""):
-        with pytest.raises(InputError, match="expected 'random', 'grid'"):
+    for text in ("random", "rpn", "detr:", "owlv2", "boxes.txt", ""):
+        with pytest.raises(InputError, match=r"expected 'grid', a \.json"):
             proposal_source(text)
+    with pytest.raises(InputError, match="none for the picture a"):
+        proposal_source(str(table))([picture()], ["a"])
+    assert not len(proposal_source(str(table), missing="empty")([picture()], ["a"])[0].boxes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -725,10 +709,10 @@ def test_on_a_gpu(folders: dict[str, Path], kind: str) -> None:
     assert there.boxes.is_cuda
     assert there.scores.is_cuda
     torch.testing.assert_close(there.boxes.cpu(), here.boxes, atol=0.1, rtol=0)
-    for other in (RandomBoxes(5, seed=0), GridProposals()):
-        found = other([image.cuda()], ["a"])[0]
-        assert found.boxes.is_cuda
-        assert torch.equal(found.boxes.cpu(), other([image], ["a"])[0].boxes)
+    grid = GridProposals()
+    found = grid([image.cuda()], ["a"])[0]
+    assert found.boxes.is_cuda
+    assert torch.equal(found.boxes.cpu(), grid([image], ["a"])[0].boxes)
     assert is_sound(Proposed(there.boxes.cpu(), there.scores.cpu(), False), (64, 80))
     joined = tiled(source, [image.cuda()], ["a"], depth=1)[0]
     assert joined.boxes.is_cuda

@@ -1,4 +1,4 @@
-"""Pseudo labels: what the reference kept at five thresholds, a loop, fallbacks, padding and statistics."""
+"""Pseudo labels: what the reference kept at five thresholds, a loop, fallbacks and statistics."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_reference_labels(golden: dict[str, Any], threshold: str) -> None:
     assert torch.equal(strict.labels, found.labels)
 
 
-def naive(table: Tensor, threshold: float, fallback: str, valid: list[bool]) -> tuple[list[int], list[bool]]:
+def naive(table: Tensor, threshold: float, fallback: str) -> tuple[list[int], list[bool]]:
     rows = table.tolist()
     labels = [max(range(len(row)), key=row.__getitem__) for row in rows]
-    kept = [ok and max(row) > threshold for row, ok in zip(rows, valid, strict=True)]
-    return labels, valid if fallback == "official" and not any(kept) else kept
+    kept = [max(row) > threshold for row in rows]
+    return labels, [True] * len(rows) if fallback == "official" and not any(kept) else kept
 
 
 @settings(max_examples=30, deadline=None)
@@ -54,9 +54,8 @@ def test_against_a_loop(data: st.DataObject) -> None:
     table = torch.rand(n, pool, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999)))).softmax(1)
     threshold = data.draw(st.floats(0, 1.1))
     fallback: Any = data.draw(st.sampled_from(["none", "official"]))
-    valid = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
-    found = pseudo_labels(table, threshold, fallback=fallback, valid=torch.tensor(valid, dtype=torch.bool))
-    labels, kept = naive(table.double(), threshold, fallback, valid)
+    found = pseudo_labels(table, threshold, fallback=fallback)
+    labels, kept = naive(table.double(), threshold, fallback)
     # A probability of float32 is compared with the threshold as float32.
     if not any(abs(float(row.max()) - threshold) < 1e-6 for row in table):
         assert (found.labels.tolist(), found.kept.tolist()) == (labels, kept)
@@ -69,10 +68,7 @@ def test_a_probability_of_the_threshold_does_not_pass() -> None:
 
 def test_fallback_where_none_passes() -> None:
     assert not bool(pseudo_labels(TABLE, 0.95).kept.any())
-    valid = torch.tensor([True, True, False, True])
-    assert torch.equal(pseudo_labels(TABLE, 0.95, fallback="official", valid=valid).kept, valid)
-    # The only sure region is padding, so none passes.
-    assert torch.equal(pseudo_labels(TABLE, 0.8, fallback="official", valid=valid).kept, valid)
+    assert bool(pseudo_labels(TABLE, 0.95, fallback="official").kept.all())
     assert pseudo_labels(TABLE, 0.6, fallback="official").kept.tolist() == [True, False, True, False]
 
 
@@ -92,9 +88,9 @@ def test_teacher_probabilities() -> None:
 
 def test_statistics() -> None:
     concepts = torch.eye(3)
-    pseudo = pseudo_labels(TABLE, 0.45, valid=torch.tensor([True, True, True, False]))
-    assert pseudo.kept.tolist() == [True, False, True, False]
-    student = torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.5], [1.0, 0.0, 0.0]])
+    pseudo = pseudo_labels(TABLE[:3], 0.45)
+    assert pseudo.kept.tolist() == [True, False, True]
+    student = torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.5]])
     found = label_statistics(pseudo, student, concepts)
     assert {k: float(v) for k, v in found.items()} == pytest.approx(
         {"kept_fraction": 2 / 3, "distinct_concepts": 2, "agreement": 0.5}
@@ -117,8 +113,6 @@ def test_statistics_of_nothing_are_zeros(n: int) -> None:
         ({"threshold": -0.1}, "threshold is -0.1; expected a number of at least 0"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"fallback": "all"}, "fallback is 'all'; expected 'none', or 'official'"),
-        ({"valid": torch.ones(3, dtype=torch.bool)}, r"valid is torch.bool \(3,\); expected bool \(4,\)"),
-        ({"valid": torch.ones(4)}, r"valid is torch.float32 \(4,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:

@@ -240,7 +240,7 @@ def region_embeddings(encoder: RegionEncoder, images: Tensor, boxes: Sequence[Te
     box without area, or one that is inverted, has the embedding of an empty map. None of it is NaN.
 
     Args:
-        encoder: a :class:`ResNetRegions` or :class:`ViTRegions`.
+        encoder: a :class:`ResNetRegions`, :class:`ViTRegions` or :class:`StemRegions`.
         images: ``(B, 3, H, W)`` normalised; sides are multiples of ``encoder.multiple``. Pad behind the normalisation,
             on the right and at the bottom.
         boxes: B tensors ``(N_i, 4)`` of x1, y1, x2, y2 in pixels, some of them empty.

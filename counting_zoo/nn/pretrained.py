@@ -90,7 +90,10 @@ def write_pretrained(
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise InputError(f"pretrained encoders are written as .safetensors; {str(path)!r} has another ending")
-    state = {theirs: m.state_dict()[ours] for m in (encoder, text) for theirs, ours in _named(m)}
+    state: dict[str, Tensor] = {}
+    for module in (encoder, text):
+        own = module.state_dict()
+        state |= {theirs: own[ours] for theirs, ours in _named(module)}
     state["logit_scale"] = torch.tensor(1 / temperature).log()
     weights = {
         key: (value.to(dtype) if value.is_floating_point() else value).cpu().contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Proposed:
 
 
 class ProposalSource(Protocol):
-    """What proposes boxes: a network, a file, a grid, a random number generator."""
+    """What proposes boxes: a network, a file or a grid."""
 
     def __call__(
         self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None
@@ -144,41 +143,6 @@ def _random_spans(length: int, n: int, generator: torch.Generator, grid: int, sh
     return torch.minimum(first, second) * step, (torch.maximum(first, second) + apart - 1) * step
 
 
-class RandomBoxes:
-    """Random boxes, all with the score 1: for pretraining, where any region has something to teach.
-
-    Args:
-        n: boxes of each picture.
-        seed: ``None`` draws from torch's own generator: new boxes at each call, which follow the seed of the run, rank
-            and resume. A number gives a picture the same boxes at each call, by its name.
-        grid, min_side: see :func:`random_boxes`.
-
-    Raises:
-        InputError: numbers out of range.
-    """
-
-    def __init__(self, n: int = 100, seed: int | None = None, *, grid: int = 8, min_side: int = 8) -> None:
-        if min(n, grid, min_side) < 1:
-            raise InputError(f"RandomBoxes: n is {n}, grid {grid}, min_side {min_side}; expected at least 1")
-        self.n, self.seed, self.grid, self.min_side = n, seed, grid, min_side
-
-    def __call__(
-        self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None
-    ) -> list[Proposed]:
-        check_pictures(images, image_ids, sizes)
-        return [self._of(image, name) for image, name in zip(images, image_ids, strict=True)]
-
-    def _of(self, image: Tensor, name: str) -> Proposed:
-        generator = torch.default_generator
-        if self.seed is not None:
-            digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        height, width = image.shape[-2:]
-        boxes = random_boxes((height, width), self.n, generator, grid=self.grid, min_side=self.min_side)
-        boxes = boxes.to(image.device)
-        return Proposed(boxes, torch.ones_like(boxes[:, 0]), False)
-
-
 class GridProposals:
     """Boxes of some sizes and ratios at regular places, all with the score 1: what is left without any weights.
 
@@ -240,6 +204,6 @@ def _grid(height: int, width: int, sizes: tuple[float, ...], ratios: tuple[float
 
 
 __all__ = [
-    "GRID_SIZES", "GridProposals", "ProposalSource", "Proposed", "RandomBoxes", "Size", "check_pictures", "kept_inside",
+    "GRID_SIZES", "GridProposals", "ProposalSource", "Proposed", "Size", "check_pictures", "kept_inside",
     "random_boxes",
 ]  # fmt: skip

@@ -210,7 +210,7 @@ def _check_distinct(names: Sequence[str], templates: Sequence[str], wording: Wor
         seen[prompt] = name
 
 
-def text_fingerprint(tower: TextTower, prompts: Sequence[str]) -> str:
+def _text_fingerprint(tower: TextTower, prompts: Sequence[str]) -> str:
     """A hash of all that decides about embeddings but the prompts: weights, tokenizer, where the feature is read.
 
     Args:
@@ -260,7 +260,7 @@ def cached_concepts(
     sentences = prompt_templates(templates)
     _check_distinct(names, sentences, wording)
     first = [region_prompts(name, sentences[:1], wording)[0] for name in names]
-    fingerprint = text_fingerprint(tower, [*first, *region_prompts(names[0], sentences, wording)])
+    fingerprint = _text_fingerprint(tower, [*first, *region_prompts(names[0], sentences, wording)])
     content = json.dumps([list(names), sentences, wording, ensemble, fingerprint])
     key = hashlib.sha256(content.encode()).hexdigest()
     path = Path(folder).expanduser() / f"concepts-{key[:16]}.safetensors"
@@ -290,5 +290,5 @@ def cached_concepts(
 
 __all__ = [
     "STOP_WORDS", "Ensemble", "cached_concepts", "concepts_from_captions", "concepts_from_classes",
-    "concepts_from_file", "embed_concepts", "spelling", "text_fingerprint",
+    "concepts_from_file", "embed_concepts", "spelling",
 ]  # fmt: skip

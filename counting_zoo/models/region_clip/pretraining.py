@@ -249,9 +249,7 @@ class RegionCLIPPretraining(TrainingModule):
                 "CLIP (counting-zoo export-encoder) and start a counter from that (model.pretrained_encoder)"
             )
         if self._source is None and self.regions not in ("random", "boxes"):
-            self._source = proposal_source(self.regions)
-            if isinstance(self._source, FileProposals):
-                self._source.missing = self.missing_regions
+            self._source = proposal_source(self.regions, missing=self.missing_regions)
         super().setup(stage)
 
     # -- concepts -------------------------------------------------------------------------------------------------
@@ -460,7 +458,7 @@ class RegionCLIPPretraining(TrainingModule):
                                    f"concepts, such as {pool[:5]}: the training data had other classes")  # fmt: skip
         labels = torch.tensor([place[spelling(name)] for name in names], dtype=torch.int64, device=self.device)
         kept = torch.ones_like(labels, dtype=torch.bool)
-        return PseudoLabels(one_hot(labels, len(concepts)).float(), labels, kept, kept)
+        return PseudoLabels(one_hot(labels, len(concepts)).float(), labels, kept)
 
     def _captions(self, batch: Batch, generator: torch.Generator) -> tuple[list[str], Tensor | None]:
         """One caption for each picture, and which of them are the same sentence."""
@@ -517,7 +515,7 @@ def _filled(regions: Tensor, pseudo: PseudoLabels, rows: int) -> tuple[Tensor, P
     def fill(x: Tensor) -> Tensor:
         return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
-    filled = PseudoLabels(*(fill(x) for x in (pseudo.probabilities, pseudo.labels, pseudo.kept, pseudo.valid)))
+    filled = PseudoLabels(*(fill(x) for x in (pseudo.probabilities, pseudo.labels, pseudo.kept)))
     return fill(regions), filled
 
 

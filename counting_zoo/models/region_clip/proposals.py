@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from counting_zoo.models.region_clip.box_sources import (
     GridProposals,
     ProposalSource,
     Proposed,
-    RandomBoxes,
     Size,
     check_pictures,
     kept_inside,
@@ -262,30 +261,32 @@ def _processor(place: str, local_only: bool) -> Any:
     )
 
 
-def proposal_source(name: str) -> ProposalSource:
+def proposal_source(name: str, *, missing: Literal["error", "empty"] = "error") -> ProposalSource:
     """A source by a short text, as it stands in a configuration.
 
     Args:
-        name: ``random``, ``grid``, a ``.json`` or ``.csv`` file, or ``owlv2:`` or ``detr:`` and a folder or hub name.
+        name: ``grid``, a ``.json`` or ``.csv`` file, or ``owlv2:`` or ``detr:`` and a folder or hub name.
+        missing: what to do about a picture that a file does not name; see
+            :class:`~counting_zoo.models.region_clip.box_files.FileProposals`.
 
     Raises:
         InputError: it is none of these, or the file cannot be read.
         WeightsError: as from :class:`Owlv2Proposals` and :class:`DetrProposals`.
     """
     kind, _, place = name.partition(":")
-    if name in ("random", "grid"):
-        return RandomBoxes() if name == "random" else GridProposals()
+    if name == "grid":
+        return GridProposals()
     if kind in ("owlv2", "detr") and place:
         return Owlv2Proposals(place) if kind == "owlv2" else DetrProposals(place)
     if Path(name).suffix.lower() in (".json", ".csv"):
-        return FileProposals(name)
+        return FileProposals(name, missing)
     raise InputError(
-        f"proposals are {name!r}; expected 'random', 'grid', a .json or .csv file, or 'owlv2:' or 'detr:' with a "
-        "folder or hub name"
+        f"proposals are {name!r}; expected 'grid', a .json or .csv file, or 'owlv2:' or 'detr:' with a folder or "
+        "hub name"
     )
 
 
 __all__ = [
-    "DetrProposals", "FileProposals", "GridProposals", "Owlv2Proposals", "ProposalSource", "Proposed", "RandomBoxes",
+    "DetrProposals", "FileProposals", "GridProposals", "Owlv2Proposals", "ProposalSource", "Proposed",
     "proposal_source", "random_boxes", "tiled",
 ]  # fmt: skip

@@ -23,13 +23,11 @@ class PseudoLabels:
         probabilities: ``(N, C)`` of the teacher over the pool.
         labels: ``(N,)`` int64, the most probable concept.
         kept: ``(N,)`` bool, what the student learns from.
-        valid: ``(N,)`` bool, false for rows that only fill up a batch.
     """
 
     probabilities: Tensor
     labels: Tensor
     kept: Tensor
-    valid: Tensor
 
 
 @torch.no_grad()
@@ -52,9 +50,7 @@ def teacher_probabilities(regions: Tensor, concepts: Tensor, temperature: float 
     return text_logits(regions, concepts, temperature).softmax(1)
 
 
-def pseudo_labels(
-    probabilities: Tensor, threshold: float = 0.1, *, fallback: Fallback = "none", valid: Tensor | None = None
-) -> PseudoLabels:
+def pseudo_labels(probabilities: Tensor, threshold: float = 0.1, *, fallback: Fallback = "none") -> PseudoLabels:
     """The most probable concept of each region, kept where its probability is above a threshold.
 
     Args:
@@ -63,7 +59,6 @@ def pseudo_labels(
         fallback: what to keep where no region of the batch passes. ``none`` nothing, so that the batch teaches only by
             its captions; ``official`` everything (modeling/meta_arch/clip_rcnn.py:655), the wrong labels of the
             hardest pictures among it.
-        valid: ``(N,)`` bool, false for padding, which is never kept; ``None`` where there is none.
 
     Raises:
         InputError: shapes that do not fit, a threshold or fallback out of range.
@@ -81,15 +76,11 @@ def pseudo_labels(
         raise InputError(f"threshold is {threshold}; expected a number of at least 0, such as 0.1")
     if fallback not in ("none", "official"):
         raise InputError(f"fallback is {fallback!r}; expected 'none', or 'official' to keep all where none passes")
-    if valid is None:
-        valid = torch.ones(len(probabilities), dtype=torch.bool, device=probabilities.device)
-    if valid.shape != probabilities.shape[:1] or valid.dtype != torch.bool:
-        raise InputError(f"valid is {valid.dtype} {tuple(valid.shape)}; expected bool ({len(probabilities)},)")
     highest, labels = probabilities.max(1)
-    kept = (highest > threshold) & valid
+    kept = highest > threshold
     if fallback == "official":
-        kept = kept | (valid & ~kept.any())
-    return PseudoLabels(probabilities, labels, kept, valid)
+        kept = kept | ~kept.any()
+    return PseudoLabels(probabilities, labels, kept)
 
 
 @torch.no_grad()
@@ -102,7 +93,7 @@ def label_statistics(pseudo: PseudoLabels, regions: Tensor, concepts: Tensor) ->
         concepts: ``(C, D)`` embeddings of the pool.
 
     Returns:
-        Scalars ``kept_fraction`` of the valid regions, ``distinct_concepts`` among the kept ones, and ``agreement``,
+        Scalars ``kept_fraction`` of the regions, ``distinct_concepts`` among the kept ones, and ``agreement``,
         the share of kept regions whose most probable concept is the same to student and teacher. 0 where nothing is
         kept; with fewer than two concepts the region-text loss is 0 too.
     """
@@ -110,7 +101,7 @@ def label_statistics(pseudo: PseudoLabels, regions: Tensor, concepts: Tensor) ->
     drawn = torch.zeros(len(concepts), dtype=torch.int64, device=labels.device).index_add(0, labels, kept.long())
     agree = (text_logits(regions, concepts).argmax(1) == labels) & kept
     return {
-        "kept_fraction": kept.sum() / pseudo.valid.sum().clamp(min=1),
+        "kept_fraction": kept.sum() / max(len(kept), 1),
         "distinct_concepts": (drawn > 0).sum(),
         "agreement": agree.sum() / kept.sum().clamp(min=1),
     }
