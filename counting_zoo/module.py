@@ -110,9 +110,9 @@ class CountingModule(Counter, TrainingModule):
         )
         assert isinstance(outputs, list)
         sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
-        self._tally(outputs, batch, sizes, extra, split)
+        self.tally(outputs, batch, sizes, extra, split)
 
-    def _tally(
+    def tally(
         self,
         outputs: list[Any],
         batch: Batch,

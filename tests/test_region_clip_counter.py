@@ -240,13 +240,40 @@ def test_remembered_texts_follow_weights_and_tokenizer() -> None:
         ({"threshold": math.nan}, "threshold"), ({"iou_threshold": 2.0}, "iou_threshold"),
         ({"peak_floor": -1.0}, "peak_floor"), ({"n_regions": 0}, "n_regions"), ({"tile_depth": -1}, "tile_depth"),
         ({"scale": 0.0}, "scale"), ({"scale": math.nan}, "scale"), ({"templates": ["no place"]}, "no place"),
-        ({"proposals": "everywhere"}, "everywhere"), ({"proposals": "missing.json"}, "missing.json"),
+        ({"proposals": "random"}, "random"), ({"text_weight": math.nan}, "weights"), ({"heat_weight": -1.0}, "weights"),
+        ({"fusion": "official"}, "fusion"), ({"score": "softmin"}, "score"), ({"boxes": "some"}, "boxes"),
         ({"stem": "conv", "clip": tiny.resnet_config()}, "stem"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         counter(**options)
+
+
+def test_a_source_is_made_when_it_is_needed(tmp_path: Path) -> None:
+    """So that a checkpoint is loaded where its file of boxes is not, and says so when it is to count."""
+    for proposals in ("everywhere", str(tmp_path / "missing.json")):
+        model = counter(proposals=proposals)
+        with pytest.raises(InputError, match=Path(proposals).name):
+            model.count(torch.zeros(3, 48, 64), "figs")
+
+
+def test_names_of_one_spelling_leave_the_negatives_alone() -> None:
+    model = counter(score="softmax", proposals="grid", negatives=["dog", "hen"])
+    seen: list[list[str]] = []
+    embed = model.embed_names
+    model.embed_names = lambda names: seen.append(list(names)) or embed(names)  # type: ignore[method-assign, func-returns-value]
+    model.classify_regions(torch.zeros(3, 48, 64), [[0, 0, 32, 32]], ["cat", "Cat"])
+    assert seen == [["cat", "Cat"], ["dog", "hen"]]
+
+
+def test_remembered_names_are_those_of_full_precision() -> None:
+    model = counter()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        low = model.embed_names(["figs", "dates"])
+    model.embedded = {}
+    with torch.no_grad():
+        assert torch.equal(model.embed_names(["figs", "dates"]), low)
 
 
 def test_no_windows() -> None:

@@ -372,10 +372,10 @@ def test_several_pictures_at_once(net: RegionCLIPNet) -> None:
     assert (len(first.boxes), len(second.boxes)) == (1, 1)  # the last column is padding of the second
 
 
-@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize("stride", [8, 14, 16, 32])
 def test_heads_of_every_stride(stride: int) -> None:
-    head = PeakHead(6, stride, width=8).eval()
-    heat, log_sizes = head(torch.randn(2, 6, 64 // stride, 96 // stride), torch.randn(2, 3, 64, 96))
+    head = PeakHead(6, width=8).eval()  # ViT-L has patches of 14
+    heat, log_sizes = head(torch.randn(2, 6, -(-64 // stride), -(-96 // stride)), torch.randn(2, 3, 64, 96))
     assert heat.shape == (2, 1, 16, 24)
     assert log_sizes.shape == (2, 2, 16, 24)
     assert float(heat.sigmoid().mean()) < 0.1  # few cells hold a centre

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class CalibratedModule(CountingModule):
 
     def on_validation_epoch_start(self) -> None:
         self._set_threshold()
+        self.threshold_errors.reset()  # of one that was interrupted
         # The few pictures of a sanity check decide nothing.
         self._waiting = [] if self.calibrate and not self.trainer.sanity_checking else None
 
@@ -86,7 +88,7 @@ class CalibratedModule(CountingModule):
         finally:
             self._calibrating = False  # what callbacks draw, or anybody counts after an error, is at the threshold
 
-    def _tally(
+    def tally(
         self,
         outputs: list[Any],
         batch: Batch,
@@ -95,13 +97,15 @@ class CalibratedModule(CountingModule):
         split: Any,
     ) -> None:
         if self._waiting is None or split != "val":
-            return super()._tally(outputs, batch, sizes, extra, split)
+            return super().tally(outputs, batch, sizes, extra, split)
         known: Any = {key: value for key, value in batch.items() if key != "image"}
         for output, image_id, target in zip(outputs, batch["image_id"], batch["counts"], strict=True):
             own = output.labels[0] < len(target)
             counts = counts_at(output.scores[0][own], output.labels[0][own], len(target), THRESHOLDS)
             self.threshold_errors.update(image_id, counts, target)
-        self._waiting.append((outputs, known, sizes, extra))
+        # Only the detections are needed for another threshold, and densities of many names would fill the memory.
+        light = [replace(o, density=o.density.new_empty(1, o.density.shape[1], 0, 0)) for o in outputs]
+        self._waiting.append((light, known, sizes, extra))
 
     def on_validation_epoch_end(self) -> None:
         if self._waiting is not None:
@@ -116,7 +120,7 @@ class CalibratedModule(CountingModule):
             waiting, self._waiting = self._waiting, None
             for outputs, known, sizes, extra in waiting:
                 kept = [above(o, float(self.threshold), s) for o, s in zip(outputs, sizes, strict=True)]
-                super()._tally(kept, known, sizes, extra, "val")
+                super().tally(kept, known, sizes, extra, "val")
             self.log("val/threshold", float(self.threshold))
         super().on_validation_epoch_end()
 

@@ -25,7 +25,7 @@ from counting_zoo.models.region_clip.detections import (
 )
 from counting_zoo.models.region_clip.network import CELL, GRID, RegionCLIPNet, RegionOutput, detected, joined
 from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, region_prompts
-from counting_zoo.models.region_clip.tiles import tiled
+from counting_zoo.models.region_clip.proposals import proposal_source, tiled
 from counting_zoo.nn.tokenizer import TokenizerLike
 from counting_zoo.pictures import as_picture
 from counting_zoo.types import CountOutput, Prediction
@@ -49,10 +49,25 @@ class RegionDetector(CalibratedModule):
     iou_threshold: float
     suppression: Suppression
     assign: Assign
-    #: What proposes boxes.
-    source: ProposalSource
+    proposals: str
+    _source: ProposalSource | None
     #: Embeddings of names, while texts do not train.
     embedded: dict[str, Tensor]
+
+    @property
+    def source(self) -> ProposalSource:
+        """What proposes boxes."""
+        if self._source is None:
+            self._source = proposal_source(self.proposals)
+        return self._source
+
+    @source.setter
+    def source(self, value: ProposalSource) -> None:
+        self._source = value
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        assert self.source is not None  # what is wrong with it is said before the first picture
 
     def set_tokenizer(self, source: TokenizerLike) -> None:
         """Use a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids."""
@@ -60,12 +75,12 @@ class RegionDetector(CalibratedModule):
         self.embedded = {}
 
     def train(self, mode: bool = True) -> RegionDetector:
+        if self.train_text and mode != self.training:
+            self.embedded = {}
         super().train(mode)
         for part, trains in ((self.network.encoder, self.train_vision), (self.network.text, self.train_text)):
             if not trains:
                 part.eval()
-        if self.train_text:
-            self.embedded = {}
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> RegionDetector:
@@ -87,9 +102,11 @@ class RegionDetector(CalibratedModule):
         if new := [name for name in dict.fromkeys(names) if name not in self.embedded]:
             # Name by name: two of them may have the same prompts, which a pool must not.
             for name in new:
-                found = embed_concepts(
-                    self.network.text, [name], self.templates, wording=self.wording, ensemble=self.ensemble
-                )
+                # What is kept must not depend on the precision of the run that happened to be first.
+                with torch.autocast(self.device.type, enabled=False):
+                    found = embed_concepts(
+                        self.network.text, [name], self.templates, wording=self.wording, ensemble=self.ensemble
+                    )
                 self.embedded[name] = found[0].clone()
         return torch.stack([self.embedded[name] for name in names])
 
@@ -148,7 +165,7 @@ class RegionDetector(CalibratedModule):
             found = self.source([image], [image_id], None if stored is None else [stored])[0]
         if found.saturated and self.tile_depth:
             step = 0 if self.network.head is None else CELL
-            found = tiled(self.source, [image], [image_id], depth=self.tile_depth, step=step)[0]
+            found = tiled(self.source, [image], [image_id], first=[found], depth=self.tile_depth, step=step)[0]
         probabilities = self._probabilities(features, found.boxes.to(image.device), names)
         scores = fuse(probabilities, found.scores.to(image.device), self.fusion)
         kept = detect(
@@ -182,7 +199,7 @@ class RegionDetector(CalibratedModule):
             return text_probabilities(regions, texts, score="sigmoid", scale=scale, bias=bias)
         negatives = None
         if self.score == "softmax":
-            others = concepts_from_classes(names, self.negatives)[len(set(names)) :]
+            others = concepts_from_classes(names, self.negatives)[len(concepts_from_classes(names, ())) :]
             negatives = self.embed_names(others) if others else None
         return text_probabilities(regions, texts, score=self.score, temperature=self.temperature, negatives=negatives)
 

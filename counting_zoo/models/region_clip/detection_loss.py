@@ -156,7 +156,8 @@ def object_sides(points: Tensor, labels: Tensor, boxes: Tensor, box_labels: Tens
         places, wide = points[mine].float(), own[:, 2:] - own[:, :2]
         away = (places[:, None] - (own[:, :2] + own[:, 2:]) / 2).abs()  # (n, E, 2)
         nearest = away.square().sum(2).argmin(1)
-        inside = (away[torch.arange(len(places)), nearest] <= wide[nearest] / 2).all(1, keepdim=True)
+        off = away[torch.arange(len(places), device=away.device), nearest]  # (n, 2)
+        inside = (off <= wide[nearest] / 2).all(1, keepdim=True)
         sides[mine] = torch.where(inside, wide[nearest], wide.mean(0))
     return sides
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,11 +21,10 @@ from counting_zoo.models.region_clip.detection_loss import (
     region_score_loss,
     size_loss,
 )
-from counting_zoo.models.region_clip.detections import Assign, Fusion, Score, Suppression
+from counting_zoo.models.region_clip.detections import Assign, Score, Suppression
 from counting_zoo.models.region_clip.loss import text_logits
 from counting_zoo.models.region_clip.network import CELL, UNIT, RegionCLIPNet, RegionOutput
 from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, region_prompts
-from counting_zoo.models.region_clip.proposals import ProposalSource, proposal_source
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
 from counting_zoo.nn.clip_regions import DenseMode, region_encoder
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained
@@ -69,7 +69,7 @@ class RegionCLIPCounter(RegionDetector):
         iou_threshold: overlap above which the lower of two boxes of one name goes.
         suppression, assign: see :func:`~counting_zoo.models.region_clip.detections.detect`.
         boxes: what training learns sizes from: ``all`` boxes where the data has them, or only its ``examples``.
-        heat_weight, size_weight, text_weight: of the three losses.
+        heat_weight, size_weight, text_weight: of the three losses; 0 gives a term no gradient.
         n_regions: objects of a picture, and as many boxes beside them, whose texts are trained in a step, at most.
         width: channels of the head that finds peaks.
         options: those of :class:`~counting_zoo.module.CountingModule`, without windows.
@@ -101,7 +101,7 @@ class RegionCLIPCounter(RegionDetector):
         bias: float = -7.0,
         temperature: float = 0.01,
         negatives: list[str] | None = None,
-        fusion: Fusion = "region",
+        fusion: Literal["region", "geometric"] = "region",
         threshold: float | None = None,
         calibrate: bool = True,
         iou_threshold: float = 0.5,
@@ -127,7 +127,7 @@ class RegionCLIPCounter(RegionDetector):
                              "1, at least 0 and above 0")  # fmt: skip
         for name, choice, choices in (
             ("boxes", boxes, ("all", "examples")), ("score", score, get_args(Score)),
-            ("fusion", fusion, get_args(Fusion)), ("suppression", suppression, get_args(Suppression)),
+            ("fusion", fusion, ("region", "geometric")), ("suppression", suppression, get_args(Suppression)),
             ("assign", assign, get_args(Assign)),
         ):  # fmt: skip
             if choice not in choices:
@@ -135,6 +135,10 @@ class RegionCLIPCounter(RegionDetector):
         if proposals == "random":
             raise InputError("proposals are 'random', which suits pretraining; expected 'peaks', 'grid', a file of "
                              "boxes, or a detector ('owlv2:' or 'detr:' and a folder or hub name)")  # fmt: skip
+        weights = {"heat": heat_weight, "size": size_weight, "text": text_weight}
+        if not all(0 <= weight < math.inf for weight in weights.values()) or not text_weight + heat_weight:
+            raise InputError(f"weights of the losses are {weights}; expected finite numbers of at least 0, and that of "
+                             "texts or heat above it")  # fmt: skip
         region_prompts("a name", templates, wording)  # refuses what is no template or wording
         towers = build_towers(clip)
         # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
@@ -158,11 +162,12 @@ class RegionCLIPCounter(RegionDetector):
         self.score, self.temperature, self.fusion = score, temperature, fusion
         self.negatives = list(COCO_CLASSES) if negatives is None else negatives
         self.iou_threshold, self.suppression, self.assign = iou_threshold, suppression, assign
-        self.heat_weight, self.size_weight, self.text_weight = heat_weight, size_weight, text_weight
+        self.weights = weights
         self.boxes, self.n_regions = boxes, n_regions
         self.train_classes: list[str] = []
         self.embedded: dict[str, Tensor] = {}
-        self.source: ProposalSource = self.peaks if proposals == "peaks" else proposal_source(proposals)
+        # Another source is made when it is needed: a checkpoint is loaded where its file of boxes is not.
+        self._source = self.peaks if proposals == "peaks" else None
         self.train(self.training)
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -213,11 +218,10 @@ class RegionCLIPCounter(RegionDetector):
         if output.heat is not None and output.log_sizes is not None:
             grid = (output.heat.shape[-2], output.heat.shape[-1])
             targets = [heat_target(p, own, grid, CELL) for p, own in zip(batch["points"], sides, strict=True)]
-            terms["heat"] = self.heat_weight * focal_heat_loss(output.heat[:, 0], torch.stack(targets))
-            loss = size_loss(output.log_sizes, [own for own, _ in known], CELL, UNIT)
-            terms["size"] = self.size_weight * loss
-        terms["text"] = self.text_weight * self._text_loss(output.features, batch, sides, size)
-        return terms
+            terms["heat"] = focal_heat_loss(output.heat[:, 0], torch.stack(targets))
+            terms["size"] = size_loss(output.log_sizes, [own for own, _ in known], CELL, UNIT)
+        terms["text"] = self._text_loss(output.features, batch, sides, size)
+        return {name: self.weights[name] * term for name, term in terms.items()}
 
     def _known_boxes(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
         """``(E, 4)`` boxes of objects of a picture, all or a few examples, and ``(E,)`` which name each has."""
@@ -245,10 +249,6 @@ class RegionCLIPCounter(RegionDetector):
         regions = self.network.encoder.pool(features, [own.to(self.device) for own in boxes])
         logits = text_logits(regions, self.embed_names(names), 1.0) * self.network.log_scale.exp() + self.network.bias
         return region_score_loss(logits, torch.cat(targets).to(self.device), torch.cat(known).to(self.device))
-
-    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW."""
-        return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.05)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -89,16 +89,14 @@ class PeakHead(nn.Module):
 
     Args:
         dim: channels of the encoder.
-        stride: pixels of its cells.
         width: channels of the head.
 
     Shape:
         ``(B, C, h, w)`` and normalised ``(B, 3, H, W)`` -> ``(B, 1, H / 4, W / 4)`` and ``(B, 2, H / 4, W / 4)``.
     """
 
-    def __init__(self, dim: int, stride: int, width: int = 64) -> None:
+    def __init__(self, dim: int, width: int = 64) -> None:
         super().__init__()
-        self.scale = stride // CELL
         self.fine = nn.Sequential(nn.PixelUnshuffle(CELL), nn.Conv2d(3 * CELL**2, width, 3, padding=1))
         self.lateral = nn.Conv2d(dim, width, 1)
         self.fuse = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True), ResidualBlock(width))
@@ -107,9 +105,8 @@ class PeakHead(nn.Module):
         self.out.bias = nn.Parameter(torch.tensor([few, 0.0, 0.0]))
 
     def forward(self, features: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        enlarged = interpolate(
-            self.lateral(features), scale_factor=float(self.scale), mode="bilinear", align_corners=False
-        )
+        cells = (images.shape[-2] // CELL, images.shape[-1] // CELL)
+        enlarged = interpolate(self.lateral(features), cells, mode="bilinear", align_corners=False)
         fine = self.fine(images.contiguous(memory_format=torch.channels_last))
         found = self.out(self.fuse(fine + enlarged)).float()
         return found[:, :1], found[:, 1:]
@@ -134,8 +131,7 @@ class RegionCLIPNet(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.text = encoder, text
-        channels = _channels(encoder)
-        self.head = PeakHead(channels, encoder.stride, width) if peaks else None
+        self.head = PeakHead(_channels(encoder), width) if peaks else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))
         for name, values in zip(("mean", "std"), STATISTICS["clip"], strict=True):

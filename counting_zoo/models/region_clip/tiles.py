@@ -52,6 +52,7 @@ def tiled(
     image_ids: Sequence[str],
     sizes: Sequence[Size] | None = None,
     *,
+    first: Sequence[Proposed] | None = None,
     depth: int = 2,
     overlap: float = 0.2,
     step: float = 0.0,
@@ -73,6 +74,7 @@ def tiled(
     Args:
         source: what proposes.
         images, image_ids, sizes: as in :class:`~counting_zoo.models.region_clip.box_sources.ProposalSource`.
+        first: what the source said of the pictures as a whole, where that is known.
         depth: how often a picture is cut at most; 0 never.
         overlap: of neighbouring tiles, as part of what is cut.
         step: pixels of a picture it is given between the places that the source tells apart.
@@ -93,7 +95,8 @@ def tiled(
         names = [image_ids[region.picture] for region in level]
         looks = [_look(region, images[region.picture]) for region in level]
         stored = {} if sizes is None or level is not roots else {"sizes": sizes}
-        for region, look, found in zip(level, looks, source(looks, names, **stored), strict=True):
+        given = first if first is not None and level is roots else source(looks, names, **stored)
+        for region, look, found in zip(level, looks, given, strict=True):
             region.found = _in_picture(found, region, look)
         level = [tile for region in level for tile in _cut(region, overlap)] if left else []
         if not level:
