@@ -26,8 +26,12 @@ from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import CheckpointError, InputError, SupervisionError
 from counting_zoo.models.region_clip import pretraining
 from counting_zoo.models.region_clip.loss import distillation_loss, image_text_loss, region_text_loss, text_logits
+from counting_zoo.models.region_clip.pretraining_batch import drawn_captions, picture_generators, sentence_numbers
 from counting_zoo.models.region_clip.proposals import Proposed
+from counting_zoo.models.region_clip.region_accuracy import RegionAccuracy, named_shares
 from counting_zoo.nn.clip_regions import ResNetRegions, region_and_picture_embeddings
+from counting_zoo.nn.tokenizer import word_tokenizer
+from counting_zoo.schedules import WarmupSteps
 from counting_zoo.types import Batch
 
 GOLDEN = Path(__file__).parent / "golden" / "region_clip.pt"
@@ -287,6 +291,140 @@ def test_trained_texts_are_ensembled_as_in_evaluation() -> None:
         torch.testing.assert_close(cosines, torch.ones_like(cosines))
 
 
+# -- validation -------------------------------------------------------------------------------------------------------
+
+
+def test_shares_of_names() -> None:
+    names = torch.eye(3)
+    labels = [torch.tensor([0, 2, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([1])]
+    regions, pictures = 3 * names[[0, 2, 2, 1]], names[[1, 0, 2]]
+    found = named_shares(regions, pictures, names, labels)
+    assert [float(whole) for _, whole in found] == [1, 0, 0]
+    assert [float(region) for region, _ in found][::2] == pytest.approx([2 / 3, 1])
+    accuracy = RegionAccuracy()
+    for _ in range(2):  # a picture that evens out the processes comes twice
+        accuracy.update(["a", "b", "c"], regions, pictures, names, labels)
+    assert accuracy.compute() == pytest.approx({"region_accuracy": 5 / 6, "picture_accuracy": 0.5})
+    accuracy.reset()
+    accuracy.update(["b"], regions[:0], pictures[:1], names, labels[1:2])
+    assert accuracy.compute() == {}
+
+
+@each_kind
+def test_validation_is_one_pass(kind: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over each picture for losses and accuracies, and over the names of the split; as calculated apart."""
+    model = drawn(build(**{**kind, "n_regions": 2, "distractors": []}))
+    trainer(tmp_path, limit_val_batches=0, limit_train_batches=0).fit(model, datamodule=Toys())
+    model.read_facts(Toys())
+    passes, embedded = [], []
+    model.encoder.register_forward_hook(lambda *_: passes.append(1))
+    embed = pretraining.embed_concepts
+
+    def counted(encode: Any, names: Any, *given: Any, **options: Any) -> Tensor:
+        embedded.append(list(names))
+        return embed(encode, names, *given, **options)
+
+    monkeypatch.setattr(pretraining, "embed_concepts", counted)
+    (scores,) = trainer(tmp_path).validate(model, datamodule=Toys(), verbose=False)
+    assert len(passes) == 2  # batches
+    assert len(embedded) == 1 + (model.concepts != embedded[0])
+    data = Toys()
+    every = data._dataset("val", training=False)
+    regions, whole = [], []
+    with torch.inference_mode():
+        texts = model.eval()._embeddings(data.class_names("val"))
+        for i in range(4):
+            picture = collate([every[i]], training=False)
+            found = model(picture["image"], picture["boxes"])
+            own = [data.class_names("val").index(picture["classes"][0][k]) for k in picture["box_labels"][0].tolist()]
+            nearest, first = (text_logits(x, texts).argmax(1).tolist() for x in found)
+            if own:
+                regions.append(sum(a == b for a, b in zip(own, nearest, strict=True)) / len(own))
+                whole.append(first[0] in own)
+    assert scores["val/region_accuracy"] == pytest.approx(sum(regions) / 3)
+    assert scores["val/picture_accuracy"] == pytest.approx(sum(whole) / 3)
+
+
+@pytest.mark.parametrize("regions", ["random", "boxes"])
+def test_what_validation_draws_does_not_depend_on_batches(regions: str, tmp_path: Path) -> None:
+    """Each picture has boxes of its own, by its name."""
+    found = []
+    for size in (1, 2, 4):
+        model = fitted(build(regions=regions, n_regions=2), Toys(), tmp_path)
+        seen: dict[str, Any] = {}
+
+        def remembered(batch: Any, *given: Any, seen: Any = seen, boxes: Any = model._boxes) -> Any:
+            own = boxes(batch, *given)
+            seen.update(zip(batch["image_id"], [rows.tolist() for rows in own[0]], strict=True))
+            return own
+
+        model._boxes = remembered  # type: ignore[assignment, method-assign]
+        trainer(tmp_path).validate(model, datamodule=Toys(eval_batch_size=size), verbose=False)
+        found.append(seen)
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 4
+    if regions == "random":
+        assert len({str(rows) for rows in found[0].values()}) == 4
+
+
+def test_captions_are_drawn_by_the_name_of_a_picture() -> None:
+    captions = [[f"text {k}" for k in range(5)]] * 40
+    batch: Any = {"image_id": [f"{i}.png" for i in range(40)], "captions": captions, "classes": [["x"]] * 40}
+    first = drawn_captions(batch, "{}", picture_generators(batch["image_id"]))
+    back: Any = {key: value[::-1] for key, value in batch.items()}
+    assert drawn_captions(back, "{}", picture_generators(back["image_id"]))[::-1] == first
+    assert set(first) == set(captions[0])
+
+
+# -- how it trains ----------------------------------------------------------------------------------------------------
+
+
+def test_default_optimizers(tmp_path: Path) -> None:
+    found = {}
+    for name, kind in (("vit", VIT), ("resnet", RESNET), ("stem", STEM)):
+        run = trainer(tmp_path, limit_val_batches=0)
+        run.fit(build(**kind), datamodule=Toys())
+        (optimizer,) = run.optimizers
+        found[name] = (type(optimizer), optimizer.defaults["lr"], optimizer.defaults["weight_decay"])
+        if name == "resnet":
+            assert optimizer.defaults["momentum"] == 0.9
+            (schedule,) = run.lr_scheduler_configs
+            assert (type(schedule.scheduler), schedule.interval) == (WarmupSteps, "step")
+            assert optimizer.param_groups[0]["lr"] < 1e-5  # the second step of a thousand
+            assert {group["weight_decay"] for group in optimizer.param_groups} == {0, 1e-4}
+        else:
+            assert not run.lr_scheduler_configs
+    expected = {"vit": (torch.optim.AdamW, 1e-5, 0.1), "resnet": (torch.optim.SGD, 2e-3, 1e-4),
+                "stem": (torch.optim.AdamW, 1e-4, 0.05)}  # fmt: skip
+    assert found == expected
+
+
+def test_a_schedule_watches_the_loss(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.fit(build(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau), datamodule=Toys())
+    assert run.lr_scheduler_configs[0].monitor == "val/loss"
+
+
+def test_a_random_teacher_is_warned_about_once(tmp_path: Path) -> None:
+    said = "the teacher's image tower has random weights, so what it says about regions is noise"
+    model = build()
+    with pytest.warns(UserWarning, match=said):
+        fitted(model, Toys(), tmp_path)
+    run = trainer(tmp_path)
+    run.strategy.connect(model)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    exported = model.export(tmp_path / "clip.safetensors")
+    started = RegionCLIPPretraining(
+        tiny_clip.config(), pretrained_encoder=str(exported), concepts="classes", templates=["{}"]
+    )
+    other = load(tmp_path / "a.ckpt")
+    assert isinstance(other, RegionCLIPPretraining)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*random weights.*")
+        for quiet in (model, other, started, build(**STEM)):
+            fitted(quiet, Toys(), tmp_path)
+
+
 # -- the pool ---------------------------------------------------------------------------------------------------------
 
 
@@ -302,9 +440,11 @@ def test_where_concepts_come_from(tmp_path: Path) -> None:
 def test_concepts_of_captions_are_frequent_words() -> None:
     model, _ = ready(build(concepts="captions", concept_count=1))
     assert {"red", "discs", "red discs", "ring", "green"} <= set(model.concepts)
+    fewer, _ = ready(build(concepts="captions", concept_count=1, concept_words=1, concept_limit=3))
+    assert fewer.concepts == [name for name in model.concepts if " " not in name][:3]
     with pytest.raises(InputError, match="no concept is in 100 captions or more"):
         ready(build(concepts="captions", concept_count=100))
-    with pytest.raises(SupervisionError, match="concepts are to come from captions, and Toys has none"):
+    with pytest.raises(SupervisionError, match="concepts are to come from captions, and the training data have none"):
         ready(build(concepts="captions"), Toys(bare=["captions"]))
 
 
@@ -313,7 +453,8 @@ def test_names_that_differ_in_spelling_are_one_concept() -> None:
     data = Toys(names=["Red_Discs", "red discs", "green stars", "grey rings"])
     model, batch = ready(build(**{**STEM, "distractors": []}), data)
     assert len(model.concepts) == 3
-    terms, statistics = model._terms(batch, model.concepts, torch.Generator())
+    step = model._step(batch, model.concepts, [torch.Generator()] * 4)
+    terms, statistics = step.terms, step.statistics
     assert int(statistics["distinct_concepts"]) == 2  # boxes 0 and 1 are of one concept, box 2 of another
     assert all(bool(value.isfinite()) for value in terms.values())
 
@@ -368,8 +509,8 @@ def test_validation_remembers_no_captions(tmp_path: Path) -> None:
 def test_random_boxes_are_inside_their_own_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = ready(build(regions="random", n_regions=50))
     batch["image"] = [torch.rand(3, 48, 64), torch.rand(3, 30, 17), torch.rand(3, 9, 60), torch.rand(3, 7, 7)]
-    generator = torch.Generator().manual_seed(3)
-    boxes, names = model._boxes(batch, [(48, 64), (30, 17), (9, 60), (7, 7)], generator)
+    generators = [torch.Generator().manual_seed(3)] * 4
+    boxes, names = model._boxes(batch, [(48, 64), (30, 17), (9, 60), (7, 7)], generators)
     assert not names
     for own, (h, w) in zip(boxes, [(48, 64), (30, 17), (9, 60), (7, 7)], strict=True):
         assert own.shape == (50, 4)
@@ -380,7 +521,7 @@ def test_random_boxes_are_inside_their_own_picture(monkeypatch: pytest.MonkeyPat
 
 def test_boxes_of_a_picture_are_drawn_where_there_are_too_many() -> None:
     model, batch = ready(build(**{**STEM, "n_regions": 2}))
-    draws = [model._boxes(batch, [(48, 64)] * 4, torch.Generator().manual_seed(i)) for i in range(20)]
+    draws = [model._boxes(batch, [(48, 64)] * 4, [torch.Generator().manual_seed(i)] * 4) for i in range(20)]
     assert all([len(own) for own in boxes] == [0, 1, 2, 2] for boxes, _ in draws)
     for boxes, names in draws:  # each keeps its name
         rows = torch.cat(boxes)
@@ -414,7 +555,7 @@ def test_boxes_of_a_file(tmp_path: Path, sizes: bool) -> None:
     every = data._dataset("train", training=True)
     batch = collate([every[i] for i in range(4)], training=True)
     assert batch["image"].shape == (4, 3, 24, 32)  # type: ignore[union-attr]
-    boxes, _ = model._boxes(batch, [(24, 32)] * 4, torch.Generator())
+    boxes, _ = model._boxes(batch, [(24, 32)] * 4, [torch.Generator()] * 4)
     assert [own.tolist() for own in boxes] == [[[2, 4, 2 + (10 + i) / 2, 14]] for i in range(4)]
 
 
@@ -484,22 +625,24 @@ def test_boxes_of_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_captions_out_of_names() -> None:
-    model, batch = ready(build(concepts="classes", caption_template="many {} here"), Toys(bare=["captions"]))
+    _, batch = ready(build(concepts="classes"), Toys(bare=["captions"]))
+    generators = [torch.Generator()] * 4
     batch["present"][0] = ["forks"]
-    found, same = model._captions(batch, torch.Generator())
+    found = drawn_captions(batch, "many {} here", generators)
     assert found[0] == "many forks here"
     assert found[2:] == ["many blue discs, green stars here", "many blue discs, green stars, grey rings here"]
-    assert same is not None
-    assert len(set(same.tolist())) == 4
+    numbers = sentence_numbers([*found, found[2]]).tolist()
+    assert len(set(numbers)) == 4
+    assert numbers[4] == numbers[2]
     batch["present"][0] = []
     with pytest.raises(InputError, match=r"train/0\.png has neither a caption nor a name of anything in it"):
-        model._captions(batch, torch.Generator())
+        drawn_captions(batch, "many {} here", generators)
 
 
 def test_one_of_the_first_five_captions_at_random() -> None:
-    model, batch = ready(build())
+    _, batch = ready(build())
     batch["captions"] = [[f"picture {i} text {k}" for k in range(8)] for i in range(4)]
-    draws = [model._captions(batch, torch.Generator().manual_seed(i))[0] for i in range(60)]
+    draws = [drawn_captions(batch, "{}", [torch.Generator().manual_seed(i)] * 4) for i in range(60)]
     for i in range(4):
         assert {found[i] for found in draws} == {f"picture {i} text {k}" for k in range(5)}
 
@@ -546,6 +689,8 @@ def test_a_caption_longer_than_the_context_keeps_its_end() -> None:
         ({"labels": "boxes", "regions": "boxes", "concepts": "captions"}, "concepts to 'classes' .it is 'captions'"),
         ({"train_text": True}, "train_text moves the concepts away from the teacher"),
         ({"n_regions": 0}, "n_regions is 0"),
+        ({"concept_words": 0}, "concept_words 0 and concept_limit None; expected at least 1"),
+        ({"concept_limit": 0}, "concept_limit 0; expected at least 1"),
         ({"caption_template": "a photo"}, "caption_template 'a photo'; expected at least 1 region, and a text with {}"),
         ({"gather": "both"}, "gather is 'both'; expected one of 'image_text', 'all', 'none'"),
         ({"same_caption": "x"}, "same_caption is 'x'; expected one of 'positive', 'negative'"),
@@ -621,6 +766,26 @@ def test_a_checkpoint_has_all_but_what_training_alone_needs(tmp_path: Path) -> N
         found.on_load_checkpoint(stored)
 
 
+def test_a_run_taken_up_on_other_data_keeps_tokenizer_and_concepts(tmp_path: Path) -> None:
+    """Weights have learned the numbers of words; one that the caller gives wins."""
+    first = fitted(build(), Toys(), tmp_path)
+    run = trainer(tmp_path)
+    run.strategy.connect(first)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert first.text.tokenizer is not None
+    prompts = ["red discs", "green stars on sand"]
+    expected = first.text.tokenizer(prompts)[0]
+    for given in (False, True):
+        model = build(seed=1)
+        if given:
+            model.set_tokenizer(word_tokenizer(["stars on green sand"], 320))
+        data = Toys(names=["apples", "balls", "cones", "drums"])
+        trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(model, datamodule=data, ckpt_path=tmp_path / "a.ckpt")
+        assert model.concepts == first.concepts
+        assert model.text.tokenizer is not None
+        assert torch.equal(model.text.tokenizer(prompts)[0], expected) == (not given)
+
+
 def _names(folder: Path) -> Path:
     (folder / "names.txt").write_text("forks\nspoons")
     return folder / "names.txt"
@@ -690,8 +855,8 @@ def test_reference_through_the_module() -> None:
     drawn: list[Tensor] = []
     boxes = model._boxes
 
-    def remembered(batch: Any, sizes: Any, generator: torch.Generator) -> Any:
-        found = boxes(batch, sizes, generator)
+    def remembered(batch: Any, sizes: Any, generators: Any) -> Any:
+        found = boxes(batch, sizes, generators)
         every = torch.cat(batch["boxes"])
         drawn[:] = [(torch.cat(found[0])[:, None] == every).all(2).float().argmax(1)]
         return found

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from counting_zoo.class_lists import COCO_CLASSES
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, SupervisionError
 from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, prompt_templates, region_prompts
 from counting_zoo.nn.text import TextTower
 
@@ -142,6 +142,39 @@ def concepts_from_classes(names: Iterable[str], distractors: Iterable[str] = COC
     for name in (*classes, *distractors):
         pool.setdefault(spelling(name), name)
     return list(pool.values())
+
+
+def concept_pool(
+    source: str | Sequence[str],
+    captions: Sequence[str],
+    classes: Sequence[str],
+    *,
+    distractors: Iterable[str] = COCO_CLASSES,
+    min_count: int = 100,
+    max_words: int = 2,
+    limit: int | None = None,
+) -> list[str]:
+    """The pool of a training run, by the setting that names where it comes from.
+
+    Args:
+        source: ``captions``, ``classes``, a file as in :func:`concepts_from_file`, or the names themselves.
+        captions: of the training data.
+        classes: of the training data.
+        distractors: as in :func:`concepts_from_classes`.
+        min_count, max_words, limit: as in :func:`concepts_from_captions`.
+
+    Raises:
+        SupervisionError: concepts are to come from captions, and there are none.
+        InputError: what the functions above refuse.
+    """
+    if not isinstance(source, str):
+        return concepts_from_classes(source, ())
+    if source == "captions":
+        if not captions:
+            raise SupervisionError("concepts are to come from captions, and the training data have none; set concepts "
+                                   "to 'classes', a file, or a list")  # fmt: skip
+        return concepts_from_captions(captions, min_count=min_count, max_words=max_words, limit=limit)
+    return concepts_from_classes(classes, distractors) if source == "classes" else concepts_from_file(source)
 
 
 def spelling(name: str) -> str:
@@ -289,6 +322,6 @@ def cached_concepts(
 
 
 __all__ = [
-    "STOP_WORDS", "Ensemble", "cached_concepts", "concepts_from_captions", "concepts_from_classes",
-    "concepts_from_file", "embed_concepts", "spelling",
+    "STOP_WORDS", "Ensemble", "cached_concepts", "concept_pool", "concepts_from_captions",
+    "concepts_from_classes", "concepts_from_file", "embed_concepts", "spelling",
 ]  # fmt: skip

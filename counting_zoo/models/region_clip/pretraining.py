@@ -5,31 +5,40 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from hashlib import blake2b
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot, pad
+from torch.nn.functional import normalize
 
+from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError, SupervisionError
 from counting_zoo.geometry import Preprocess
-from counting_zoo.metrics import PictureRows
+from counting_zoo.models.region_clip.box_sources import Size, random_boxes
 from counting_zoo.models.region_clip.concepts import (
     Ensemble,
     cached_concepts,
-    concepts_from_captions,
+    concept_pool,
     concepts_from_classes,
-    concepts_from_file,
     embed_concepts,
-    spelling,
 )
-from counting_zoo.models.region_clip.loss import Gather, pretraining_losses, text_logits
+from counting_zoo.models.region_clip.loss import Gather, pretraining_losses
+from counting_zoo.models.region_clip.pretraining_batch import (
+    drawn_captions,
+    drawn_rows,
+    filled_rows,
+    named_labels,
+    padded_pictures,
+    parted_rows,
+    picture_generators,
+    sentence_numbers,
+)
 from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, region_prompts
-from counting_zoo.models.region_clip.proposals import FileProposals, proposal_source, random_boxes
+from counting_zoo.models.region_clip.proposals import FileProposals, proposal_source
 from counting_zoo.models.region_clip.pseudo_labels import (
     Fallback,
     PseudoLabels,
@@ -37,39 +46,38 @@ from counting_zoo.models.region_clip.pseudo_labels import (
     pseudo_labels,
     teacher_probabilities,
 )
+from counting_zoo.models.region_clip.region_accuracy import RegionAccuracy
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
-from counting_zoo.nn.clip_regions import DenseMode, RegionEncoder, region_and_picture_embeddings, region_encoder
+from counting_zoo.nn.clip_regions import (
+    DenseMode,
+    RegionEncoder,
+    ResNetRegions,
+    StemRegions,
+    region_and_picture_embeddings,
+    region_encoder,
+)
 from counting_zoo.nn.normalization import STATISTICS
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained, write_pretrained
 from counting_zoo.nn.text import TextPool, TextTower
 from counting_zoo.nn.tokenizer import TokenizerLike, word_tokenizer
 from counting_zoo.nn.vision import Stem
+from counting_zoo.schedules import WarmupSteps
 from counting_zoo.training import TrainingModule
 from counting_zoo.types import Batch
 
 log = logging.getLogger(__name__)
 
 Labels = Literal["teacher", "boxes"]
-CAPTIONS = 5
-"""Captions of a picture that one is drawn from at most, as in the reference."""
 
 
-class RegionAccuracy(PictureRows):
-    """How often regions, and whole pictures, are nearest to a right name; the mean over pictures."""
+@dataclass(frozen=True)
+class _Step:
+    """Weighted ``terms`` of a batch, ``statistics`` to watch, embeddings of ``pictures`` and of ``more`` boxes."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(("region", "whole"), **options)
-
-    def update(self, image_id: str, region: Tensor, picture: Tensor) -> None:
-        """Add the share of regions of one picture given their name, and whether the picture is given one in it."""
-        self.append([image_id], region=region.float().reshape(1, 1), whole=picture.float().reshape(1, 1))
-
-    def compute(self) -> dict[str, float]:
-        """``region_accuracy, picture_accuracy``; nothing where no picture has named boxes."""
-        rows = self.rows()
-        if not len(rows["picture"]):
-            return {}
-        return {"region_accuracy": float(rows["region"].mean()), "picture_accuracy": float(rows["whole"].mean())}
+    terms: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    pictures: Tensor
+    more: Tensor
 
 
 class RegionCLIPPretraining(TrainingModule):
@@ -94,7 +102,8 @@ class RegionCLIPPretraining(TrainingModule):
         text_pool: where texts are read; see :class:`~counting_zoo.nn.text.TextTower`.
         concepts: the pool: frequent words of the training ``captions``, the ``classes`` of the data beside
             ``distractors``, a file with one name in each line, or a list of names.
-        concept_count: captions that a concept of ``captions`` is in at least.
+        concept_count, concept_words, concept_limit: of ``captions``: how many a concept is in at least, words of the
+            longest one, and how many are kept, the most frequent ones (``None``: all).
         distractors: names beside ``classes``; COCO's if ``None``.
         templates, wording, ensemble: see :func:`~counting_zoo.models.region_clip.concepts.embed_concepts`.
         cache: folder in which embeddings of the pool are kept between runs; ``None`` calculates them anew.
@@ -122,6 +131,7 @@ class RegionCLIPPretraining(TrainingModule):
 
     requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"captions"}), frozenset({"counts"}))
     pads: ClassVar[bool] = True
+    monitored: ClassVar[str] = "val/loss"
     mean: Tensor
     std: Tensor
 
@@ -139,6 +149,8 @@ class RegionCLIPPretraining(TrainingModule):
         text_pool: TextPool = "eot",
         concepts: str | list[str] = "captions",
         concept_count: int = 100,
+        concept_words: int = 2,
+        concept_limit: int | None = None,
         distractors: list[str] | None = None,
         templates: TemplateSet | list[str] = "region_clip",
         wording: Wording = "corrected",
@@ -174,6 +186,9 @@ class RegionCLIPPretraining(TrainingModule):
         if labels == "teacher" and train_text:
             raise InputError("train_text moves the concepts away from the teacher that labels regions with them; set "
                              "train_text to false, or labels to 'boxes'")  # fmt: skip
+        if min(concept_count, concept_words) < 1 or (concept_limit is not None and concept_limit < 1):
+            raise InputError(f"concept_count is {concept_count}, concept_words {concept_words} and concept_limit "
+                             f"{concept_limit}; expected at least 1")  # fmt: skip
         if n_regions < 1 or "{}" not in caption_template:
             raise InputError(f"n_regions is {n_regions} and caption_template {caption_template!r}; expected at least 1 "
                              "region, and a text with {} for the names")  # fmt: skip
@@ -200,6 +215,7 @@ class RegionCLIPPretraining(TrainingModule):
             self.teacher = region_encoder(deepcopy(towers), stem=stem, dense=teacher_dense, freeze_at=freeze_at)
         self.encoder = region_encoder(towers, stem=stem, dense=dense, freeze_at=freeze_at)
         self.settings = {"clip": self.hparams["clip"], "stem": stem}
+        self._tokenizer_is_made = False
         given = tokenizer if tokenizer is not None or pretrained_encoder else tokenizer_of(clip)
         if given is not None:
             self.set_tokenizer(given)
@@ -212,7 +228,11 @@ class RegionCLIPPretraining(TrainingModule):
             self.teacher.requires_grad_(False)
         for name, values in zip(("mean", "std"), STATISTICS["clip"], strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
-        self.concept_source, self.concept_count, self.distractors = concepts, concept_count, distractors
+        self.concept_source = concepts
+        self.distractors = COCO_CLASSES if distractors is None else distractors
+        self.concept_limits: dict[str, Any] = {
+            "min_count": concept_count, "max_words": concept_words, "limit": concept_limit,
+        }  # fmt: skip
         self.templates, self.wording, self.ensemble, self.cache = templates, wording, ensemble, cache
         self.regions, self.n_regions, self.labels = regions, n_regions, labels
         self.missing_regions, self.picture_box = missing_regions, picture_box
@@ -223,6 +243,8 @@ class RegionCLIPPretraining(TrainingModule):
         self.accuracy = RegionAccuracy()
         self._validated: list[str] = []
         self._warned = False
+        # Of a checkpoint's weights they are none; see _load_from_state_dict.
+        self._random_teacher = pretrained_encoder is None and (isinstance(clip, Mapping) or stem == "conv")
         self._source: Any = None
 
     def set_tokenizer(self, source: TokenizerLike) -> None:
@@ -232,10 +254,13 @@ class RegionCLIPPretraining(TrainingModule):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._embedded.clear()
+        self._random_teacher = False
         super()._load_from_state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> RegionCLIPPretraining:
         super().train(mode)
+        if self.train_text:
+            self._embedded.clear()  # weights move in training alone
         if self.teacher is not None:
             self.teacher.eval()
         if not self.train_text:
@@ -252,6 +277,31 @@ class RegionCLIPPretraining(TrainingModule):
             self._source = proposal_source(self.regions, missing=self.missing_regions)
         super().setup(stage)
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.teacher is not None and self._random_teacher:
+            self._random_teacher = False
+            warnings.warn(
+                "labels is 'teacher', and the teacher's image tower has random weights, so what it says about regions "
+                "is noise; give clip a name or file with weights, or pretrained_encoder, or set labels to 'boxes'",
+                stacklevel=2,
+            )
+
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The reference's SGD for a ResNet (arXiv 2112.09106), CLIPSelf's AdamW for a ViT (arXiv 2310.01403).
+
+        A ``conv`` stem, which nobody published, has the AdamW of all models here.
+        """
+        if isinstance(self.encoder, ResNetRegions):
+            return torch.optim.SGD(groups, lr=2e-3, momentum=0.9, weight_decay=1e-4)
+        if isinstance(self.encoder, StemRegions):
+            return super().default_optimizer(groups)
+        return torch.optim.AdamW(groups, lr=1e-5, weight_decay=0.1)
+
+    def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The reference's for a ResNet: warm-up, then a tenth of the rate from step 300000 on, and from 525000 on."""
+        return WarmupSteps(optimizer) if isinstance(self.encoder, ResNetRegions) else None
+
     # -- concepts -------------------------------------------------------------------------------------------------
 
     def read_facts(self, datamodule: Any) -> None:
@@ -263,33 +313,23 @@ class RegionCLIPPretraining(TrainingModule):
             )
         captions = [text for record in datamodule.records("train") for text in record.captions or ()]
         if not self.concepts:  # a run that is taken up again has them
-            self.concepts = self._pool(datamodule, captions)
+            names = datamodule.class_names("train")
+            self.concepts = concept_pool(
+                self.concept_source, captions, names, distractors=self.distractors, **self.concept_limits
+            )
         if self.text.tokenizer is None:
             prompts = [p for name in self.concepts for p in region_prompts(name, self.templates, self.wording)]
             vocab_size = self.text.model.embeddings.token_embedding.num_embeddings
             self.set_tokenizer(word_tokenizer([*captions, *prompts, self.caption_template], vocab_size))
+            self._tokenizer_is_made = True
         if isinstance(self._source, FileProposals) and datamodule.augmentation is not None:
             raise InputError(
                 f"regions are those of the file {self.regions!r}, which do not move along when pictures are flipped or "
                 "cropped; set data.augmentation to null, or regions to 'random'"
             )
 
-    def _pool(self, datamodule: Any, captions: list[str]) -> list[str]:
-        source = self.concept_source
-        if isinstance(source, list):
-            return concepts_from_classes(source, ())
-        if source == "captions":
-            if not captions:
-                raise SupervisionError(f"concepts are to come from captions, and {type(datamodule).__name__} has none "
-                                       "for training; set concepts to 'classes', a file, or a list")  # fmt: skip
-            return concepts_from_captions(captions, min_count=self.concept_count)
-        if source == "classes":
-            names = datamodule.class_names("train")
-            return concepts_from_classes(names, *([] if self.distractors is None else [self.distractors]))
-        return concepts_from_file(source)
-
     def _embeddings(self, names: list[str]) -> Tensor:
-        """``(C, D)`` embeddings of names, calculated once where texts do not train."""
+        """``(C, D)`` embeddings of names, calculated once where texts do not train, else once in each validation."""
         if self.train_text and self.training:
             prompts = [p for name in names for p in region_prompts(name, self.templates, self.wording)]
             features = self.text(prompts).unflatten(0, (len(names), -1))  # (names, templates, D)
@@ -304,8 +344,7 @@ class RegionCLIPPretraining(TrainingModule):
                 found = embed_concepts(self.text, names, self.templates, **options)
             else:
                 found = cached_concepts(self.cache, self.text, names, self.templates, **options)
-        if not self.train_text:
-            self._embedded[key] = found
+        self._embedded[key] = found
         return found
 
     def forward(self, image: Tensor | Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -318,7 +357,10 @@ class RegionCLIPPretraining(TrainingModule):
         images, sizes = self._padded(image)
         return region_and_picture_embeddings(self.encoder, images, boxes, self._extents(sizes))
 
-    def _extents(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+    def _padded(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
+        return padded_pictures(images, self.mean, self.std, self.encoder.multiple)
+
+    def _extents(self, sizes: list[Size]) -> list[Size] | None:
         return sizes if self.picture_box == "picture" else None
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -326,8 +368,9 @@ class RegionCLIPPretraining(TrainingModule):
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         # Lightning's and this module's seeds decide about torch's generator, so a run taken up again is the same run.
         generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, ())))
-        terms, statistics = self._terms(batch, self.concepts, generator)
         size = len(batch["image_id"])
+        found = self._step(batch, self.concepts, [generator] * size)
+        statistics = found.statistics
         self.log_dict({f"train/{name}": value.float() for name, value in statistics.items()}, batch_size=size)
         if statistics["distinct_concepts"] < 2 and not self._warned and self.weights["region_text"]:
             self._warned = True
@@ -335,46 +378,29 @@ class RegionCLIPPretraining(TrainingModule):
                 "the kept regions of a batch show fewer than two concepts, so its region-text loss is 0; if it goes on "
                 "(train/distinct_concepts), lower threshold, or give concepts that are in the pictures"
             )
-        return terms
+        return found.terms
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Is never reached, see :meth:`setup`; without it Lightning would say something less helpful."""
 
     def on_validation_epoch_start(self) -> None:
-        if self.labels != "boxes":
-            return
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._validated = concepts_from_classes(datamodule.class_names("val"), ())
+        self._validated = list(datamodule.class_names("val"))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        generator = torch.Generator().manual_seed(batch_idx)
-        pool = self._validated if self.labels == "boxes" else self.concepts
-        terms, statistics = self._terms(batch, pool, generator)
-        found = terms | statistics | {"loss": torch.stack(list(terms.values())).sum()}
+        image_ids, named = batch["image_id"], "boxes" in batch and "box_labels" in batch
+        names = concepts_from_classes(self._validated, ()) if named or self.labels == "boxes" else []
+        more = [own.to(self.device) for own in batch["boxes"]] if named else None
+        pool = names if self.labels == "boxes" else self.concepts
+        step = self._step(batch, pool, picture_generators(image_ids), more)
+        found = step.terms | step.statistics | {"loss": torch.stack(list(step.terms.values())).sum()}
         # A picture that evens out the processes counts twice here, and once in the accuracies.
         found = {f"val/{name}": value.float() for name, value in found.items()}
-        self.log_dict(found, batch_size=len(batch["image_id"]), sync_dist=True)
-        if "boxes" in batch and "box_labels" in batch:
-            self._classify(batch)
-
-    def _classify(self, batch: Batch) -> None:
-        """Whether the data's own boxes are given their names, of those of the split."""
-        boxes = [own.to(self.device) for own in batch["boxes"]]
-        regions, pictures = self(batch["image"], boxes)
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = concepts_from_classes(datamodule.class_names("val"), ())
-        place = {spelling(name): i for i, name in enumerate(names)}
-        texts = self._embeddings(names)
-        nearest = text_logits(regions, texts).argmax(1).split([len(own) for own in boxes])
-        first = text_logits(pictures, texts).argmax(1)
-        for i, (asked, labels) in enumerate(zip(batch["classes"], batch["box_labels"], strict=True)):
-            if len(labels):
-                true = torch.tensor([place[spelling(name)] for name in asked], device=self.device)[
-                    labels.to(self.device)
-                ]
-                self.accuracy.update(
-                    batch["image_id"][i], (nearest[i] == true).float().mean(), (true == first[i]).any()
-                )
+        self.log_dict(found, batch_size=len(image_ids), sync_dist=True)
+        if named:
+            asked = zip(batch["classes"], batch["box_labels"], strict=True)
+            labels = [named_labels([own[i] for i in ids.tolist()], names, self.device).labels for own, ids in asked]
+            self.accuracy.update(image_ids, step.more, step.pictures, self._embeddings(names), labels)
 
     def on_validation_epoch_end(self) -> None:
         with warnings.catch_warnings():
@@ -384,50 +410,51 @@ class RegionCLIPPretraining(TrainingModule):
         self.log_dict({f"val/{name}": value for name, value in scores.items()})
         self.accuracy.reset()
 
-    def _terms(
-        self, batch: Batch, pool: list[str], generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weighted losses of a batch, and what to watch."""
+    def _step(
+        self,
+        batch: Batch,
+        pool: list[str],
+        generators: Sequence[torch.Generator],
+        more: Sequence[Tensor] | None = None,
+    ) -> _Step:
+        """One pass of the student over a batch: its losses, and embeddings of ``more`` boxes of each picture.
+
+        What is drawn for a picture is drawn from its generator: boxes of all pictures first, then captions.
+        """
         images, sizes = self._padded(batch["image"])
-        boxes, names = self._boxes(batch, sizes, generator)
+        boxes, names = self._boxes(batch, sizes, generators)
         if not (self.weights["region_text"] or self.weights["distillation"]):
             boxes, names = [own[:0] for own in boxes], []
-        regions, pictures = region_and_picture_embeddings(self.encoder, images, boxes, self._extents(sizes))
+        every = boxes if more is None else [torch.cat(both) for both in zip(boxes, more, strict=True)]
+        found, pictures = region_and_picture_embeddings(self.encoder, images, every, self._extents(sizes))
+        regions, others = (found, found[:0]) if more is None else parted_rows(found, boxes, more)
         concepts = self._embeddings(pool)
-        pseudo = self._pseudo_labels(images, boxes, names, pool, concepts)
+        if self.teacher is None:
+            pseudo = named_labels(names, pool, self.device)
+        else:
+            pseudo = self._taught(self.teacher, images, boxes, concepts)
         statistics = label_statistics(pseudo, regions, concepts)
-        captions, same = self._captions(batch, generator)
+        captions = drawn_captions(batch, self.caption_template, generators)
+        same = sentence_numbers(captions).to(self.device) if self.same_caption == "positive" else None
         with torch.enable_grad():  # or a TextTower runs captions one by one and remembers each of them
             texts = self.text(captions) if self.training else self.text(captions).detach()
         gather = self.gather if self.training else "none"
         if gather == "all" and self._distributed():
-            regions, pseudo = _filled(regions, pseudo, len(images) * self.n_regions)
+            regions, pseudo = filled_rows(regions, pseudo, len(images) * self.n_regions)
         losses = pretraining_losses(
             regions, pseudo.probabilities, pseudo.labels, pseudo.kept, concepts, pictures, texts,
             captions=same, temperature=self.temperature, gather=gather, all_gather=self._all_gather,
         )  # fmt: skip
-        return {name: self.weights[name] * loss for name, loss in losses.items() if self.weights[name]}, statistics
-
-    def _padded(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Normalised pictures with zeros on the right and at the bottom, and their heights and widths without."""
-        sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
-        multiple = self.encoder.multiple
-        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
-        found = [
-            pad(
-                ((i if i.is_floating_point() else i.float() / 255) - self.mean) / self.std,
-                (0, width - w, 0, height - h),
-            )
-            for i, (h, w) in zip(images, sizes, strict=True)
-        ]
-        return torch.stack(found), sizes
+        terms = {name: self.weights[name] * loss for name, loss in losses.items() if self.weights[name]}
+        return _Step(terms, statistics, pictures, others)
 
     def _boxes(
-        self, batch: Batch, sizes: list[tuple[int, int]], generator: torch.Generator
+        self, batch: Batch, sizes: list[Size], generators: Sequence[torch.Generator]
     ) -> tuple[list[Tensor], list[str]]:
         """At most ``n_regions`` boxes of each picture, and where they are the data's own the name of each."""
         if self.regions == "random":
-            return [random_boxes(size, self.n_regions, generator).to(self.device) for size in sizes], []
+            each = zip(sizes, generators, strict=True)
+            return [random_boxes(size, self.n_regions, own).to(self.device) for size, own in each], []
         if self._source is not None:
             found = self._source(list(batch["image"]), batch["image_id"], sizes=batch.get("original_size"))
             boxes = [proposed.boxes for proposed in found]
@@ -436,47 +463,21 @@ class RegionCLIPPretraining(TrainingModule):
         else:
             raise SupervisionError(f"regions is 'boxes', and {batch['image_id'][0]} has none; choose data with boxes "
                                    "in every split, or regions: random")  # fmt: skip
-        chosen = [torch.randperm(len(own), generator=generator)[: self.n_regions].to(own.device) for own in boxes]
+        chosen = drawn_rows(boxes, self.n_regions, generators)
         names = []
         if self.labels == "boxes":
             for asked, labels, kept in zip(batch["classes"], batch["box_labels"], chosen, strict=True):
                 names += [asked[i] for i in labels[kept].tolist()]
         return [own[kept].to(self.device) for own, kept in zip(boxes, chosen, strict=True)], names
 
-    def _pseudo_labels(
-        self, images: Tensor, boxes: list[Tensor], names: list[str], pool: list[str], concepts: Tensor
-    ) -> PseudoLabels:
-        if self.teacher is not None and any(len(own) for own in boxes):
-            with torch.no_grad():
-                probabilities = teacher_probabilities(
-                    self.teacher.pool(self.teacher(images)[0], boxes), concepts, self.temperature
-                )
-            return pseudo_labels(probabilities, self.threshold, fallback=self.fallback)
-        place = {spelling(name): i for i, name in enumerate(pool)}
-        if unknown := [name for name in names if spelling(name) not in place]:
-            raise SupervisionError(f"boxes are called {unknown[0]!r}, which is not among the {len(pool)} "
-                                   f"concepts, such as {pool[:5]}: the training data had other classes")  # fmt: skip
-        labels = torch.tensor([place[spelling(name)] for name in names], dtype=torch.int64, device=self.device)
-        kept = torch.ones_like(labels, dtype=torch.bool)
-        return PseudoLabels(one_hot(labels, len(concepts)).float(), labels, kept)
-
-    def _captions(self, batch: Batch, generator: torch.Generator) -> tuple[list[str], Tensor | None]:
-        """One caption for each picture, and which of them are the same sentence."""
-        chosen = []
-        for i, image_id in enumerate(batch["image_id"]):
-            texts = batch["captions"][i][:CAPTIONS] if "captions" in batch else []
-            if texts:
-                chosen.append(texts[int(torch.randint(len(texts), (), generator=generator))])
-            elif names := batch["present"][i] if "present" in batch else batch["classes"][i]:
-                chosen.append(self.caption_template.replace("{}", ", ".join(names)))
-            else:
-                raise InputError(f"{image_id} has neither a caption nor a name of anything in it; leave it out of the "
-                                 "training pictures, or give it a caption")  # fmt: skip
-        if self.same_caption == "negative":
-            return chosen, None
-        # A hash, so that the sentences of other processes have the same number.
-        numbers = [int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) for text in chosen]
-        return chosen, torch.tensor(numbers, device=self.device)
+    @torch.no_grad()
+    def _taught(self, teacher: RegionEncoder, images: Tensor, boxes: list[Tensor], concepts: Tensor) -> PseudoLabels:
+        """What the teacher says about boxes; without any it is not asked."""
+        if not any(len(own) for own in boxes):
+            return pseudo_labels(concepts.new_zeros(0, len(concepts)), self.threshold, fallback=self.fallback)
+        features = teacher.pool(teacher(images)[0], boxes)
+        probabilities = teacher_probabilities(features, concepts, self.temperature)
+        return pseudo_labels(probabilities, self.threshold, fallback=self.fallback)
 
     def _all_gather(self, x: Tensor) -> Tensor:
         if not self._distributed():
@@ -495,8 +496,11 @@ class RegionCLIPPretraining(TrainingModule):
 
     def restore_recipe(self, recipe: dict[str, Any]) -> None:
         self.concepts = list(recipe["concepts"])
-        if self.text.tokenizer is None and recipe["tokenizer"] is not None:
+        # A tokenizer given by the caller wins over the one that was saved, but not one made of this run's data.
+        missing = self.text.tokenizer is None or self._tokenizer_is_made
+        if missing and recipe["tokenizer"] is not None:
             self.set_tokenizer(recipe["tokenizer"])
+            self._tokenizer_is_made = False
 
     def export(self, path: str | Path, *, half: bool = False) -> Path:
         """Write the student and its texts as a CLIP that counters load through ``pretrained_encoder``.
@@ -509,14 +513,4 @@ class RegionCLIPPretraining(TrainingModule):
         return write_pretrained(path, self.encoder, self.text, self.settings, temperature=self.temperature, dtype=dtype)
 
 
-def _filled(regions: Tensor, pseudo: PseudoLabels, rows: int) -> tuple[Tensor, PseudoLabels]:
-    """Regions and their labels with rows that are not kept, so that every process has as many."""
-
-    def fill(x: Tensor) -> Tensor:
-        return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
-
-    filled = PseudoLabels(*(fill(x) for x in (pseudo.probabilities, pseudo.labels, pseudo.kept)))
-    return fill(regions), filled
-
-
-__all__ = ["Labels", "RegionAccuracy", "RegionCLIPPretraining"]
+__all__ = ["Labels", "RegionCLIPPretraining"]
