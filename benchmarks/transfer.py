@@ -1,7 +1,8 @@
 """What a pretrained encoder does for CLIP-Count on kinds of object that training never showed, seed by seed.
 
 Trains the small CLIP-Count on the built-in scenes from random weights and from each encoder given, for the same number
-of pictures, and prints test errors as a table. Finished runs are kept in ``--out`` and not repeated.
+of pictures, and prints test errors as a table. Finished runs are kept in ``--out`` and not repeated with the same
+settings and the same encoder.
 
     python benchmarks/transfer.py --starts random small image_text=image_text.safetensors --seeds 0 1 2 --epochs 3
 """
@@ -10,23 +11,43 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
+from counting_zoo import SyntheticScenes
 from counting_zoo.cli import main
+from counting_zoo.nn.pretrained import SMALL, small_file
 from counting_zoo.quickstart import bfloat16_instructions, config
 
 COLUMNS = {
     "test/mae": "MAE", "test/rmse": "RMSE", "test/absent_ratio": "absent",
-    "test/hard_absent_ratio": "look-alike absent", "seconds": "training, s",
+    "test/hard_absent_ratio": "look-alike absent", "seconds": "fit with its start and one validation, s",
 }  # fmt: skip
+
+
+def fingerprint(source: str | None, more: list[str]) -> str:
+    """What the name of a run's folder does not say: the encoder's bytes, and more options."""
+    digest = hashlib.sha256(json.dumps(more).encode())
+    if source is not None:
+        file = small_file() if source == SMALL else Path(source).expanduser()
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def command(words: list[str]) -> None:
+    """Run a command of counting-zoo, and stop where it fails."""
+    if code := main(words):
+        sys.exit(code)
 
 
 def run(start: str, source: str | None, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Train and test once; the scores."""
-    folder: Path = options.out / f"{options.preset}-{start}-{seed}-{options.epochs}"
+    name = f"{options.preset}-{start}-{seed}-{options.epochs}-{fingerprint(source, options.more)}"
+    folder: Path = options.out / name
     done = folder / "scores.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
@@ -45,8 +66,9 @@ def run(start: str, source: str | None, seed: int, options: argparse.Namespace) 
 
     # From random weights the recipe begins with contrast alone, for three epochs of ten.
     first = round(0.3 * options.epochs) if source is None else 0
+    SyntheticScenes(preset=options.preset).prepare_data()  # rendering is no part of what is timed
     begun = time.perf_counter()
-    main([
+    command([
         "fit", "--config", str(config("trainer/quick.yaml")), "--config", str(config("model/clip_count_small.yaml")),
         *data, *logger("fit"), "--seed_everything", str(seed), "--data.seed", str(seed),
         "--model.pretrained_encoder", source or "null", "--model.contrast_epochs", str(first),
@@ -55,7 +77,7 @@ def run(start: str, source: str | None, seed: int, options: argparse.Namespace) 
     ])  # fmt: skip
     seconds = time.perf_counter() - begun
     last = folder / "fit" / "checkpoints" / "last.ckpt"
-    main(["test", "--ckpt_path", str(last), *data, *logger("test")])
+    command(["test", "--ckpt_path", str(last), *data, *logger("test")])
     with (folder / "test" / "metrics.csv").open(encoding="utf-8", newline="") as file:
         scores = {key: float(value) for row in csv.DictReader(file) for key, value in row.items() if value}
     done.write_text(json.dumps(scores | {"seconds": seconds}), encoding="utf-8")

@@ -112,6 +112,11 @@ def write_pretrained(
     return path
 
 
+def small_file() -> Path:
+    """Where the zoo's own small CLIP lies, which is called :data:`SMALL`."""
+    return Path(str(resources.files("counting_zoo"))) / "weights" / "small_clip.safetensors"
+
+
 def read_pretrained(source: str | Path) -> PretrainedCLIP:
     """A CLIP that :func:`write_pretrained` wrote, or another one in OpenAI's layout.
 
@@ -125,7 +130,7 @@ def read_pretrained(source: str | Path) -> PretrainedCLIP:
     from safetensors.torch import load_file
 
     if str(source) == SMALL:
-        path = Path(str(resources.files("counting_zoo"))) / "weights" / "small_clip.safetensors"
+        path = small_file()
     else:
         path = Path(source).expanduser()
     if not path.is_file():
@@ -234,4 +239,4 @@ def _load(module: nn.Module, given: dict[str, Tensor], source: str, tower: str) 
     module.load_state_dict(all_own | {ours: given[theirs] for theirs, ours in names.items() if theirs in given})
 
 
-__all__ = ["SMALL", "PretrainedCLIP", "load_text", "load_vision", "read_pretrained", "write_pretrained"]
+__all__ = ["SMALL", "PretrainedCLIP", "load_text", "load_vision", "read_pretrained", "small_file", "write_pretrained"]
