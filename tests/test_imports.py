@@ -24,7 +24,7 @@ PARTS = tuple(
         *("zip_loss", "peaks"),
         *("peak_response", "instances", "proposals", "segments", "drawing"),
         *("concepts", "pseudo_labels", "detections", "box_sources", "box_files", "tiles"),
-        *("detection_loss", "classified", "pretraining_batch", "region_accuracy"),
+        *("detection_loss", "classified", "pretraining_batch", "pretraining_settings", "region_accuracy"),
     )
 )
 #: A module may import its own layer's neighbours in the same folder, and lower layers. What is not named is on top.

@@ -24,7 +24,7 @@ from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import collate
 from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import CheckpointError, InputError, SupervisionError
-from counting_zoo.models.region_clip import pretraining
+from counting_zoo.models.region_clip import pretraining, pretraining_step
 from counting_zoo.models.region_clip.loss import distillation_loss, image_text_loss, region_text_loss, text_logits
 from counting_zoo.models.region_clip.pretraining_batch import drawn_captions, picture_generators, sentence_numbers
 from counting_zoo.models.region_clip.proposals import Proposed
@@ -862,16 +862,16 @@ def test_reference_through_the_module() -> None:
         return found
 
     model._boxes = remembered
-    original = pretraining.teacher_probabilities
+    original = pretraining_step.teacher_probabilities
     try:
-        pretraining.teacher_probabilities = lambda *_: scores[drawn[0]]
+        pretraining_step.teacher_probabilities = lambda *_: scores[drawn[0]]
         check_reference(model, golden, lambda name: (8, golden["grads"][name]["every_8th"]))
         whole = float(golden["losses"]["loss_img_txt_level"])
         model.picture_box = "picture"
         own = float(model.training_losses(reference_batch(golden))["image_text"].detach())
         assert abs(own - whole) > 1e-3 * whole  # why there is an option
     finally:
-        pretraining.teacher_probabilities = original
+        pretraining_step.teacher_probabilities = original
 
 
 def test_reference_through_the_module_with_its_teacher() -> None:

@@ -129,10 +129,7 @@ def read_pretrained(source: str | Path) -> PretrainedCLIP:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if str(source) == SMALL:
-        path = small_file()
-    else:
-        path = Path(source).expanduser()
+    path = small_file() if str(source) == SMALL else Path(source).expanduser()
     if not path.is_file():
         raise WeightsError(
             f"pretrained_encoder={str(source)!r} is no file; expected {SMALL!r} (the zoo's own small CLIP), or a "

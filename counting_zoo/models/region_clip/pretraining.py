@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +16,6 @@ from torch.nn.functional import normalize
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError, SupervisionError
 from counting_zoo.geometry import Preprocess
-from counting_zoo.models.region_clip.box_sources import Size, random_boxes
 from counting_zoo.models.region_clip.concepts import (
     Ensemble,
     cached_concepts,
@@ -26,61 +23,28 @@ from counting_zoo.models.region_clip.concepts import (
     concepts_from_classes,
     embed_concepts,
 )
-from counting_zoo.models.region_clip.loss import Gather, pretraining_losses
-from counting_zoo.models.region_clip.pretraining_batch import (
-    drawn_captions,
-    drawn_rows,
-    filled_rows,
-    named_labels,
-    padded_pictures,
-    parted_rows,
-    picture_generators,
-    sentence_numbers,
-)
+from counting_zoo.models.region_clip.loss import Gather
+from counting_zoo.models.region_clip.pretraining_batch import named_labels, picture_generators
+from counting_zoo.models.region_clip.pretraining_settings import Labels, check_choices, check_settings, term_weights
+from counting_zoo.models.region_clip.pretraining_step import RegionTextModule
 from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, region_prompts
 from counting_zoo.models.region_clip.proposals import FileProposals, proposal_source
-from counting_zoo.models.region_clip.pseudo_labels import (
-    Fallback,
-    PseudoLabels,
-    label_statistics,
-    pseudo_labels,
-    teacher_probabilities,
-)
+from counting_zoo.models.region_clip.pseudo_labels import Fallback
 from counting_zoo.models.region_clip.region_accuracy import RegionAccuracy
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
-from counting_zoo.nn.clip_regions import (
-    DenseMode,
-    RegionEncoder,
-    ResNetRegions,
-    StemRegions,
-    region_and_picture_embeddings,
-    region_encoder,
-)
+from counting_zoo.nn.clip_regions import DenseMode, RegionEncoder, ResNetRegions, StemRegions, region_encoder
 from counting_zoo.nn.normalization import STATISTICS
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained, write_pretrained
 from counting_zoo.nn.text import TextPool, TextTower
 from counting_zoo.nn.tokenizer import TokenizerLike, word_tokenizer
 from counting_zoo.nn.vision import Stem
 from counting_zoo.schedules import WarmupSteps
-from counting_zoo.training import TrainingModule
 from counting_zoo.types import Batch
 
 log = logging.getLogger(__name__)
 
-Labels = Literal["teacher", "boxes"]
 
-
-@dataclass(frozen=True)
-class _Step:
-    """Weighted ``terms`` of a batch, ``statistics`` to watch, embeddings of ``pictures`` and of ``more`` boxes."""
-
-    terms: dict[str, Tensor]
-    statistics: dict[str, Tensor]
-    pictures: Tensor
-    more: Tensor
-
-
-class RegionCLIPPretraining(TrainingModule):
+class RegionCLIPPretraining(RegionTextModule):
     """Region-text pretraining (Zhong et al., "RegionCLIP", CVPR 2022, arXiv 2112.09106).
 
     A student embeds regions of a picture; a teacher, which is the student as it was before, says which concept of a
@@ -132,8 +96,6 @@ class RegionCLIPPretraining(TrainingModule):
     requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"captions"}), frozenset({"counts"}))
     pads: ClassVar[bool] = True
     monitored: ClassVar[str] = "val/loss"
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -172,37 +134,16 @@ class RegionCLIPPretraining(TrainingModule):
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        self.weights = {"region_text": 1.0, "distillation": 1.0, "image_text": 1.0}
-        if unknown := set(weights or {}) - set(self.weights):
-            raise InputError(f"weights names {sorted(unknown)}; expected some of {', '.join(self.weights)}")
-        self.weights |= weights or {}
-        if not all(0 <= w < math.inf for w in self.weights.values()) or not any(self.weights.values()):
-            raise InputError(f"weights are {self.weights}; expected finite numbers of at least 0, and one above it")
-        if labels not in ("teacher", "boxes"):
-            raise InputError(f"labels is {labels!r}; expected 'teacher', or 'boxes' for the names of the data's boxes")
-        if labels == "boxes" and (regions != "boxes" or concepts != "classes"):
-            raise InputError(f"labels 'boxes' are names of the data's own boxes; set regions to 'boxes' (it is "
-                             f"{regions!r}) and concepts to 'classes' (it is {concepts!r})")  # fmt: skip
-        if labels == "teacher" and train_text:
-            raise InputError("train_text moves the concepts away from the teacher that labels regions with them; set "
-                             "train_text to false, or labels to 'boxes'")  # fmt: skip
-        if min(concept_count, concept_words) < 1 or (concept_limit is not None and concept_limit < 1):
-            raise InputError(f"concept_count is {concept_count}, concept_words {concept_words} and concept_limit "
-                             f"{concept_limit}; expected at least 1")  # fmt: skip
-        if n_regions < 1 or "{}" not in caption_template:
-            raise InputError(f"n_regions is {n_regions} and caption_template {caption_template!r}; expected at least 1 "
-                             "region, and a text with {} for the names")  # fmt: skip
-        for name, value, choices in (
-            ("gather", gather, ("image_text", "all", "none")), ("same_caption", same_caption, ("positive", "negative")),
-            ("picture_box", picture_box, ("picture", "canvas")), ("fallback", fallback, ("none", "official")),
-            ("ensemble", ensemble, ("normalised", "official")),
-            ("missing_regions", missing_regions, ("error", "empty")),
-        ):  # fmt: skip
-            if value not in choices:
-                raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
-        if not 0 <= threshold < math.inf or not 0 < temperature < math.inf:
-            raise InputError(f"threshold is {threshold} and temperature {temperature}; expected at least 0, such as "
-                             "0.1, and above 0, such as 0.01")  # fmt: skip
+        self.weights = term_weights(weights)
+        check_settings(
+            labels=labels, regions=regions, concepts=concepts, train_text=train_text, n_regions=n_regions,
+            concept_count=concept_count, concept_words=concept_words, concept_limit=concept_limit,
+            caption_template=caption_template, threshold=threshold, temperature=temperature,
+        )  # fmt: skip
+        check_choices(
+            gather=gather, same_caption=same_caption, picture_box=picture_box, fallback=fallback, ensemble=ensemble,
+            missing_regions=missing_regions,
+        )  # fmt: skip
         region_prompts("a name", templates, wording)  # refuses what is no template or wording
         towers = build_towers(clip)
         # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
@@ -347,22 +288,6 @@ class RegionCLIPPretraining(TrainingModule):
         self._embedded[key] = found
         return found
 
-    def forward(self, image: Tensor | Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The student's embeddings of boxes ``(N, D)`` and of whole pictures ``(B, D)``, not normalised.
-
-        Args:
-            image: B pictures ``(3, H_i, W_i)`` in [0, 1] or uint8, of any sizes.
-            boxes: B tensors ``(N_i, 4)`` of x1, y1, x2, y2 in pixels.
-        """
-        images, sizes = self._padded(image)
-        return region_and_picture_embeddings(self.encoder, images, boxes, self._extents(sizes))
-
-    def _padded(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
-        return padded_pictures(images, self.mean, self.std, self.encoder.multiple)
-
-    def _extents(self, sizes: list[Size]) -> list[Size] | None:
-        return sizes if self.picture_box == "picture" else None
-
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -410,84 +335,6 @@ class RegionCLIPPretraining(TrainingModule):
         self.log_dict({f"val/{name}": value for name, value in scores.items()})
         self.accuracy.reset()
 
-    def _step(
-        self,
-        batch: Batch,
-        pool: list[str],
-        generators: Sequence[torch.Generator],
-        more: Sequence[Tensor] | None = None,
-    ) -> _Step:
-        """One pass of the student over a batch: its losses, and embeddings of ``more`` boxes of each picture.
-
-        What is drawn for a picture is drawn from its generator: boxes of all pictures first, then captions.
-        """
-        images, sizes = self._padded(batch["image"])
-        boxes, names = self._boxes(batch, sizes, generators)
-        if not (self.weights["region_text"] or self.weights["distillation"]):
-            boxes, names = [own[:0] for own in boxes], []
-        every = boxes if more is None else [torch.cat(both) for both in zip(boxes, more, strict=True)]
-        found, pictures = region_and_picture_embeddings(self.encoder, images, every, self._extents(sizes))
-        regions, others = (found, found[:0]) if more is None else parted_rows(found, boxes, more)
-        concepts = self._embeddings(pool)
-        if self.teacher is None:
-            pseudo = named_labels(names, pool, self.device)
-        else:
-            pseudo = self._taught(self.teacher, images, boxes, concepts)
-        statistics = label_statistics(pseudo, regions, concepts)
-        captions = drawn_captions(batch, self.caption_template, generators)
-        same = sentence_numbers(captions).to(self.device) if self.same_caption == "positive" else None
-        with torch.enable_grad():  # or a TextTower runs captions one by one and remembers each of them
-            texts = self.text(captions) if self.training else self.text(captions).detach()
-        gather = self.gather if self.training else "none"
-        if gather == "all" and self._distributed():
-            regions, pseudo = filled_rows(regions, pseudo, len(images) * self.n_regions)
-        losses = pretraining_losses(
-            regions, pseudo.probabilities, pseudo.labels, pseudo.kept, concepts, pictures, texts,
-            captions=same, temperature=self.temperature, gather=gather, all_gather=self._all_gather,
-        )  # fmt: skip
-        terms = {name: self.weights[name] * loss for name, loss in losses.items() if self.weights[name]}
-        return _Step(terms, statistics, pictures, others)
-
-    def _boxes(
-        self, batch: Batch, sizes: list[Size], generators: Sequence[torch.Generator]
-    ) -> tuple[list[Tensor], list[str]]:
-        """At most ``n_regions`` boxes of each picture, and where they are the data's own the name of each."""
-        if self.regions == "random":
-            each = zip(sizes, generators, strict=True)
-            return [random_boxes(size, self.n_regions, own).to(self.device) for size, own in each], []
-        if self._source is not None:
-            found = self._source(list(batch["image"]), batch["image_id"], sizes=batch.get("original_size"))
-            boxes = [proposed.boxes for proposed in found]
-        elif "boxes" in batch and "box_labels" in batch:
-            boxes = list(batch["boxes"])
-        else:
-            raise SupervisionError(f"regions is 'boxes', and {batch['image_id'][0]} has none; choose data with boxes "
-                                   "in every split, or regions: random")  # fmt: skip
-        chosen = drawn_rows(boxes, self.n_regions, generators)
-        names = []
-        if self.labels == "boxes":
-            for asked, labels, kept in zip(batch["classes"], batch["box_labels"], chosen, strict=True):
-                names += [asked[i] for i in labels[kept].tolist()]
-        return [own[kept].to(self.device) for own, kept in zip(boxes, chosen, strict=True)], names
-
-    @torch.no_grad()
-    def _taught(self, teacher: RegionEncoder, images: Tensor, boxes: list[Tensor], concepts: Tensor) -> PseudoLabels:
-        """What the teacher says about boxes; without any it is not asked."""
-        if not any(len(own) for own in boxes):
-            return pseudo_labels(concepts.new_zeros(0, len(concepts)), self.threshold, fallback=self.fallback)
-        features = teacher.pool(teacher(images)[0], boxes)
-        probabilities = teacher_probabilities(features, concepts, self.temperature)
-        return pseudo_labels(probabilities, self.threshold, fallback=self.fallback)
-
-    def _all_gather(self, x: Tensor) -> Tensor:
-        if not self._distributed():
-            return x
-        if x.dtype == torch.bool:
-            return self._all_gather(x.to(torch.uint8)).bool()
-        gathered = self.all_gather(x, sync_grads=x.requires_grad)
-        assert isinstance(gathered, Tensor)
-        return gathered.flatten(0, 1)
-
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def recipe(self) -> dict[str, Any]:
@@ -513,4 +360,4 @@ class RegionCLIPPretraining(TrainingModule):
         return write_pretrained(path, self.encoder, self.text, self.settings, temperature=self.temperature, dtype=dtype)
 
 
-__all__ = ["Labels", "RegionCLIPPretraining"]
+__all__ = ["RegionCLIPPretraining"]
