@@ -27,6 +27,7 @@ def named_shares(
         the name of one of them, as scalars float32. Those of a picture without regions are NaN and 0.
 
     Example:
+        >>> import torch
         >>> names = torch.eye(3)
         >>> found = named_shares(names[[0, 1]], names[[2]], names, [torch.tensor([0, 2])])
         >>> [(float(region), float(whole)) for region, whole in found]
