@@ -221,3 +221,15 @@ def test_lists_of_names_of_different_lengths(model: CLIPCount) -> None:
     for window in (0, 32):
         found = model.count_batch(list(pictures(2)), asked, window=window)
         assert [tuple(o.counts.shape) for o in found] == [(1, 1), (1, 2)]  # type: ignore[union-attr]
+
+
+def test_clip_own_weights_learn_slower_where_asked() -> None:
+    model = counter(train_vision=True, train_text=True, prompt_width=0, n_context=0, tower_lr=0.25)
+    optimizer = model.configure_optimizers()["optimizer"]
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    clip = [*model.network.vision.model.parameters(), *model.network.text.model.parameters()]
+    assert {rates[id(p)] for p in clip if p.requires_grad} == {0.25e-4}
+    assert {rates[id(p)] for p in model.network.decoder.parameters()} == {1e-4}
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(InputError, match="tower_lr"):
+            counter(tower_lr=wrong)

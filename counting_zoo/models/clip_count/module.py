@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +39,8 @@ class CLIPCount(CountingModule):
         pretrained_encoder: a file that ``RegionCLIPPretraining.export`` wrote, or ``small`` for the zoo's own small
             CLIP: both towers start from it in place of ``clip``'s weights, and so does the projection of patches where
             a ``conv`` stem makes them the same.
+        tower_lr: what the learning rate is multiplied by in CLIP's own weights, where these train: below 1 they keep
+            more of what they knew of names that training does not show.
         tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from the
             class names of its training data.
         prompt_template: ``{}`` is replaced by the name asked about; the same in training, test and prediction.
@@ -68,6 +71,7 @@ class CLIPCount(CountingModule):
         clip: CLIPSource = "openai/clip-vit-base-patch16",
         *,
         pretrained_encoder: str | None = None,
+        tower_lr: float = 1.0,
         tokenizer: str | None = None,
         prompt_template: str = "{}",
         window: int = 384,
@@ -103,6 +107,9 @@ class CLIPCount(CountingModule):
         super().__init__(window=window, **kwargs)
         if "{}" not in prompt_template:
             raise InputError(f"prompt_template is {prompt_template!r}; expected a text with {{}} for the name")
+        if not 0 < tower_lr < math.inf:
+            raise InputError(f"tower_lr is {tower_lr}; expected above 0, such as 0.1; train_vision: false freezes")
+        self.tower_lr = tower_lr
         if contrast not in ("patch", "region", "none"):
             raise InputError(f"contrast is {contrast!r}; expected 'patch', 'region' or 'none'")
         towers = build_clip(clip)
@@ -296,6 +303,11 @@ class CLIPCount(CountingModule):
     @property
     def _density_uses_contrast(self) -> bool:
         return isinstance(self.network.interaction, nn.Identity)
+
+    def lr_factor(self, name: str) -> float:
+        towers = ("network.vision.model", "network.vision.stem", "network.vision.lateral", "network.vision.fuse",
+                  "network.text.model", "network.text.projection")  # fmt: skip
+        return self.tower_lr if name.startswith(towers) else 1.0
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW (reference: run.py)."""
