@@ -105,9 +105,7 @@ class CountingModule(Counter, TrainingModule):
         extra = wrong_prompts(batch, self._datamodule_names(split)) if self.text_guided and k == 1 else None
         names = asked if extra is None else [a + e for a, e in zip(asked, extra, strict=True)]
         images = batch["image"]
-        outputs = self.count_batch(
-            list(images), names, image_ids=batch["image_id"], sizes=batch.get("original_size")
-        )
+        outputs = self.count_batch(list(images), names, image_ids=batch["image_id"], sizes=batch.get("original_size"))
         assert isinstance(outputs, list)
         sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
         self.tally(outputs, batch, sizes, extra, split)

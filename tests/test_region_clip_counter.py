@@ -258,6 +258,20 @@ def test_a_source_is_made_when_it_is_needed(tmp_path: Path) -> None:
             model.count(torch.zeros(3, 48, 64), "figs")
 
 
+def test_pictures_in_which_nothing_was_found(tmp_path: Path) -> None:
+    file = tmp_path / "boxes.csv"
+    file.write_text("image,x1,y1,x2,y2\na.png,0,0,20,20\n", encoding="utf-8")
+    for missing in ("error", "empty"):
+        model = counter(proposals=str(file), missing_proposals=missing, threshold=0.0)
+        pictures, asked = [torch.zeros(3, 48, 64)] * 2, [["figs"]] * 2
+        if missing == "empty":
+            named, unnamed = model.count_batch(pictures, asked, image_ids=["a.png", "b.png"])
+            assert (named.counts.tolist(), unnamed.counts.tolist()) == ([[1.0]], [[0.0]])
+        else:
+            with pytest.raises(InputError, match=r"none for the picture b\.png"):
+                model.count_batch(pictures, asked, image_ids=["a.png", "b.png"])
+
+
 def test_names_of_one_spelling_leave_the_negatives_alone() -> None:
     model = counter(score="softmax", proposals="grid", negatives=["dog", "hen"])
     seen: list[list[str]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class RegionDetector(CalibratedModule):
     suppression: Suppression
     assign: Assign
     proposals: str
+    missing_proposals: Literal["error", "empty"]
     _source: ProposalSource | None
     #: Embeddings of names, while texts do not train.
     embedded: dict[str, Tensor]
@@ -58,7 +59,7 @@ class RegionDetector(CalibratedModule):
     def source(self) -> ProposalSource:
         """What proposes boxes."""
         if self._source is None:
-            self._source = proposal_source(self.proposals)
+            self._source = proposal_source(self.proposals, missing=self.missing_proposals)
         return self._source
 
     @source.setter

@@ -54,6 +54,7 @@ class RegionCLIPCounter(RegionDetector):
         proposals: where boxes come from: trained ``peaks``, a ``grid`` (which needs no training, and whose boxes are
             seldom right), a ``.json`` or ``.csv`` file of boxes, or a detector (``owlv2:`` or ``detr:`` and a folder or
             hub name).
+        missing_proposals: a picture that the file of boxes does not name is an ``error``, or has no boxes (``empty``).
         peak_floor: heat above which a local maximum proposes a box; there is no limit to their number.
         tile_depth: how often a picture is cut into 2 x 2 magnified tiles while proposals are at their limit.
         score: ``sigmoid`` of a trained scale and bias; ``softmax`` over the names asked about and ``negatives``, for a
@@ -94,6 +95,7 @@ class RegionCLIPCounter(RegionDetector):
         wording: Wording = "corrected",
         ensemble: Ensemble = "normalised",
         proposals: str = "peaks",
+        missing_proposals: Literal["error", "empty"] = "error",
         peak_floor: float = 0.1,
         tile_depth: int = 1,
         score: Score = "sigmoid",
@@ -126,6 +128,7 @@ class RegionCLIPCounter(RegionDetector):
             raise InputError(f"n_regions is {n_regions}, tile_depth {tile_depth} and scale {scale}; expected at least "
                              "1, at least 0 and above 0")  # fmt: skip
         for name, choice, choices in (
+            ("missing_proposals", missing_proposals, ("error", "empty")),
             ("boxes", boxes, ("all", "examples")), ("score", score, get_args(Score)),
             ("fusion", fusion, ("region", "geometric")), ("suppression", suppression, get_args(Suppression)),
             ("assign", assign, get_args(Assign)),
@@ -158,7 +161,8 @@ class RegionCLIPCounter(RegionDetector):
             load_text(text, source, tokenizer_of(clip))
         self.train_vision, self.train_text = train_vision, train_text
         self.templates, self.wording, self.ensemble = templates, wording, ensemble
-        self.proposals, self.peak_floor, self.tile_depth = proposals, peak_floor, tile_depth
+        self.proposals, self.missing_proposals = proposals, missing_proposals
+        self.peak_floor, self.tile_depth = peak_floor, tile_depth
         self.score, self.temperature, self.fusion = score, temperature, fusion
         self.negatives = list(COCO_CLASSES) if negatives is None else negatives
         self.iou_threshold, self.suppression, self.assign = iou_threshold, suppression, assign
