@@ -40,6 +40,6 @@ def test_bars_of_the_quick_start(tmp_path: Path, seed: int) -> None:
     assert main(["quickstart", "--out", str(out), "--seed", str(seed)]) == 0
     with open(out / "test" / "metrics.csv", encoding="utf-8") as file:
         scores = {key: float(value) for key, value in list(csv.DictReader(file))[-1].items() if value}
-    assert scores["test/mae"] <= 0.36 * scores["test/train_median_mae"]
+    assert scores["test/mae"] <= 0.45 * scores["test/train_median_mae"]
     assert scores["test/absent_ratio"] <= 0.05
     assert scores["test/shuffled_mae"] > scores["test/train_median_mae"]
