@@ -232,6 +232,20 @@ def embed_concepts(
     return torch.cat(rows)
 
 
+def trained_concepts(
+    encode: Callable[[Sequence[str]], Tensor],
+    names: Sequence[str],
+    templates: TemplateSet | Sequence[str],
+    *,
+    wording: Wording,
+    ensemble: Ensemble,
+) -> Tensor:
+    """``(len(names), D)`` of :func:`embed_concepts` up to their length, with gradient and all prompts together."""
+    prompts = [prompt for name in names for prompt in region_prompts(name, templates, wording)]
+    features = encode(prompts).unflatten(0, (len(names), -1))  # (names, templates, D)
+    return (normalize(features.float(), dim=2) if ensemble == "normalised" else features).mean(1)
+
+
 def _check_distinct(names: Sequence[str], templates: Sequence[str], wording: Wording) -> None:
     if not names:
         raise InputError("the pool has no concept; give it at least one")
@@ -323,5 +337,5 @@ def cached_concepts(
 
 __all__ = [
     "STOP_WORDS", "Ensemble", "cached_concepts", "concept_pool", "concepts_from_captions",
-    "concepts_from_classes", "concepts_from_file", "embed_concepts", "spelling",
+    "concepts_from_classes", "concepts_from_file", "embed_concepts", "spelling", "trained_concepts",
 ]  # fmt: skip

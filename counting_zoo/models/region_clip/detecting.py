@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from counting_zoo.errors import InputError
 from counting_zoo.models.region_clip.box_sources import ProposalSource, Proposed
 from counting_zoo.models.region_clip.calibration import CalibratedModule
 from counting_zoo.models.region_clip.classified import ClassifiedRegions, boxes_inside
-from counting_zoo.models.region_clip.concepts import Ensemble, concepts_from_classes, embed_concepts
+from counting_zoo.models.region_clip.concepts import Ensemble, concepts_from_classes, embed_concepts, trained_concepts
 from counting_zoo.models.region_clip.detections import (
     Assign,
     Fusion,
@@ -24,7 +23,7 @@ from counting_zoo.models.region_clip.detections import (
     text_probabilities,
 )
 from counting_zoo.models.region_clip.network import CELL, GRID, RegionCLIPNet, RegionOutput, detected, joined
-from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, region_prompts
+from counting_zoo.models.region_clip.prompts import TemplateSet, Wording
 from counting_zoo.models.region_clip.proposals import proposal_source, tiled
 from counting_zoo.nn.tokenizer import TokenizerLike
 from counting_zoo.pictures import as_picture
@@ -96,19 +95,15 @@ class RegionDetector(CalibratedModule):
         """``(K, D)`` embeddings of names through the templates, of any length; remembered while texts do not train."""
         if any(not name.strip() for name in names):
             raise InputError(f"an empty name in {list(names)[:5]}; name what is to be counted")
+        options: Any = {"wording": self.wording, "ensemble": self.ensemble}
         if self.training and self.train_text:
-            prompts = [p for name in names for p in region_prompts(name, self.templates, self.wording)]
-            features = self.network.text(prompts).unflatten(0, (len(names), -1))  # (K, templates, D)
-            return (normalize(features.float(), dim=2) if self.ensemble == "normalised" else features).mean(1)
-        if new := [name for name in dict.fromkeys(names) if name not in self.embedded]:
-            # Name by name: two of them may have the same prompts, which a pool must not.
-            for name in new:
-                # What is kept must not depend on the precision of the run that happened to be first.
-                with torch.autocast(self.device.type, enabled=False):
-                    found = embed_concepts(
-                        self.network.text, [name], self.templates, wording=self.wording, ensemble=self.ensemble
-                    )
-                self.embedded[name] = found[0].clone()
+            return trained_concepts(self.network.text, names, self.templates, **options)
+        # Name by name: two of them may have the same prompts, which a pool must not.
+        for name in [name for name in dict.fromkeys(names) if name not in self.embedded]:
+            # What is kept must not depend on the precision of the run that happened to be first.
+            with torch.autocast(self.device.type, enabled=False):
+                found = embed_concepts(self.network.text, [name], self.templates, **options)
+            self.embedded[name] = found[0].clone()
         return torch.stack([self.embedded[name] for name in names])
 
     @property

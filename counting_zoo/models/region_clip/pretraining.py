@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError, SupervisionError
@@ -22,6 +21,7 @@ from counting_zoo.models.region_clip.concepts import (
     concept_pool,
     concepts_from_classes,
     embed_concepts,
+    trained_concepts,
 )
 from counting_zoo.models.region_clip.loss import Gather
 from counting_zoo.models.region_clip.pretraining_batch import named_labels, picture_generators
@@ -271,14 +271,12 @@ class RegionCLIPPretraining(RegionTextModule):
 
     def _embeddings(self, names: list[str]) -> Tensor:
         """``(C, D)`` embeddings of names, calculated once where texts do not train, else once in each validation."""
+        options: Any = {"wording": self.wording, "ensemble": self.ensemble}
         if self.train_text and self.training:
-            prompts = [p for name in names for p in region_prompts(name, self.templates, self.wording)]
-            features = self.text(prompts).unflatten(0, (len(names), -1))  # (names, templates, D)
-            return (normalize(features.float(), dim=2) if self.ensemble == "normalised" else features).mean(1)
+            return trained_concepts(self.text, names, self.templates, **options)
         key = tuple(names)
         if key in self._embedded:
             return self._embedded[key].to(self.device)
-        options: Any = {"wording": self.wording, "ensemble": self.ensemble}
         # What is kept must not depend on the precision of the run that happened to be first.
         with torch.autocast(self.device.type, enabled=False):
             if self.cache is None or self.train_text:
