@@ -23,6 +23,16 @@ def safe_cell(value: str | int | float) -> str:
     return str(value) if isinstance(value, int) else np.format_float_positional(np.float32(value), trim="-")
 
 
+def unsafe_cell(cell: str) -> str:
+    """The text that :func:`safe_cell` made safe.
+
+    Example:
+        >>> unsafe_cell(safe_cell("=HYPERLINK(1)")), unsafe_cell("'tis")
+        ('=HYPERLINK(1)', "'tis")
+    """
+    return cell[1:] if cell.startswith("'") and safe_cell(cell[1:]) == cell else cell
+
+
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | int | float]]) -> Path:
     """Write a CSV file (UTF-8, comma, one header line) in one piece."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -44,4 +54,4 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-__all__ = ["replacing", "safe_cell", "write_table"]
+__all__ = ["replacing", "safe_cell", "unsafe_cell", "write_table"]
