@@ -340,20 +340,38 @@ class CountingDataModule(L.LightningDataModule):
         sampler = EvaluationSampler(data, even=fitting, **self._place())
         return self._loader(data, sampler, self.eval_batch_size, training=False)
 
-    def _dataset(self, split: Split, *, training: bool) -> CountingDataset:
-        records = self.records(split)
+    def evaluation_dataset(
+        self,
+        split: Split,
+        preprocess: Preprocess,
+        *,
+        tolerate: bool = False,
+        records: Sequence[Record] | None = None,
+    ) -> CountingDataset:
+        """The pictures of a split as evaluation sees them, for counting without a trainer.
+
+        Args:
+            split: whose names are asked about.
+            preprocess: the model's geometry.
+            tolerate: an unreadable picture becomes an item with ``failed`` instead of an error.
+            records: some of the split's pictures; all of them if ``None``.
+        """
         source = copy(self)  # what loader processes get; those started by spawn could not be given the trainer
         source.trainer = None
         return CountingDataset(
-            records,
+            self.records(split) if records is None else records,
             source.read_verified,
             partial(source._choose_names, split),
-            preprocess=self._preprocess(),
-            augmentation=self.augmentation,
-            training=training,
+            preprocess=preprocess,
             outside=self.outside,
-            tolerate=split == "predict",
+            tolerate=tolerate,
         )
+
+    def _dataset(self, split: Split, *, training: bool) -> CountingDataset:
+        data = self.evaluation_dataset(split, self._preprocess(), tolerate=split == "predict")
+        data.training = training
+        data.augmentation = self.augmentation if training else None
+        return data
 
     def _preprocess(self) -> Preprocess:
         """The geometry that the model asks for."""
