@@ -1,0 +1,213 @@
+"""Counting a whole split without a trainer: picture by picture, resumable, dealt out to processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from counting_zoo.counter import Counter
+from counting_zoo.data.base import CountingDataModule
+from counting_zoo.data.dataset import collate
+from counting_zoo.data.progress import progress
+from counting_zoo.data.records import Record, Split
+from counting_zoo.errors import InputError, NamesError
+from counting_zoo.evaluation.count_table import CountTable
+from counting_zoo.metrics import grid_errors
+from counting_zoo.prompts import known_names
+from counting_zoo.types import Batch, CountOutput
+
+Row = list[str | float | None]
+
+
+@dataclass(frozen=True)
+class CountedSplit:
+    """What a model counted in a split.
+
+    Args:
+        table: a row for each picture and name, in the order of the data.
+        failed: (id, reason) of pictures that could not be counted; they are not in the table.
+    """
+
+    table: CountTable
+    failed: list[tuple[str, str]]
+
+
+def count_split(
+    model: Counter,
+    datamodule: CountingDataModule,
+    split: Split = "test",
+    *,
+    parts: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    description: str = "counting",
+) -> CountedSplit:
+    """Count every picture of a split as ``test`` does.
+
+    Args:
+        model: in evaluation mode, on the device it should count on.
+        datamodule: whose ``prompts`` say which names each picture is asked about.
+        split: what is counted.
+        parts: a folder where each finished picture is kept at once; pictures that are already there are not counted
+            again. Whoever chooses the folder answers for the model and the data being the same. ``None`` keeps
+            nothing.
+        rank, world_size: this process, and how many share the split and ``parts``.
+        description: stands before the progress bar.
+
+    Returns:
+        What is known so far: with one process everything; with several, what had been finished by all of them when
+        this one ended (:func:`read_parts` gives the whole when all have).
+
+    Raises:
+        InputError: the data carry no counts, or the model knows none of their names.
+    """
+    records = datamodule.records(split)
+    _check_names(model, datamodule, split)
+    done = _finished(parts)
+    mine = [r for r in records[rank::world_size] if "rows" not in done.get(r.image_id, {})]
+    writer = _Writer(parts, rank, done)
+    try:
+        shown = progress(_pictures(model, datamodule, split, mine), len(mine), description)
+        with torch.inference_mode():
+            for batch in shown:
+                for image_id, reason in batch.get("failed", []):
+                    writer.add(image_id, failed=reason)
+                if batch["image_id"]:
+                    _count(model, batch, writer)
+    finally:
+        writer.close()
+    return gathered(_finished(parts) if parts is not None else writer.done, records)
+
+
+def read_parts(parts: Path, datamodule: CountingDataModule, split: Split) -> CountedSplit:
+    """What all processes have left in ``parts``, in the order of the data."""
+    return gathered(_finished(parts), datamodule.records(split))
+
+
+def gathered(done: dict[str, dict[str, Any]], records: Sequence[Record]) -> CountedSplit:
+    """Finished pictures in the order of the records."""
+    found = [(r.image_id, done[r.image_id]) for r in records if r.image_id in done]
+    return CountedSplit(
+        CountTable.of(row for _, one in found if "rows" in one for row in one["rows"]),
+        [(image_id, one["failed"]) for image_id, one in found if "failed" in one],
+    )
+
+
+def _pictures(
+    model: Counter, datamodule: CountingDataModule, split: Split, records: Sequence[Record]
+) -> Iterator[Batch]:
+    data = datamodule.evaluation_dataset(split, model.preprocess, tolerate=True, records=records)
+    if not records:
+        return
+    yield from DataLoader(
+        data,
+        batch_size=1,  # a picture that fails takes no other with it
+        num_workers=min(datamodule.num_workers, len(records)),
+        collate_fn=partial(collate, training=False),
+    )
+
+
+def _check_names(model: Counter, datamodule: CountingDataModule, split: Split) -> None:
+    asked = datamodule.class_names(split)
+    if model.vocabulary is not None and asked and not set(asked) & set(model.vocabulary):
+        raise NamesError(
+            f"{type(model).__name__} counts {', '.join(model.vocabulary[:12])} and nothing else, and the {split} "
+            f"pictures of {type(datamodule).__name__} are asked about {', '.join(asked[:12])}: no name in common"
+        )
+
+
+def _count(model: Counter, batch: Batch, writer: _Writer) -> None:
+    """One picture."""
+    image_id = batch["image_id"][0]
+    if "counts" not in batch:
+        raise InputError(f"{image_id} carries no counts, so nothing can be scored; use predict for such pictures")
+    if model.vocabulary is not None:
+        asked = batch["classes"][0]
+        batch = known_names(batch, model.vocabulary)
+        if not batch["image_id"]:
+            writer.add(image_id, failed=f"asked about {', '.join(asked[:12])}, which the model does not know")
+            return
+    try:
+        outputs = model.count_batch(
+            list(batch["image"]), batch["classes"], image_ids=batch["image_id"], sizes=batch.get("original_size")
+        )
+        assert isinstance(outputs, list)  # as for every list of pictures
+        writer.add(image_id, rows=_rows(model, batch, outputs[0]))
+    except (InputError, FloatingPointError, torch.OutOfMemoryError) as error:
+        writer.add(image_id, failed=f"{type(error).__name__}: {error}")
+
+
+def _rows(model: Counter, batch: Batch, output: CountOutput) -> list[Row]:
+    """A row for each name of one picture.
+
+    Raises:
+        FloatingPointError: a count is not finite.
+    """
+    image_id, names = batch["image_id"][0], batch["classes"][0]
+    counts: Tensor = model.reported(output.counts)[0].double().cpu()
+    target = batch["counts"][0].double()
+    if model.class_blind:
+        names, target = [" + ".join(names)], target.sum(0, keepdim=True)
+    if not bool(counts.isfinite().all()):
+        raise FloatingPointError(f"the count is {counts.tolist()}")
+    rows: list[Row] = [[image_id, name, float(t), float(c)] for name, t, c in zip(names, target, counts, strict=True)]
+    if "points" in batch and "labels" in batch:
+        size = (int(batch["image"][0].shape[-2]), int(batch["image"][0].shape[-1]))
+        density = output.density[0, : len(names)]
+        labels = None if model.class_blind else batch["labels"][0]
+        errors = grid_errors(density, batch["points"][0], size, labels, model.extent(density, size))
+        for row, game in zip(rows, errors.cpu().tolist(), strict=True):
+            row += game[1:]
+    return rows
+
+
+# -- finished pictures ------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Keeps each finished picture as one line of JSON, so that an interruption loses one picture at most."""
+
+    def __init__(self, parts: Path | None, rank: int, done: dict[str, dict[str, Any]]) -> None:
+        self.done = dict(done)
+        self.file: TextIO | None = None
+        if parts is not None:
+            parts.mkdir(parents=True, exist_ok=True)
+            self.file = (parts / f"{rank}.jsonl").open("a", encoding="utf-8")
+            self.file.write("\n")  # ends a line that an interruption left half written
+
+    def add(self, image_id: str, **content: Any) -> None:
+        self.done[image_id] = content
+        if self.file is not None:
+            line = json.dumps({"image": image_id, **content}, ensure_ascii=False, allow_nan=False)
+            self.file.write(line + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
+    """What the files of ``parts`` hold, by picture; a half-written line is no picture."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(parts.glob("*.jsonl")) if parts is not None and parts.is_dir() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                one = json.loads(line)
+            except ValueError:
+                continue
+            image_id = one.pop("image")
+            if "rows" in one or image_id not in found:  # a picture that failed may have been counted since
+                found[image_id] = one
+    return found
+
+
+__all__ = ["CountedSplit", "count_split", "read_parts"]
