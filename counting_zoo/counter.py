@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from counting_zoo.geometry import Preprocess
 from counting_zoo.inference import count_tiled
 from counting_zoo.ops import peak_points
 from counting_zoo.pictures import as_picture
-from counting_zoo.types import Batch, CountOutput, Prediction
+from counting_zoo.types import Batch, CountOutput, Prediction, SpreadOutput
+
+if TYPE_CHECKING:
+    from counting_zoo.evaluation.intervals import IntervalCalibration
 
 
 class Counter(nn.Module, ABC):
@@ -32,6 +35,8 @@ class Counter(nn.Module, ABC):
     default_classes: list[str] | None
     #: Whether the model counts without names: K is 1 and it is scored on the sum over all names.
     class_blind: ClassVar[bool] = False
+    #: How far off its counts are, where that was measured (:func:`counting_zoo.calibrate`); kept in checkpoints.
+    interval_calibration: IntervalCalibration | None = None
     device: Any  # LightningModule's
 
     @abstractmethod
@@ -51,6 +56,35 @@ class Counter(nn.Module, ABC):
     def reported(self, counts: Tensor) -> Tensor:
         """What is said of a count: itself, or rounded or clamped where the recipe says so."""
         return counts
+
+    def count_variance(self, output: CountOutput) -> Tensor | None:
+        """``(B, K, h, w)`` variance of the count of each cell, where the model gives a law of counts, not a number."""
+        return output.variance if isinstance(output, SpreadOutput) else None
+
+    def count_spread(self, output: CountOutput) -> Tensor:
+        """``(B, K)`` standard deviation of the counts that the model itself expects; cells are taken for independent.
+
+        Raises:
+            InputError: the model gives no law of counts.
+        """
+        return self._law(output).float().sum((-2, -1)).sqrt()
+
+    def _law(self, output: CountOutput) -> Tensor:
+        variance = self.count_variance(output)
+        if variance is None:
+            raise InputError(
+                f"{type(self).__name__} gives a count and no chances of counts, so intervals of width 'bins' cannot be "
+                "made from it; take the width 'residual', or a CLIPEBC or EBC whose head is 'bins' or 'zip'"
+            )
+        return variance
+
+    def interval(self, output: CountOutput) -> Tensor | None:
+        """``(B, K, 2)`` lower and upper bounds of the true counts on the CPU; ``None`` where nothing is calibrated."""
+        calibration = self.interval_calibration
+        if calibration is None:
+            return None
+        spread = self.count_spread(output).cpu().numpy() if calibration.width == "bins" else None
+        return torch.from_numpy(calibration.bounds(self.reported(output.counts).cpu().numpy(), spread)).float()
 
     def extent(self, density: Tensor, size: tuple[int, int]) -> tuple[float, float] | None:
         """Height and width of a picture in the cells of its density, whose last ones may reach beyond it.
@@ -99,10 +133,11 @@ class Counter(nn.Module, ABC):
         if stride is not None and not side:
             raise InputError(f"stride={stride} without a window; give a window too, or no stride to count in one piece")
         if side:
+            spreads = self.interval_calibration is not None and self.interval_calibration.width == "bins"
             found = count_tiled(
-                lambda tiles, names: self(tiles, names).density,
+                self._with_variance if spreads else lambda tiles, names: self(tiles, names).density,
                 pictures,
-                classes=classes,
+                classes=[names * 2 for names in classes] if spreads else classes,
                 window=side,
                 stride=step or side,
                 cell=self.cell,
@@ -110,7 +145,9 @@ class Counter(nn.Module, ABC):
                 blend=self.blend,
                 pad=self.pad,
             )
-            outputs = [CountOutput(density[None]) for density in found]
+            outputs = [
+                SpreadOutput(*map_[None].chunk(2, dim=1)) if spreads else CountOutput(map_[None]) for map_ in found
+            ]
         elif len({p.shape for p in pictures}) == len({len(names) for names in classes}) == 1:
             together = self(torch.stack([_as_float(p) for p in pictures]), classes)
             if isinstance(images, Tensor):
@@ -119,8 +156,19 @@ class Counter(nn.Module, ABC):
         else:
             outputs = [self(_as_float(p)[None], [names]) for p, names in zip(pictures, classes, strict=True)]
         if isinstance(images, Tensor):
-            return CountOutput(torch.cat([o.density for o in outputs]))
+            density = torch.cat([o.density for o in outputs])
+            variances = [o.variance for o in outputs if isinstance(o, SpreadOutput)]
+            return SpreadOutput(density, torch.cat(variances)) if variances else CountOutput(density)
         return outputs
+
+    def _with_variance(self, tiles: Tensor, names: list[list[str]]) -> Tensor:
+        """``(n, 2K, h, w)`` densities of tiles and then their variances; ``names`` has each of the K names twice.
+
+        Where windows overlap, their variances are averaged as their densities are. That is never below the variance of
+        the averaged density, however the windows depend on each other.
+        """
+        output = self(tiles, [own[: len(own) // 2] for own in names])
+        return torch.cat([output.density, self._law(output)], 1)
 
     @torch.inference_mode()
     def count(
@@ -140,7 +188,8 @@ class Counter(nn.Module, ABC):
             stride: overrides the recipe's stride.
 
         Returns:
-            One :class:`Prediction`, or a list for a list.
+            One :class:`Prediction`, or a list for a list. It has an interval where the model is calibrated and neither
+            window nor stride differs from the recipe's, which it was calibrated with.
 
         Raises:
             InputError: no name, an empty name, or something that is no picture.
@@ -168,7 +217,10 @@ class Counter(nn.Module, ABC):
         size = (picture.shape[1], picture.shape[2])
         output = self.count_batch([seen], [names], window, stride, image_ids=[image_id], sizes=[size])
         assert isinstance(output, list)
-        return self.to_prediction(output[0], names, size, image_id, seen)
+        prediction = self.to_prediction(output[0], names, size, image_id, seen)
+        if window not in (None, self.window or 0) or stride not in (None, self.stride or self.window):
+            prediction.interval = None
+        return prediction
 
     def to_prediction(
         self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor
@@ -184,11 +236,13 @@ class Counter(nn.Module, ABC):
         """
         density = output.density[0].float()
         extent = self.extent(density, (seen.shape[1], seen.shape[2]))
+        interval = self.interval(output)
         return Prediction(
             counts=self.reported(output.counts)[0].cpu(),
             names=list(names) if len(density) == len(names) else [" + ".join(names)],
             density=density.cpu(),
             points=[p.cpu() for p in peak_points(density, size, extent=extent)],
+            interval=None if interval is None else interval[0],
             image_id=image_id,
             image=_as_uint8(seen),
             size=size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from abc import abstractmethod
@@ -16,6 +17,7 @@ from counting_zoo.class_metrics import ClassCountErrors
 from counting_zoo.counter import Counter
 from counting_zoo.data.records import Split, n_objects, present_names
 from counting_zoo.errors import InputError, NamesError
+from counting_zoo.evaluation.intervals import IntervalCalibration, IntervalScores
 from counting_zoo.geometry import Preprocess
 from counting_zoo.metrics import GAME, CountErrors, PromptErrors
 from counting_zoo.prompts import wrong_prompts
@@ -64,6 +66,7 @@ class CountingModule(Counter, TrainingModule):
         self.val_classes, self.test_classes = ClassCountErrors(present_1=True), ClassCountErrors(present_1=True)
         self.val_game, self.test_game = GAME(), GAME()
         self.val_prompts, self.test_prompts = PromptErrors(), PromptErrors()
+        self.val_intervals, self.test_intervals = IntervalScores(), IntervalScores()
 
     # -- what a model implements ----------------------------------------------------------------------------------
 
@@ -95,6 +98,9 @@ class CountingModule(Counter, TrainingModule):
         if split == "val":
             return self.val_errors, self.val_classes, self.val_game, self.val_prompts
         return self.test_errors, self.test_classes, self.test_game, self.test_prompts
+
+    def _intervals(self, split: Split) -> IntervalScores:
+        return self.val_intervals if split == "val" else self.test_intervals
 
     def _score(self, batch: Batch, split: Split) -> None:
         if "counts" not in batch:
@@ -132,6 +138,9 @@ class CountingModule(Counter, TrainingModule):
         counts = self.reported(torch.cat([o.counts for o in outputs]))  # (B, K [+ 3])
         target = batch["counts"].sum(1, keepdim=True) if self.class_blind else batch["counts"]
         errors.update(counts[:, : target.shape[1]], target, batch["image_id"])
+        bounds = [bounds for output in outputs if (bounds := self.interval(output)) is not None]
+        if bounds:
+            self._intervals(split).update(torch.cat(bounds)[:, : target.shape[1]], target, batch["image_id"])
         if target.shape[1] > 1 and asked[0] == (classes.classes or asked[0]) and len({tuple(n) for n in asked}) == 1:
             classes.classes = list(asked[0])
             classes.update(counts[:, : target.shape[1]], target, batch["image_id"])
@@ -155,8 +164,10 @@ class CountingModule(Counter, TrainingModule):
             # A rank without pictures computes too, or the others would wait for it for ever.
             warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
             scores = prompts.compute() | game.compute() | classes.compute() | errors.compute() | self.more_scores(split)
+            if self.interval_calibration is not None:
+                scores |= self._intervals(split).compute()
         self.log_dict({f"{split}/{name}": float(value) for name, value in scores.items() if not name.startswith("n_")})
-        for metric in (errors, classes, game, prompts):
+        for metric in (errors, classes, game, prompts, self._intervals(split)):
             metric.reset()
         classes.classes = None
 
@@ -182,6 +193,40 @@ class CountingModule(Counter, TrainingModule):
     def _datamodule_names(self, split: str) -> list[str]:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         return list(datamodule.class_names(split)) if hasattr(datamodule, "class_names") else []
+
+    # -- intervals ------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.interval_calibration is not None:
+            warnings.warn(
+                "the intervals of this model were calibrated for the weights that training now changes, and are "
+                "dropped; calibrate it again when it is trained (counting-zoo calibrate)",
+                stacklevel=2,
+            )
+            self.interval_calibration = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.interval_calibration is not None:
+            checkpoint["counting_zoo"]["intervals"] = self.interval_calibration.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        stored = checkpoint["counting_zoo"].get("intervals")
+        changed = [] if stored is None else self._changed(checkpoint.get("hyper_parameters", {}))
+        if changed:
+            warnings.warn(
+                f"the intervals of this checkpoint were calibrated with other settings than it is loaded with "
+                f"({', '.join(changed)}), and are dropped; calibrate it again with these (counting-zoo calibrate)",
+                stacklevel=2,
+            )
+        self.interval_calibration = None if stored is None or changed else IntervalCalibration.from_dict(stored)
+
+    def _changed(self, stored: dict[str, Any]) -> list[str]:
+        """Settings that differ from those of a checkpoint, among those that may change a count."""
+        settings = set(stored) & set(self.hparams) - _NOT_COUNTING
+        return sorted(name for name in settings if _as_text(stored[name]) != _as_text(self.hparams[name]))
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -247,6 +292,15 @@ class CountingModule(Counter, TrainingModule):
                     f"pictures, and they are left out: {_some(left_out)}",
                     stacklevel=2,
                 )
+
+
+_NOT_COUNTING = {"window_batch_size", "default_classes", "non_finite", "decay", "tokenizer"}
+"""Settings that change no count."""
+
+
+def _as_text(value: Any) -> str:
+    """The same for lists and tuples, of which YAML knows only the first."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _some(names: Sequence[str], n: int = 12) -> str:

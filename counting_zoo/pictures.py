@@ -161,11 +161,7 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
         canvas = _blend(canvas, drawn, most * high * wide / (h * w))  # objects per cell to objects per drawn pixel
         if prediction.points:
             _draw_points(canvas, prediction.points[k].numpy().reshape(-1, 2) * ratio)
-    caption = f"{name}: {_one_decimal(prediction.counts[k])}"
-    if prediction.interval is not None:
-        low, high = prediction.interval[k].tolist()
-        caption += f" [{low:.1f}, {high:.1f}]"
-    return np.concatenate([_caption(caption, w), canvas])
+    return np.concatenate([_caption(f"{name}: {_said(prediction, k)}", w), canvas])
 
 
 def _draw_points(canvas: np.ndarray, points: np.ndarray) -> None:
@@ -235,7 +231,7 @@ def plot_prediction(prediction: Prediction, ax: Any = None) -> Any:
             if prediction.points:
                 x, y = prediction.points[k].numpy().reshape(-1, 2).T
                 panel.plot(x, y, "o", markersize=4, color="red", markeredgecolor="white", markeredgewidth=0.8)
-        panel.set(title=f"{name}: {_one_decimal(prediction.counts[k])}", xlim=(0, width), ylim=(height, 0))
+        panel.set(title=f"{name}: {_said(prediction, k)}", xlim=(0, width), ylim=(height, 0))
         panel.set_axis_off()
     return axes
 
@@ -274,6 +270,15 @@ def _background(prediction: Prediction, size: tuple[int, int]) -> np.ndarray:
         return prediction.image.copy()
     shrinks = prediction.image.shape[0] > h
     return cv2.resize(prediction.image, (w, h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def _said(prediction: Prediction, k: int) -> str:
+    """The count with its interval, where it has one: ``12.3 [10, 15]``."""
+    count = _one_decimal(prediction.counts[k])
+    if prediction.interval is None:
+        return count
+    low, high = (_one_decimal(bound).removesuffix(".0") for bound in prediction.interval[k])
+    return f"{count} [{low}, {high}]"
 
 
 def _one_decimal(count: Tensor) -> str:

@@ -60,6 +60,17 @@ class CountOutput:
 
 
 @dataclass
+class SpreadOutput(CountOutput):
+    """Densities joined from tiles, with the variances that models of bins give.
+
+    Args:
+        variance: ``(B, K, h, w)`` of the count of each cell.
+    """
+
+    variance: Tensor
+
+
+@dataclass
 class Prediction:
     """The counts of one picture, with where they come from.
 
@@ -71,7 +82,8 @@ class Prediction:
         boxes: K tensors ``(M_k, 4)``: x1, y1, x2, y2 in pixels of the picture given where the model detects, else
             ``None``; ``points`` are their centres then.
         scores: K tensors ``(M_k,)``, one for each box, where the model gives them.
-        interval: ``(K, 2)`` lower and upper bound where the model is calibrated, else ``None``.
+        interval: ``(K, 2)`` lower and upper bound, both inside, of the true count, where the model is calibrated
+            (:func:`counting_zoo.calibrate`), else ``None``.
         image_id: the file name, or what the caller called the picture.
         image: uint8 RGB picture ``(h, w, 3)`` as the model saw it, kept for :meth:`plot`; ``None`` where it was not.
         size: ``(H, W)`` of the picture given, whose pixels ``points`` and ``boxes`` are in.
@@ -122,4 +134,4 @@ class Prediction:
         return plot_prediction(self, ax)
 
 
-__all__ = ["Batch", "CountOutput", "Prediction"]
+__all__ = ["Batch", "CountOutput", "Prediction", "SpreadOutput"]

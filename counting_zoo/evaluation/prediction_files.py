@@ -1,9 +1,10 @@
 """The files of ``predict``: a part of each process, joined into one set that does not depend on how many there were.
 
 ``counts.csv``
-    ``image, name, count, points, width, height, overlay, density``: a row for each picture and name. ``count`` is the
-    sum of the density; ``points`` how many peaks ``points.csv`` holds; ``overlay`` the drawing, ``density`` the data
-    set in ``densities.h5`` (either empty where there is none).
+    ``image, name, count, low, high, points, width, height, overlay, density``: a row for each picture and name.
+    ``count`` is the sum of the density; ``low`` and ``high`` the interval of the true count, both ends inside it (empty
+    where the model is not calibrated); ``points`` how many peaks ``points.csv`` holds; ``overlay`` the drawing,
+    ``density`` the data set in ``densities.h5`` (either empty where there is none).
 ``points.csv``
     ``image, name, x, y`` in pixels of the upright picture.
 ``boxes.csv``
@@ -36,7 +37,7 @@ import h5py
 from counting_zoo.evaluation.tables import replacing, write_table
 from counting_zoo.types import Prediction
 
-COUNT_COLUMNS = ("image", "name", "count", "points", "width", "height", "overlay", "density")
+COUNT_COLUMNS = ("image", "name", "count", "low", "high", "points", "width", "height", "overlay", "density")
 POINT_COLUMNS = ("image", "name", "x", "y")
 BOX_COLUMNS = ("image", "name", "x1", "y1", "x2", "y2", "score")
 ERROR_COLUMNS = ("image", "error")
@@ -83,6 +84,7 @@ class PartWriter:
             "image": prediction.image_id,
             "names": prediction.names,
             "counts": prediction.counts.tolist(),
+            "interval": None if prediction.interval is None else prediction.interval.tolist(),
             "points": [points.tolist() for points in prediction.points],
             "boxes": None if prediction.boxes is None else [boxes.tolist() for boxes in prediction.boxes],
             "scores": None if prediction.scores is None else [scores.tolist() for scores in prediction.scores],
@@ -207,10 +209,11 @@ def _count_lines(row: dict[str, Any], stems: dict[str, str], shown: bool) -> Ite
     """The lines of ``counts.csv`` that a picture has, one for each name."""
     image = row["image"]
     height, width = row["size"] or ("", "")
+    bounds = row["interval"] or [("", "")] * len(row["names"])
     for k, (name, count, points) in enumerate(zip(row["names"], row["counts"], row["points"], strict=True)):
         overlay = _overlay(row, k, stems) if shown else ""
         density = f"{stems[image]}/{k}" if row["mapped"] else ""
-        yield image, name, float(count), len(points), width, height, overlay, density
+        yield image, name, float(count), *bounds[k], len(points), width, height, overlay, density
 
 
 def _box_lines(row: dict[str, Any]) -> Iterator[tuple[str | float, ...]]:

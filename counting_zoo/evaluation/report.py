@@ -64,6 +64,7 @@ def write_report(
         _score_table(named, len({row.image_id for row in rows})),
         class_section(named, classes),
         _prompt_table(named),
+        _interval_section(named),
         _figures(rows, curve),
         _picture_section(pictures),
         _error_table(rows),
@@ -164,6 +165,17 @@ def _prompt_table(scores: Mapping[str, float]) -> str:
         if name in scores
     ]
     return f"<h2>Does it count what it is asked for?</h2><table>{''.join(lines)}</table>" if lines else ""
+
+
+def _interval_section(scores: Mapping[str, float]) -> str:
+    """Of a calibrated model: how often its intervals hold the true count."""
+    if "interval_coverage" not in scores:
+        return ""
+    share, width = scores["interval_coverage"], _number(scores["interval_width"])
+    return (
+        f'<h2>Intervals</h2><p class="note">{share:.1%} of the true counts lie in their interval (both ends inside); '
+        f"the mean width is {width}.</p>"
+    )
 
 
 def _figures(rows: Sequence[CountRow], curve: Sequence[tuple[float, float]]) -> str:

@@ -75,13 +75,27 @@ class Representatives(nn.Module):
         Raises:
             InputError: the counts were never set.
         """
+        self._check()
+        chances = logits.float().softmax(1)
+        return (chances * self.values[:, None, None]).sum(1, keepdim=True)
+
+    def variance(self, logits: Tensor) -> Tensor:
+        """``(B, 1, h, w)`` variance of the count of each block; counts within a bin are taken for its representative.
+
+        Raises:
+            InputError: the counts were never set.
+        """
+        self._check()
+        chances, values = logits.float().softmax(1), self.values[:, None, None]
+        mean = (chances * values).sum(1, keepdim=True)
+        return (chances * (values - mean).square()).sum(1, keepdim=True)
+
+    def _check(self) -> None:
         if not torch.compiler.is_exporting() and not self.known:
             raise InputError(
                 "the representatives of the bins are not set: they are the mean counts of the training data's blocks. "
                 "Fit the model, load a checkpoint, or give model.representatives a list or 'middle'"
             )
-        chances = logits.float().softmax(1)
-        return (chances * self.values[:, None, None]).sum(1, keepdim=True)
 
 
 class LinearHead(nn.Module):

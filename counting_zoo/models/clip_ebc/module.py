@@ -155,6 +155,14 @@ class BlockwiseCounter(CountingModule):
     def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
         return self.network(image)
 
+    def count_variance(self, output: CountOutput) -> Tensor | None:
+        if isinstance(output, ZIPOutput):
+            occupied = output.zero_logits.float().softmax(1)[:, 1:]  # (B, 1, h, w)
+            return occupied * output.rate * (1 + (1 - occupied) * output.rate)  # of a zero-inflated Poisson law
+        if isinstance(output, EBCOutput):
+            return self.network.head.representatives.variance(output.logits)  # type: ignore[union-attr, operator]
+        return super().count_variance(output)
+
     def read_facts(self, datamodule: Any) -> None:
         known = getattr(self.network.head, "representatives", None)
         if known is None or known.known:
