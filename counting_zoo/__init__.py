@@ -36,12 +36,14 @@ _HOME = {
     "CaptionedPictures": "counting_zoo.data.captions",
     "PackedCounts": "counting_zoo.data.pack",
     "pack": "counting_zoo.data.pack",
+    "calibrate": "counting_zoo.calibration",
     "load": "counting_zoo.loading",
     "load_official": "counting_zoo.loading",
     "save": "counting_zoo.loading",
 }
 
 if TYPE_CHECKING:
+    from counting_zoo.calibration import calibrate
     from counting_zoo.data.base import CountingDataModule
     from counting_zoo.data.captions import CaptionedPictures
     from counting_zoo.data.carpk import CARPK
@@ -101,6 +103,7 @@ __all__ = [
     "SyntheticScenes",
     "VOCCounts",
     "__version__",
+    "calibrate",
     "load",
     "load_official",
     "pack",

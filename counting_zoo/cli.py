@@ -23,6 +23,7 @@ usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all 
   validate   score a model on the validation pictures of a data set
   test       score a model on the test pictures, with a report
   predict    count in pictures: tables, densities and overlays
+  calibrate  measure how far a model's counts are off, so that it gives an interval with each count
   describe   print what a data set holds, and what constant predictors score on it
   pack       write a data set into one HDF5 file
   convert    turn weights of a reference implementation into a checkpoint
@@ -34,6 +35,7 @@ usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all 
   counting-zoo test --ckpt_path best.ckpt --config configs/data/scenes_easy.yaml
   counting-zoo predict --ckpt_path best.ckpt --data ImageFolder --data.root photos --data.classes '[apples]' \\
                        --predictions.dir out
+  counting-zoo calibrate --ckpt_path best.ckpt --config configs/data/scenes_easy.yaml --out calibrated.ckpt
   counting-zoo describe --config configs/data/fsc147.yaml --data.root FSC147
   counting-zoo pack --config configs/data/scenes_easy.yaml --out scenes.h5
   counting-zoo convert clip_count official.ckpt converted.ckpt --clip openai/clip-vit-base-patch16
@@ -62,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     commands: dict[str, Callable[[list[str]], int]] = {"describe": _describe, "pack": _pack, "convert": _convert}
-    commands |= {"quickstart": _quickstart, "export-encoder": _export_encoder}
+    commands |= {"quickstart": _quickstart, "export-encoder": _export_encoder, "calibrate": _calibrate}
     commands |= {name: lambda words, name=name: _run(name, words) for name in RUNS}  # type: ignore[misc]
     if command not in commands:
         close = difflib.get_close_matches(command, commands, 1)
@@ -124,6 +126,14 @@ def _pack(arguments: list[str]) -> int:
     from counting_zoo.training_cli import run_pack
 
     return run_pack(arguments)
+
+
+def _calibrate(arguments: list[str]) -> int:
+    arguments, extra = take_allowed_packages(arguments)
+    restrict_imports(extra)
+    from counting_zoo.training_cli import run_calibrate
+
+    return run_calibrate(arguments, extra)
 
 
 def _convert(arguments: list[str]) -> int:

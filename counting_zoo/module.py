@@ -165,7 +165,7 @@ class CountingModule(Counter, TrainingModule):
             warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
             scores = prompts.compute() | game.compute() | classes.compute() | errors.compute() | self.more_scores(split)
             if self.interval_calibration is not None:
-                scores |= self._intervals(split).compute()
+                scores |= self._intervals(split).compute() | {"interval_level": self.interval_calibration.level}
         self.log_dict({f"{split}/{name}": float(value) for name, value in scores.items() if not name.startswith("n_")})
         for metric in (errors, classes, game, prompts, self._intervals(split)):
             metric.reset()

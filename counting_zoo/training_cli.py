@@ -1,4 +1,4 @@
-"""``fit``, ``validate``, ``test`` and ``predict`` through LightningCLI, ``describe`` and ``pack``: wiring only."""
+"""``fit``, ``validate``, ``test`` and ``predict`` through LightningCLI, and commands about data: wiring only."""
 
 from __future__ import annotations
 
@@ -65,6 +65,36 @@ def run_pack(arguments: Sequence[str]) -> int:
     made = parser.instantiate(config)
     made.data.prepare_data()
     print(f"wrote {pack(made.data, made.out, splits=made.splits, broken=made.broken)}")
+    return 0
+
+
+def run_calibrate(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
+    """``counting-zoo calibrate``: a checkpoint whose model gives intervals; the exit code.
+
+    Args:
+        arguments: the words behind the command.
+        allowed: packages of the user's own that the checkpoint may name a model of.
+    """
+    from counting_zoo.calibration import calibrate, write_calibrated
+    from counting_zoo.loading import load, read_checkpoint
+
+    _import_classes()
+    parser = _Parser(prog="counting-zoo calibrate", description="Give a model intervals, from known counts.")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
+    parser.add_subclass_arguments(CountingDataModule, "data", required=True)
+    parser.add_function_arguments(calibrate, skip={"model", "datamodule"})
+    parser.add_argument("--ckpt_path", type=str, required=True, help="The checkpoint whose model is calibrated.")
+    parser.add_argument("--out", type=str, required=True, help="The checkpoint to write.")
+    parser.add_argument("--device", type=str, default="cpu", help="Where to count, such as cuda.")
+    made = parser.instantiate(parser.parse_args(list(arguments)))
+    home = str(read_checkpoint(made.ckpt_path).get("counting_zoo", {}).get("class", "")).rpartition(".")[0]
+    if any(home == name or home.startswith(f"{name}.") for name in allowed):
+        importlib.import_module(home)
+    model = load(made.ckpt_path, device=made.device)
+    if not isinstance(model, CountingModule):
+        raise CheckpointError(f"{made.ckpt_path!r} is of {type(model).__name__}, which counts nothing to calibrate")
+    done = calibrate(model, made.data, made.split, made.level, made.width)
+    print(f"{done.describe()}\nwrote {write_calibrated(made.ckpt_path, made.out, done.calibration)}")
     return 0
 
 
@@ -226,4 +256,4 @@ def _recipe(path: Path) -> dict[str, Any]:
     return {"class_path": checkpoint["counting_zoo"]["class"], "init_args": checkpoint.get("hyper_parameters", {})}
 
 
-__all__ = ["CountingCLI", "run", "run_describe", "run_pack"]
+__all__ = ["CountingCLI", "run", "run_calibrate", "run_describe", "run_pack"]

@@ -19,7 +19,7 @@ from counting_zoo.data.dataset import collate
 from counting_zoo.data.progress import progress
 from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import InputError, NamesError
-from counting_zoo.evaluation.count_table import CountTable
+from counting_zoo.evaluation.count_table import COLUMNS, CountTable
 from counting_zoo.metrics import grid_errors
 from counting_zoo.prompts import known_names
 from counting_zoo.types import Batch, CountOutput
@@ -166,6 +166,9 @@ def _rows(model: Counter, batch: Batch, output: CountOutput) -> list[Row]:
         errors = grid_errors(density, batch["points"][0], size, labels, model.extent(density, size))
         for row, game in zip(rows, errors.cpu().tolist(), strict=True):
             row += game[1:]
+    if (bounds := model.interval(output)) is not None:
+        for row, own in zip(rows, bounds[0, : len(rows)].tolist(), strict=True):
+            row += [*[None] * (COLUMNS.index("low") - len(row)), *own]
     return rows
 
 

@@ -173,8 +173,8 @@ def _interval_section(scores: Mapping[str, float]) -> str:
         return ""
     share, width = scores["interval_coverage"], _number(scores["interval_width"])
     return (
-        f'<h2>Intervals</h2><p class="note">{share:.1%} of the true counts lie in their interval (both ends inside); '
-        f"the mean width is {width}.</p>"
+        f'<h2>Intervals</h2><p class="note">Calibrated to hold {scores["interval_level"]:.4g} of the true counts (both '
+        f"ends inside); here they hold {share:.3f}, with a mean width of {width}.</p>"
     )
 
 
