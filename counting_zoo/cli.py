@@ -27,6 +27,7 @@ usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all 
   describe   print what a data set holds, and what constant predictors score on it
   pack       write a data set into one HDF5 file
   convert    turn weights of a reference implementation into a checkpoint
+  export     write a counter as a graph (torch.export or ONNX) that runs without this package
   export-encoder  write the CLIP of a RegionCLIP pretraining, for pretrained_encoder of other models
   quickstart train, test and predict on the built-in scenes, in minutes
 
@@ -64,7 +65,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     commands: dict[str, Callable[[list[str]], int]] = {"describe": _describe, "pack": _pack, "convert": _convert}
-    commands |= {"quickstart": _quickstart, "export-encoder": _export_encoder, "calibrate": _calibrate}
+    commands |= {"quickstart": _quickstart, "export": _export, "export-encoder": _export_encoder}
+    commands |= {"calibrate": _calibrate}
     commands |= {name: lambda words, name=name: _run(name, words) for name in RUNS}  # type: ignore[misc]
     if command not in commands:
         close = difflib.get_close_matches(command, commands, 1)
@@ -156,6 +158,22 @@ def _convert(arguments: list[str]) -> int:
         clip = read_checkpoint(clip)
     model = load_official(options.name, options.source, config=config, clip=clip, tokenizer=options.tokenizer)
     print(f"wrote {save(model, options.out)}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "counting-zoo export", description="Write a counter as a graph that runs without this package."
+    )
+    parser.add_argument("checkpoint", help="of a model that counts by density")
+    parser.add_argument("out", help="the file to write: .pt2 (torch.export) or .onnx")
+    parser.add_argument("--names", nargs="+", help="what the graph counts; the model's default classes if not given")
+    options = parser.parse_args(arguments)
+
+    from counting_zoo.exporting import export
+    from counting_zoo.loading import load
+
+    print(f"wrote {export(load(options.checkpoint), options.out, options.names)}")
     return 0
 
 
