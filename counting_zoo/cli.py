@@ -23,6 +23,7 @@ usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all 
   validate   score a model on the validation pictures of a data set
   test       score a model on the test pictures, with a report
   predict    count in pictures: tables, densities and overlays
+  audit      ask a text-guided model right, wrong and empty prompts: does the count follow the text?
   calibrate  measure how far a model's counts are off, so that it gives an interval with each count
   describe   print what a data set holds, and what constant predictors score on it
   pack       write a data set into one HDF5 file
@@ -36,6 +37,7 @@ usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all 
   counting-zoo test --ckpt_path best.ckpt --config configs/data/scenes_easy.yaml
   counting-zoo predict --ckpt_path best.ckpt --data ImageFolder --data.root photos --data.classes '[apples]' \\
                        --predictions.dir out
+  counting-zoo audit --ckpt_path best.ckpt --config configs/data/scenes_easy.yaml --out runs/audit
   counting-zoo calibrate --ckpt_path best.ckpt --config configs/data/scenes_easy.yaml --out calibrated.ckpt
   counting-zoo describe --config configs/data/fsc147.yaml --data.root FSC147
   counting-zoo pack --config configs/data/scenes_easy.yaml --out scenes.h5
@@ -66,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     commands: dict[str, Callable[[list[str]], int]] = {"describe": _describe, "pack": _pack, "convert": _convert}
     commands |= {"quickstart": _quickstart, "export": _export, "export-encoder": _export_encoder}
-    commands |= {"calibrate": _calibrate}
+    commands |= {"calibrate": _calibrate, "audit": _audit}
     commands |= {name: lambda words, name=name: _run(name, words) for name in RUNS}  # type: ignore[misc]
     if command not in commands:
         close = difflib.get_close_matches(command, commands, 1)
@@ -128,6 +130,14 @@ def _pack(arguments: list[str]) -> int:
     from counting_zoo.training_cli import run_pack
 
     return run_pack(arguments)
+
+
+def _audit(arguments: list[str]) -> int:
+    arguments, extra = take_allowed_packages(arguments)
+    restrict_imports(extra)
+    from counting_zoo.training_cli import run_audit
+
+    return run_audit(arguments, extra)
 
 
 def _calibrate(arguments: list[str]) -> int:

@@ -76,7 +76,6 @@ def run_calibrate(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
         allowed: packages of the user's own that the checkpoint may name a model of.
     """
     from counting_zoo.calibration import calibrate, write_calibrated
-    from counting_zoo.loading import load, read_checkpoint
 
     _import_classes()
     parser = _Parser(prog="counting-zoo calibrate", description="Give a model intervals, from known counts.")
@@ -87,15 +86,61 @@ def run_calibrate(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     parser.add_argument("--out", type=str, required=True, help="The checkpoint to write.")
     parser.add_argument("--device", type=str, default="cpu", help="Where to count, such as cuda.")
     made = parser.instantiate(parser.parse_args(list(arguments)))
-    home = str(read_checkpoint(made.ckpt_path).get("counting_zoo", {}).get("class", "")).rpartition(".")[0]
-    if any(home == name or home.startswith(f"{name}.") for name in allowed):
-        importlib.import_module(home)
-    model = load(made.ckpt_path, device=made.device)
-    if not isinstance(model, CountingModule):
-        raise CheckpointError(f"{made.ckpt_path!r} is of {type(model).__name__}, which counts nothing to calibrate")
+    model = _counter(made.ckpt_path, made.device, allowed)
     done = calibrate(model, made.data, made.split, made.level, made.width)
     print(f"{done.describe()}\nwrote {write_calibrated(made.ckpt_path, made.out, done.calibration)}")
     return 0
+
+
+def run_audit(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
+    """``counting-zoo audit``: whether a model counts what its prompt says; the exit code.
+
+    Args:
+        arguments: the words behind the command.
+        allowed: packages of the user's own that the checkpoint may name a model of.
+    """
+    from counting_zoo.evaluation.audit import TESTS, audit
+    from counting_zoo.evaluation.audit_report import write_audit
+
+    _import_classes()
+    parser = _Parser(prog="counting-zoo audit", description="See whether a model counts what its prompt says.")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
+    parser.add_subclass_arguments(CountingDataModule, "data", required=True)
+    parser.add_argument("--tests", type=str, default=",".join(TESTS), help="Which tests, with commas between them.")
+    parser.add_function_arguments(audit, skip={"model", "datamodule", "tests", "parts"})
+    parser.add_argument("--ckpt_path", type=str, required=True, help="The checkpoint whose model is asked.")
+    parser.add_argument("--out", type=str, required=True, help="The folder for the report; an audit goes on there.")
+    parser.add_argument("--device", type=str, default="cpu", help="Where to count, such as cuda.")
+    made = parser.instantiate(parser.parse_args(list(arguments)))
+    made.data.prepare_data()
+    found = audit(
+        _counter(made.ckpt_path, made.device, allowed), made.data, made.split,
+        tests=[test.strip() for test in made.tests.split(",")], limit=made.limit, mosaics=made.mosaics,
+        prompts_at_once=made.prompts_at_once, seed=made.seed, examples=made.examples, parts=Path(made.out) / "parts",
+    )  # fmt: skip
+    figures = write_audit(found, made.out)
+    print(figures["verdict"]["sentence"])
+    if found.cost is not None:
+        print(f"{found.cost.prompts} prompts in one pass took 1/{found.cost.ratio:.1f} of the time of a pass for each")
+    print(f"wrote {Path(made.out) / 'audit.html'}")
+    return 0
+
+
+def _counter(path: str, device: str, allowed: Sequence[str]) -> CountingModule:
+    """The model of a checkpoint, which may be of a package that the user allows.
+
+    Raises:
+        CheckpointError: it counts nothing, or is no checkpoint of the zoo.
+    """
+    from counting_zoo.loading import load, read_checkpoint
+
+    home = str(read_checkpoint(path).get("counting_zoo", {}).get("class", "")).rpartition(".")[0]
+    if any(home == name or home.startswith(f"{name}.") for name in allowed):
+        importlib.import_module(home)
+    model = load(path, device=device)
+    if not isinstance(model, CountingModule):
+        raise CheckpointError(f"{path!r} is of {type(model).__name__}, which counts nothing")
+    return model
 
 
 class _Parser(LightningArgumentParser):
@@ -256,4 +301,4 @@ def _recipe(path: Path) -> dict[str, Any]:
     return {"class_path": checkpoint["counting_zoo"]["class"], "init_args": checkpoint.get("hyper_parameters", {})}
 
 
-__all__ = ["CountingCLI", "run", "run_calibrate", "run_describe", "run_pack"]
+__all__ = ["CountingCLI", "run", "run_audit", "run_calibrate", "run_describe", "run_pack"]

@@ -9,7 +9,7 @@ NONSENSE = ("zxqv wkrp", "snorfling quibbets", "lorem ipsum dolor")
 
 PARAPHRASES = (
     "the {}", "all the {}", "many {}", "several {}", "a photo of {}", "a picture of many {}", "a photo with {} in it",
-    "{} in the picture", "every one of the {}", "{}, as many as there are",
+    "{} in the picture", "every one of the {}", "count the {}",
 )  # fmt: skip
 
 _IRREGULAR = {

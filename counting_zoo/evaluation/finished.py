@@ -1,0 +1,63 @@
+"""Finished work on disk, a line of JSON for each picture, so that an interruption loses one picture at most."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+
+class FinishedPictures:
+    """What is known of each picture, by id; used as a context.
+
+    Args:
+        path: the file, which is read first and then added to; a line that an interruption left half written is no
+            picture. ``None`` keeps everything in memory only.
+
+    Example:
+        >>> with FinishedPictures(None) as finished:
+        ...     finished.add("a.jpg", {"count": 3})
+        ...     "a.jpg" in finished, finished["a.jpg"]
+        (True, {'count': 3})
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+        self._found: dict[str, dict[str, Any]] = {}
+        if path is None or not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                image_id, content = json.loads(line)
+            except ValueError:
+                continue
+            self._found[image_id] = content
+
+    def __enter__(self) -> Self:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._file.write("\n")  # ends a line that an interruption left half written
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._found
+
+    def __getitem__(self, image_id: str) -> dict[str, Any]:
+        return self._found[image_id]
+
+    def add(self, image_id: str, content: dict[str, Any]) -> None:
+        """Keep what is known of a picture; the same as it will be read again."""
+        line = json.dumps([image_id, content], ensure_ascii=False, allow_nan=False)
+        self._found[image_id] = json.loads(line)[1]
+        if self._file is not None:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+
+__all__ = ["FinishedPictures"]
