@@ -38,6 +38,7 @@ LAYERS = (
     ("evaluation",),
     ("training",),
     ("module",),
+    ("text_guided",),
     ("models.*.module", "models.*.weights", "models.*", "models"),
     ("loading", "callbacks"),
 )

@@ -152,7 +152,7 @@ def tiny_clip_count(patch: int = 16, **options: Any) -> CLIPCount:
     torch.manual_seed(0)
     settings = tiny.SHRUNK["clip_count"] | {"clip": tiny.clip_config(patch), "preprocess": None} | options
     model = CLIPCount(**settings)
-    model._make_tokenizer(["a", "b"])
+    model.make_tokenizer_of_names(["a", "b"])
     return model.eval()
 
 
@@ -164,7 +164,7 @@ def tiny_detector() -> RegionCLIPCounter:
     torch.manual_seed(0)
     settings = tiny.SHRUNK["region_clip_counter_small"] | {"proposals": "grid", "scale": 4.0, "bias": 0.0}
     model = RegionCLIPCounter(**settings, templates=["{}"])
-    model._make_tokenizer(["a", "b"])
+    model.make_tokenizer_of_names(["a", "b"])
     return model.eval()
 
 

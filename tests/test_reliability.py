@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight CLIP-Count as a checkpoint."""
     torch.manual_seed(0)
     counter = CLIPCount(**tiny.SHRUNK["clip_count"])
-    counter._make_tokenizer(["apples", "pears"])
+    counter.make_tokenizer_of_names(["apples", "pears"])
     return save(counter, tmp_path_factory.mktemp("model") / "model.ckpt")
 
 
@@ -57,7 +57,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     found: dict[str, Any] = {"proposals": "grid", "scale": 4.0, "bias": 0.0}
     counter = RegionCLIPCounter(**tiny.SHRUNK["region_clip_counter_small"] | found)
-    counter._make_tokenizer(["apples", "pears"])
+    counter.make_tokenizer_of_names(["apples", "pears"])
     return save(counter, tmp_path_factory.mktemp("detector") / "model.ckpt")
 
 
@@ -424,7 +424,7 @@ class Exported(torch.nn.Module):
 def test_export(options: dict[str, Any]) -> None:
     """I5: the density network leaves Python with the same numbers for any batch and size (ONNX where installed)."""
     counter = CLIPCount(**tiny.SHRUNK["clip_count"] | options)
-    counter._make_tokenizer(["apples"])
+    counter.make_tokenizer_of_names(["apples"])
     counter.eval()
     network = Exported(counter, "apples").eval()
     side = {name: 32 * torch.export.Dim(name, min=2, max=32) for name in ("rows", "columns")}

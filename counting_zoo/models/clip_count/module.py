@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,17 +17,16 @@ from counting_zoo.models.clip_count.loss import (
     region_weights,
 )
 from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction
-from counting_zoo.module import CountingModule
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, tokenizer_of
 from counting_zoo.nn.pretrained import PretrainedCLIP, load_text, load_vision, read_pretrained
-from counting_zoo.nn.text import TextPool
-from counting_zoo.nn.tokenizer import TokenizerLike, word_tokenizer
+from counting_zoo.nn.text import TextPool, TextTower
 from counting_zoo.nn.vision import PromptIndexing, Stem
 from counting_zoo.ops import points_to_density, positive_patches, positive_patches_of_density
+from counting_zoo.text_guided import TextGuidedModule
 from counting_zoo.types import Batch, CountOutput
 
 
-class CLIPCount(CountingModule):
+class CLIPCount(TextGuidedModule):
     """Text-guided zero-shot counting (Jiang et al., "CLIP-Count", ACM MM 2023, arXiv 2305.07304).
 
     The defaults are the published model with the reference's faults mended; ``load_official`` chooses the reference's
@@ -64,7 +62,6 @@ class CLIPCount(CountingModule):
     """
 
     requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "labels"}),)
-    text_guided: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -137,7 +134,6 @@ class CLIPCount(CountingModule):
             train_text=train_text,
             contrast_proj=contrast != "none",
         )
-        self._tokenizer_is_made = False
         if tokenizer is not None or (isinstance(clip, str) and pretrained_encoder is None):
             self.set_tokenizer(tokenizer or str(clip))
         if pretrained_encoder is not None:
@@ -165,9 +161,9 @@ class CLIPCount(CountingModule):
     def cell(self) -> int:
         return self.network.cell
 
-    def set_tokenizer(self, source: TokenizerLike) -> None:
-        """Use a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids."""
-        self.network.text.set_tokenizer(source)
+    @property
+    def text_tower(self) -> TextTower:
+        return self.network.text
 
     def forward(self, image: Tensor, classes: list[list[str]]) -> CLIPCountOutput:
         return self.network(image, self._prompts(classes))
@@ -175,7 +171,10 @@ class CLIPCount(CountingModule):
     def _prompts(self, classes: list[list[str]]) -> list[list[str]]:
         if any(not name.strip() for names in classes for name in names):
             raise InputError(f"an empty prompt in {classes[:3]}; name what is to be counted")
-        return [[self.prompt_template.replace("{}", name) for name in names] for names in classes]
+        return [[prompt for name in names for prompt in self.prompts_of(name)] for names in classes]
+
+    def prompts_of(self, name: str) -> list[str]:
+        return [self.prompt_template.replace("{}", name)]
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -183,35 +182,6 @@ class CLIPCount(CountingModule):
     def contrasting(self) -> bool:
         """Whether training is in its contrastive stage."""
         return self._trainer is not None and self.current_epoch < self.contrast_epochs
-
-    def on_validation_start(self) -> None:
-        self._warn_untrained()
-
-    def on_test_start(self) -> None:
-        self._warn_untrained()
-
-    def on_predict_start(self) -> None:
-        self._warn_untrained()
-
-    def _warn_untrained(self) -> None:
-        """Not in ``setup``, which runs before the trainer restores a checkpoint with its tokenizer."""
-        if self.network.text.tokenizer is None:
-            warnings.warn(
-                "this CLIPCount has random weights and was never trained: its counts mean nothing. Give it a "
-                "checkpoint (--ckpt_path) or CLIP weights (--model.clip, a hub name or folder)",
-                stacklevel=2,
-            )
-            self._make_tokenizer([])
-
-    def read_facts(self, datamodule: Any) -> None:
-        self.train_classes = list(datamodule.class_names("train")) if hasattr(datamodule, "class_names") else []
-        if self.network.text.tokenizer is None:
-            self._make_tokenizer(self.train_classes)
-
-    def _make_tokenizer(self, names: list[str]) -> None:
-        vocab_size = self.network.text.model.embeddings.token_embedding.num_embeddings
-        self.set_tokenizer(word_tokenizer([self.prompt_template.replace("{}", name) for name in names], vocab_size))
-        self._tokenizer_is_made = True
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         if not self.contrasting:
@@ -278,7 +248,7 @@ class CLIPCount(CountingModule):
 
     def _region_text(self, features: Tensor, batch: Batch, size: tuple[int, int]) -> Tensor:
         names = list(dict.fromkeys([*self.train_classes, *(n for asked in batch["classes"] for n in asked)]))
-        text = self.network.text([self.prompt_template.replace("{}", name) for name in names])
+        text = self.network.text([prompt for name in names for prompt in self.prompts_of(name)])
         place = {name: i for i, name in enumerate(names)}
         targets = [
             torch.tensor([place[n] for n in asked], device=features.device)[labels]
@@ -316,23 +286,6 @@ class CLIPCount(CountingModule):
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """A drop to a third every 100 epochs (reference: run.py)."""
         return torch.optim.lr_scheduler.StepLR(optimizer, step_size=100, gamma=0.33)
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def recipe(self) -> dict[str, Any]:
-        tokenizer = self.network.text.tokenizer
-        return {
-            "tokenizer": None if tokenizer is None else tokenizer.to_json(),
-            "train_classes": self.train_classes,
-        }
-
-    def restore_recipe(self, recipe: dict[str, Any]) -> None:
-        # A tokenizer given by the caller wins over the one that was saved, but not one made of this run's class names.
-        missing = self.network.text.tokenizer is None or self._tokenizer_is_made
-        if missing and recipe["tokenizer"] is not None:
-            self.set_tokenizer(recipe["tokenizer"])
-            self._tokenizer_is_made = False
-        self.train_classes = list(recipe["train_classes"])
 
 
 __all__ = ["CLIPCount"]

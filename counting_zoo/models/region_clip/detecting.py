@@ -23,14 +23,16 @@ from counting_zoo.models.region_clip.detections import (
     text_probabilities,
 )
 from counting_zoo.models.region_clip.network import CELL, GRID, RegionCLIPNet, RegionOutput, detected, joined
-from counting_zoo.models.region_clip.prompts import TemplateSet, Wording
+from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, region_prompts
 from counting_zoo.models.region_clip.proposals import proposal_source, tiled
+from counting_zoo.nn.text import TextTower
 from counting_zoo.nn.tokenizer import TokenizerLike
 from counting_zoo.pictures import as_picture
+from counting_zoo.text_guided import TextGuidedModule
 from counting_zoo.types import CountOutput, Prediction
 
 
-class RegionDetector(CalibratedModule):
+class RegionDetector(CalibratedModule, TextGuidedModule):
     """How ``RegionCLIPCounter``, which describes these attributes, detects."""
 
     network: RegionCLIPNet
@@ -70,8 +72,7 @@ class RegionDetector(CalibratedModule):
         assert self.source is not None  # what is wrong with it is said before the first picture
 
     def set_tokenizer(self, source: TokenizerLike) -> None:
-        """Use a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids."""
-        self.network.text.set_tokenizer(source)
+        super().set_tokenizer(source)
         self.embedded = {}
 
     def train(self, mode: bool = True) -> RegionDetector:
@@ -105,6 +106,13 @@ class RegionDetector(CalibratedModule):
                 found = embed_concepts(self.network.text, [name], self.templates, **options)
             self.embedded[name] = found[0].clone()
         return torch.stack([self.embedded[name] for name in names])
+
+    def prompts_of(self, name: str) -> list[str]:
+        return region_prompts(name, self.templates, self.wording)
+
+    @property
+    def text_tower(self) -> TextTower:
+        return self.network.text
 
     @property
     def cell(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -29,7 +28,6 @@ from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_
 from counting_zoo.nn.clip_regions import DenseMode, region_encoder
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained
 from counting_zoo.nn.text import TextPool, TextTower
-from counting_zoo.nn.tokenizer import word_tokenizer
 from counting_zoo.nn.vision import Stem
 from counting_zoo.types import Batch, CountOutput
 
@@ -77,7 +75,6 @@ class RegionCLIPCounter(RegionDetector):
     """
 
     requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "labels"}),)
-    text_guided: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -151,7 +148,6 @@ class RegionCLIPCounter(RegionDetector):
         if not train_vision:
             encoder.requires_grad_(False)
         self.network = RegionCLIPNet(encoder, text, peaks=proposals == "peaks", scale=scale, bias=bias, width=width)
-        self._tokenizer_is_made = False
         given = tokenizer if tokenizer is not None or pretrained_encoder else tokenizer_of(clip)
         if given is not None:
             self.set_tokenizer(given)
@@ -176,37 +172,10 @@ class RegionCLIPCounter(RegionDetector):
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def on_validation_start(self) -> None:
-        self._warn_untrained()
-
-    def on_test_start(self) -> None:
-        self._warn_untrained()
-
-    def on_predict_start(self) -> None:
-        self._warn_untrained()
-
-    def _warn_untrained(self) -> None:
-        """Not in ``setup``, which runs before the trainer restores a checkpoint with its tokenizer."""
-        if self.network.text.tokenizer is None:
-            warnings.warn(
-                "this RegionCLIPCounter has random weights and was never trained: its counts mean nothing. Give it a "
-                "checkpoint (--ckpt_path) or CLIP weights (--model.clip, a hub name or folder)",
-                stacklevel=2,
-            )
-            self._make_tokenizer([])
-
     def read_facts(self, datamodule: Any) -> None:
         if self.score != "sigmoid":
             raise InputError(f"score is {self.score!r}, which trains nothing; set model.score to 'sigmoid' to train")
-        self.train_classes = list(datamodule.class_names("train"))
-        if self.network.text.tokenizer is None:
-            self._make_tokenizer(self.train_classes)
-
-    def _make_tokenizer(self, names: list[str]) -> None:
-        prompts = [p for name in names for p in region_prompts(name, self.templates, self.wording)]
-        vocab_size = self.network.text.model.embeddings.token_embedding.num_embeddings
-        self.set_tokenizer(word_tokenizer(prompts, vocab_size))
-        self._tokenizer_is_made = True
+        super().read_facts(datamodule)
 
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(output, RegionOutput), f"losses of a {type(output).__name__}"
@@ -266,20 +235,10 @@ class RegionCLIPCounter(RegionDetector):
                 del state[key]
 
     def recipe(self) -> dict[str, Any]:
-        tokenizer = self.network.text.tokenizer
-        return {
-            "tokenizer": None if tokenizer is None else tokenizer.to_json(),
-            "train_classes": self.train_classes,
-            "calibrated": self._calibrated,
-        }
+        return super().recipe() | {"calibrated": self._calibrated}
 
     def restore_recipe(self, recipe: dict[str, Any]) -> None:
-        # A tokenizer given by the caller wins over the one that was saved, but not one made of this run's class names.
-        missing = self.network.text.tokenizer is None or self._tokenizer_is_made
-        if missing and recipe["tokenizer"] is not None:
-            self.set_tokenizer(recipe["tokenizer"])
-            self._tokenizer_is_made = False
-        self.train_classes = list(recipe["train_classes"])
+        super().restore_recipe(recipe)
         self._calibrated = recipe["calibrated"]
 
 

@@ -36,7 +36,7 @@ from counting_zoo.nn.clip_regions import DenseMode, RegionEncoder, ResNetRegions
 from counting_zoo.nn.normalization import STATISTICS
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained, write_pretrained
 from counting_zoo.nn.text import TextPool, TextTower
-from counting_zoo.nn.tokenizer import TokenizerLike, word_tokenizer
+from counting_zoo.nn.tokenizer import TokenizerLike
 from counting_zoo.nn.vision import Stem
 from counting_zoo.schedules import WarmupSteps
 from counting_zoo.types import Batch
@@ -156,7 +156,6 @@ class RegionCLIPPretraining(RegionTextModule):
             self.teacher = region_encoder(deepcopy(towers), stem=stem, dense=teacher_dense, freeze_at=freeze_at)
         self.encoder = region_encoder(towers, stem=stem, dense=dense, freeze_at=freeze_at)
         self.settings = {"clip": self.hparams["clip"], "stem": stem}
-        self._tokenizer_is_made = False
         given = tokenizer if tokenizer is not None or pretrained_encoder else tokenizer_of(clip)
         if given is not None:
             self.set_tokenizer(given)
@@ -188,9 +187,12 @@ class RegionCLIPPretraining(RegionTextModule):
         self._random_teacher = pretrained_encoder is None and (isinstance(clip, Mapping) or stem == "conv")
         self._source: Any = None
 
+    @property
+    def text_tower(self) -> TextTower:
+        return self.text
+
     def set_tokenizer(self, source: TokenizerLike) -> None:
-        """Use a HuggingFace tokenizer, a folder, a hub name, or a callable ``list[str] -> (B, L)`` ids."""
-        self.text.set_tokenizer(source)
+        super().set_tokenizer(source)
         self._embedded.clear()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -260,9 +262,7 @@ class RegionCLIPPretraining(RegionTextModule):
             )
         if self.text.tokenizer is None:
             prompts = [p for name in self.concepts for p in region_prompts(name, self.templates, self.wording)]
-            vocab_size = self.text.model.embeddings.token_embedding.num_embeddings
-            self.set_tokenizer(word_tokenizer([*captions, *prompts, self.caption_template], vocab_size))
-            self._tokenizer_is_made = True
+            self.make_tokenizer([*captions, *prompts, self.caption_template])
         if isinstance(self._source, FileProposals) and datamodule.augmentation is not None:
             raise InputError(
                 f"regions are those of the file {self.regions!r}, which do not move along when pictures are flipped or "
@@ -336,16 +336,11 @@ class RegionCLIPPretraining(RegionTextModule):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def recipe(self) -> dict[str, Any]:
-        tokenizer = self.text.tokenizer
-        return {"tokenizer": None if tokenizer is None else tokenizer.to_json(), "concepts": self.concepts}
+        return super().recipe() | {"concepts": self.concepts}
 
     def restore_recipe(self, recipe: dict[str, Any]) -> None:
+        super().restore_recipe(recipe)
         self.concepts = list(recipe["concepts"])
-        # A tokenizer given by the caller wins over the one that was saved, but not one made of this run's data.
-        missing = self.text.tokenizer is None or self._tokenizer_is_made
-        if missing and recipe["tokenizer"] is not None:
-            self.set_tokenizer(recipe["tokenizer"])
-            self._tokenizer_is_made = False
 
     def export(self, path: str | Path, *, half: bool = False) -> Path:
         """Write the student and its texts as a CLIP that counters load through ``pretrained_encoder``.

@@ -32,7 +32,7 @@ from counting_zoo.models.region_clip.pseudo_labels import (
 )
 from counting_zoo.nn.clip_regions import RegionEncoder, region_and_picture_embeddings
 from counting_zoo.nn.text import TextTower
-from counting_zoo.training import TrainingModule
+from counting_zoo.text_guided import TextModule
 from counting_zoo.types import Batch
 
 
@@ -46,7 +46,7 @@ class PretrainingStep:
     more: Tensor
 
 
-class RegionTextModule(TrainingModule):
+class RegionTextModule(TextModule):
     """How ``RegionCLIPPretraining``, which describes these attributes, learns from a batch."""
 
     encoder: RegionEncoder
