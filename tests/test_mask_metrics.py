@@ -178,7 +178,7 @@ def scored_by_one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    mp.spawn(scored_by_one_of_two, (str(tmp_path),), nprocs=2)
+    mp.start_processes(scored_by_one_of_two, (str(tmp_path),), nprocs=2, start_method="fork")
     metric = MaskPrecision()
     for i, picture in enumerate(drawn(2, n=3)):
         metric.update(**picture, image_id=str(i))

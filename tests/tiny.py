@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fakes
+from jsonargparse import ArgumentParser
 
 from counting_zoo.cli import main
+from counting_zoo.data.base import CountingDataModule
+from counting_zoo.module import CountingModule
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TRAINERS, MODELS, DATA, WHOLE = (
@@ -140,6 +144,24 @@ def trainer(**options: Any) -> list[str]:
     options = quiet | {"enable_progress_bar": False, "logger": [{"class_path": "CSVLogger", "init_args":
                        {"save_dir": "runs", "name": "", "version": "a"}}], "callbacks": chosen} | options  # fmt: skip
     return ["--config", str(CONFIGS / "trainer" / "cpu.yaml"), *words("trainer", options)]
+
+
+@cache
+def _parsed(kind: str, *arguments: str) -> tuple[Any, Any]:
+    """The parser of one option and what it made of the words; reading them takes longer than building a tiny model."""
+    from counting_zoo.training_cli import _import_classes
+
+    _import_classes()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments({"model": CountingModule, "data": CountingDataModule}[kind], kind)
+    return parser, parser.parse_args(list(arguments))
+
+
+def build(kind: Literal["model", "data"], *arguments: str) -> Any:
+    """A new model or data module from words of the command line, which are read once."""
+    parser, config = _parsed(kind, *arguments)
+    return parser.instantiate(config)[kind]
 
 
 def run(*arguments: Any) -> int:
