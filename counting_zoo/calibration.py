@@ -15,7 +15,14 @@ from counting_zoo.data.records import Split
 from counting_zoo.errors import InputError
 from counting_zoo.evaluation.count_table import CountTable
 from counting_zoo.evaluation.counting import count_split
-from counting_zoo.evaluation.intervals import EPSILON, IntervalCalibration, Width, fit_intervals, rows_needed
+from counting_zoo.evaluation.intervals import (
+    EPSILON,
+    IntervalCalibration,
+    Width,
+    check_settings,
+    fit_intervals,
+    rows_needed,
+)
 from counting_zoo.evaluation.tables import replacing
 from counting_zoo.loading import read_checkpoint
 from counting_zoo.module import CountingModule
@@ -84,6 +91,7 @@ def calibrate(
     Raises:
         InputError: there are too few known counts for the level, or the model has no bins.
     """
+    check_settings(level, width)
     training, before = model.training, model.interval_calibration
     # With an interval of one deviation the counts come with what the width 'bins' needs, in tiles as in one piece.
     model.interval_calibration = _ONE_DEVIATION if width == "bins" else None

@@ -79,12 +79,13 @@ class Counter(nn.Module, ABC):
         return variance
 
     def interval(self, output: CountOutput) -> Tensor | None:
-        """``(B, K, 2)`` lower and upper bounds of the true counts on the CPU; ``None`` where nothing is calibrated."""
+        """``(B, K, 2)`` float64 lower and upper bounds of the true counts, on the CPU; ``None`` if not calibrated."""
         calibration = self.interval_calibration
         if calibration is None:
             return None
-        spread = self.count_spread(output).cpu().numpy() if calibration.width == "bins" else None
-        return torch.from_numpy(calibration.bounds(self.reported(output.counts).cpu().numpy(), spread)).float()
+        spread = self.count_spread(output).detach().cpu().numpy() if calibration.width == "bins" else None
+        counts = self.reported(output.counts).detach().cpu().numpy()
+        return torch.from_numpy(calibration.bounds(counts, spread))
 
     def extent(self, density: Tensor, size: tuple[int, int]) -> tuple[float, float] | None:
         """Height and width of a picture in the cells of its density, whose last ones may reach beyond it.
@@ -242,7 +243,7 @@ class Counter(nn.Module, ABC):
             names=list(names) if len(density) == len(names) else [" + ".join(names)],
             density=density.cpu(),
             points=[p.cpu() for p in peak_points(density, size, extent=extent)],
-            interval=None if interval is None else interval[0],
+            interval=None if interval is None else interval[0].float(),
             image_id=image_id,
             image=_as_uint8(seen),
             size=size,

@@ -25,7 +25,7 @@ MIN_ROWS = 100
 """Rows that a stratum has at least: with fewer, coverage in it would vary by more than 6 points (2 sd at 90 %)."""
 EPSILON = 0.5
 """Objects added to a standard deviation before errors are divided by it, or an empty picture's would divide by 0."""
-_SLACK = 1e-7  # relative; a count that lies exactly on a bound is inside, whatever the rounding of floats
+_SLACK = {True: 1e-6, False: 1e-12}  # relative, of whole counts and others; what floats round stays inside a bound
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class IntervalCalibration:
     whole: bool
 
     def __post_init__(self) -> None:
-        _check(self.level, self.width)
+        check_settings(self.level, self.width)
         if not len(self.edges) + 1 == len(self.low) == len(self.high) == len(self.rows):
             raise InputError(
                 f"a calibration of intervals has {len(self.edges)} edges, {len(self.low)} lower and {len(self.high)} "
@@ -78,7 +78,8 @@ class IntervalCalibration:
 
         Errors may lie to one side of a biased model's counts, so an interval need not hold the prediction. Where counts
         are whole, bounds are the outermost whole numbers within those of the quantiles, which hold exactly the same
-        counts; where there is none between them, the nearest ones.
+        counts; where there is none between them, the nearest ones, so that very exact models are right more often than
+        the level says.
 
         Args:
             predicted: ``(...)`` counts as they are reported; those below zero are taken for zero.
@@ -100,8 +101,7 @@ class IntervalCalibration:
                 raise InputError("intervals of width 'bins' need the standard deviation of each count (spread)")
             else:
                 found = counts[..., None] + quantiles * (np.asarray(spread, np.float64)[..., None] + EPSILON)
-            slack = _SLACK * (1 + np.abs(found)) * np.array([-1, 1])
-            found = found + slack
+            found = found + _SLACK[self.whole] * (1 + np.abs(found)) * np.array([-1, 1])
             if self.whole:
                 inside = np.stack([np.ceil(found[..., 0]), np.floor(found[..., 1])], -1)
                 found = np.where(inside[..., :1] <= inside[..., 1:], inside, np.round(found))
@@ -157,7 +157,7 @@ def fit_intervals(
     Raises:
         InputError: there are too few rows for the level, something is not finite, or the lengths differ.
     """
-    _check(level, width)
+    check_settings(level, width)
     predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
     if predicted.ndim != 1 or predicted.shape != target.shape:
         raise InputError(
@@ -188,6 +188,18 @@ def fit_intervals(
         rows=tuple(len(each) for each in used),
         whole=bool((target == np.round(target)).all()),
     )
+
+
+def check_settings(level: float, width: str) -> None:
+    """Refuse a level that is no share and a width that there is not.
+
+    Raises:
+        InputError: says which.
+    """
+    if not 0 < level < 1:
+        raise InputError(f"level is {level}; expected the share of counts an interval should hold, such as 0.9")
+    if width not in get_args(Width):
+        raise InputError(f"width is {width!r}; expected one of {', '.join(map(repr, get_args(Width)))}")
 
 
 def conformal_quantile(errors: np.ndarray, level: float) -> float:
@@ -286,14 +298,7 @@ def _errors(predicted: np.ndarray, target: np.ndarray, width: Width, spread: np.
     return (target - counts) / (np.asarray(spread, np.float64) + EPSILON)
 
 
-def _check(level: float, width: str) -> None:
-    if not 0 < level < 1:
-        raise InputError(f"level is {level}; expected the share of counts an interval should hold, such as 0.9")
-    if width not in get_args(Width):
-        raise InputError(f"width is {width!r}; expected one of {', '.join(map(repr, get_args(Width)))}")
-
-
 __all__ = [
-    "EPSILON", "MIN_ROWS", "IntervalCalibration", "IntervalScores", "Width", "conformal_quantile", "count_strata",
-    "fit_intervals", "rows_needed",
+    "EPSILON", "MIN_ROWS", "IntervalCalibration", "IntervalScores", "Width", "check_settings", "conformal_quantile",
+    "count_strata", "fit_intervals", "rows_needed",
 ]  # fmt: skip
