@@ -74,7 +74,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, tmp_path, monkeypatc
         count_split(model, TinyPictures(n=6), parts=tmp_path)
     (part,) = tmp_path.glob("*.jsonl")
     with part.open("a", encoding="utf-8") as file:
-        file.write('{"image": "test/05 ü.png", "rows": [["test')  # the line that the interruption cut
+        file.write('["test/05 ü.png", {"rows": [["test')  # the line that the interruption cut
     monkeypatch.setattr(TinyCounter, "forward", forward(limit=6))
     resumed = count_split(model, TinyPictures(n=6), parts=tmp_path).table
     assert len(seen) == 6  # none of the first three again

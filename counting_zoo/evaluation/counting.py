@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from counting_zoo.data.progress import progress
 from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import InputError, NamesError
 from counting_zoo.evaluation.count_table import COLUMNS, CountTable
+from counting_zoo.evaluation.finished import FinishedPictures
 from counting_zoo.metrics import grid_errors
 from counting_zoo.prompts import known_names
 from counting_zoo.types import Batch, CountOutput
@@ -73,26 +73,22 @@ def count_split(
     _check_names(model, datamodule, split)
     done = _finished(parts)
     mine = [r for r in records[rank::world_size] if "rows" not in done.get(r.image_id, {})]
-    writer = _Writer(parts, rank, done)
-    try:
-        shown = progress(_pictures(model, datamodule, split, mine), len(mine), description)
-        with torch.inference_mode():
-            for batch in shown:
-                for image_id, reason in batch.get("failed", []):
-                    writer.add(image_id, failed=reason)
-                if batch["image_id"]:
-                    _count(model, batch, writer)
-    finally:
-        writer.close()
-    return gathered(_finished(parts) if parts is not None else writer.done, records)
+    shown = progress(_pictures(model, datamodule, split, mine), len(mine), description)
+    with torch.inference_mode(), FinishedPictures(None if parts is None else parts / f"{rank}.jsonl") as finished:
+        for batch in shown:
+            for image_id, reason in batch.get("failed", []):
+                finished.add(image_id, {"failed": reason})
+            if batch["image_id"]:
+                finished.add(batch["image_id"][0], _counted(model, batch))
+        return _gathered(dict(finished.items()) if parts is None else _finished(parts), records)
 
 
 def read_parts(parts: Path, datamodule: CountingDataModule, split: Split) -> CountedSplit:
     """What all processes have left in ``parts``, in the order of the data."""
-    return gathered(_finished(parts), datamodule.records(split))
+    return _gathered(_finished(parts), datamodule.records(split))
 
 
-def gathered(done: dict[str, dict[str, Any]], records: Sequence[Record]) -> CountedSplit:
+def _gathered(done: dict[str, dict[str, Any]], records: Sequence[Record]) -> CountedSplit:
     """Finished pictures in the order of the records."""
     found = [(r.image_id, done[r.image_id]) for r in records if r.image_id in done]
     return CountedSplit(
@@ -124,8 +120,8 @@ def _check_names(model: Counter, datamodule: CountingDataModule, split: Split) -
         )
 
 
-def _count(model: Counter, batch: Batch, writer: _Writer) -> None:
-    """One picture."""
+def _counted(model: Counter, batch: Batch) -> dict[str, Any]:
+    """The rows of one picture, or why it has none."""
     image_id = batch["image_id"][0]
     if "counts" not in batch:
         raise InputError(f"{image_id} carries no counts, so nothing can be scored; use predict for such pictures")
@@ -133,16 +129,15 @@ def _count(model: Counter, batch: Batch, writer: _Writer) -> None:
         asked = batch["classes"][0]
         batch = known_names(batch, model.vocabulary)
         if not batch["image_id"]:
-            writer.add(image_id, failed=f"asked about {', '.join(asked[:12])}, which the model does not know")
-            return
+            return {"failed": f"asked about {', '.join(asked[:12])}, which the model does not know"}
     try:
         outputs = model.count_batch(
             list(batch["image"]), batch["classes"], image_ids=batch["image_id"], sizes=batch.get("original_size")
         )
         assert isinstance(outputs, list)  # as for every list of pictures
-        writer.add(image_id, rows=_rows(model, batch, outputs[0]))
+        return {"rows": _rows(model, batch, outputs[0])}
     except (InputError, FloatingPointError, torch.OutOfMemoryError) as error:
-        writer.add(image_id, failed=f"{type(error).__name__}: {error}")
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def _rows(model: Counter, batch: Batch, output: CountOutput) -> list[Row]:
@@ -172,42 +167,11 @@ def _rows(model: Counter, batch: Batch, output: CountOutput) -> list[Row]:
     return rows
 
 
-# -- finished pictures ------------------------------------------------------------------------------------------------
-
-
-class _Writer:
-    """Keeps each finished picture as one line of JSON, so that an interruption loses one picture at most."""
-
-    def __init__(self, parts: Path | None, rank: int, done: dict[str, dict[str, Any]]) -> None:
-        self.done = dict(done)
-        self.file: TextIO | None = None
-        if parts is not None:
-            parts.mkdir(parents=True, exist_ok=True)
-            self.file = (parts / f"{rank}.jsonl").open("a", encoding="utf-8")
-            self.file.write("\n")  # ends a line that an interruption left half written
-
-    def add(self, image_id: str, **content: Any) -> None:
-        self.done[image_id] = content
-        if self.file is not None:
-            line = json.dumps({"image": image_id, **content}, ensure_ascii=False, allow_nan=False)
-            self.file.write(line + "\n")
-            self.file.flush()
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-
-
 def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
-    """What the files of ``parts`` hold, by picture; a half-written line is no picture."""
+    """What the processes have left in ``parts``, by picture."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(parts.glob("*.jsonl")) if parts is not None and parts.is_dir() else []:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                one = json.loads(line)
-            except ValueError:
-                continue
-            image_id = one.pop("image")
+    for path in sorted(parts.glob("*.jsonl")) if parts is not None else []:
+        for image_id, one in FinishedPictures(path).items():
             if "rows" in one or image_id not in found:  # a picture that failed may have been counted since
                 found[image_id] = one
     return found

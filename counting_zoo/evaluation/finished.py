@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import ItemsView
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -50,6 +51,10 @@ class FinishedPictures:
 
     def __getitem__(self, image_id: str) -> dict[str, Any]:
         return self._found[image_id]
+
+    def items(self) -> ItemsView[str, dict[str, Any]]:
+        """Ids and what is known, in the order in which they were finished."""
+        return self._found.items()
 
     def add(self, image_id: str, content: dict[str, Any]) -> None:
         """Keep what is known of a picture; the same as it will be read again."""
