@@ -60,8 +60,8 @@ def page(title: str, sections: Sequence[str]) -> str:
     return _PAGE.format(title=escape(title), style=_STYLE, body=body)
 
 
-def picture_section(pictures: Sequence[Picture]) -> str:
-    """Drawings with their captions, a block for each group; empty without pictures."""
+def picture_section(pictures: Sequence[Picture], level: int = 2) -> str:
+    """Drawings with their captions below a heading, a block for each group; empty without pictures."""
     groups: dict[str, list[Picture]] = {}
     for picture in pictures:
         groups.setdefault(picture.group, []).append(picture)
@@ -73,7 +73,7 @@ def picture_section(pictures: Sequence[Picture]) -> str:
             for p in members
         )
         blocks.append(f'<div><figcaption>{escape(group)}</figcaption><div class="group">{figures}</div></div>')
-    return f'<h2>Pictures</h2><div class="figures">{"".join(blocks)}</div>' if blocks else ""
+    return f'<h{level}>Pictures</h{level}><div class="figures">{"".join(blocks)}</div>' if blocks else ""
 
 
 def number(value: float | None) -> str:
@@ -155,6 +155,42 @@ def scatter(dots: Sequence[tuple[float, float]], caption: str) -> str:
     return f"<figure>{drawn}<figcaption>{escape(caption)}{note}</figcaption></figure>"
 
 
+def interval_plot(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]], label: str, caption: str) -> str:
+    """A ``<figure>`` of values with their intervals, one below the other, from 0 on.
+
+    Args:
+        rows: name, value, lower and upper end, and whether it stands out.
+        label: what the axis is.
+        caption: plain text.
+    """
+    finite = [row for row in rows if math.isfinite(row[1])]
+    if not finite:
+        return ""
+    left, right, step, top = 240, 720, 26, 8
+    most = 1.05 * max(max(value, ends[1] if ends else value) for _, value, ends, _ in finite) or 1.0
+    bottom = top + step * len(finite)
+
+    def at(value: float) -> str:
+        return f"{left + (right - left) * min(max(value / most, 0), 1):.1f}"
+
+    drawn = [f'<line x1="{left}" y1="{top}" x2="{left}" y2="{bottom}" stroke="#b8c0cc"/>']
+    for i, (name, value, ends, strong) in enumerate(finite):
+        y, colour = top + step * (i + 0.5), "#2a6fdb" if strong else "#9aa4b2"
+        short = name if len(name) <= 34 else f"{name[:33]}…"
+        drawn.append(
+            f'<text x="{left - 8}" y="{y + 4:g}" text-anchor="end"><title>{escape(name)}</title>{escape(short)}</text>'
+        )
+        if ends:
+            span = f'x1="{at(ends[0])}" y1="{y:g}" x2="{at(ends[1])}" y2="{y:g}"'
+            drawn.append(f'<line {span} stroke="{colour}" stroke-width="3"/>')
+        drawn.append(f'<circle cx="{at(value)}" cy="{y:g}" r="5" fill="{colour}"/>')
+        drawn.append(f'<text x="{right + 8}" y="{y + 4:g}">{number(value)}</text>')
+    drawn.append(f'<text x="{left}" y="{bottom + 18}">0</text>')
+    drawn.append(f'<text x="{right}" y="{bottom + 18}" text-anchor="end">{most:.4g} {escape(label)}</text>')
+    return f"<figure>{svg(''.join(drawn), 800, bottom + 26)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
 __all__ = [
-    "Picture", "axes", "embedded", "jpeg", "number", "page", "picture_section", "place", "scatter", "svg",
+    "Picture", "axes", "embedded", "interval_plot", "jpeg", "number", "page", "picture_section", "place", "scatter",
+    "svg",
 ]  # fmt: skip
