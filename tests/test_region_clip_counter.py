@@ -501,6 +501,26 @@ def test_boxes_of_a_file_through_the_command_line(photos: Path, rule: dict[str, 
     assert [float(row["predicted"]) for row in tested] == [float(row["true"]) for row in tested] == [3, 5, 2]
 
 
+def test_given_boxes_are_classified_through_predict(photos: Path) -> None:
+    """With the README's words, by a model that proposes boxes itself: coinciding ones stay, named as by the library."""
+    content = json.loads((photos / "boxes.json").read_text())
+    first = content["annotations"][0]
+    content["annotations"] += [first, {**first, "bbox": [side + 0.25 for side in first["bbox"]]}]
+    (photos / "boxes.json").write_text(json.dumps(content))
+    save(counter(), "model.ckpt")
+    words = ["--model.proposals=boxes.json", "--model.threshold=0", "--model.iou_threshold=1", "--model.assign=best"]
+    asked = "--data.classes=[figs, dates, plums]"
+    assert tiny.run("predict", *folder_words(photos, asked, *words), "--ckpt_path=model.ckpt") == 0
+    written = rows(photos / "predictions" / "boxes.csv")
+    assert len(written) == len(content["annotations"]) == 12
+    library = load("model.ckpt")
+    for i in range(3):
+        mine = [row for row in written if Path(row["image"]).name == f"{i}.png"]
+        boxes = [[float(row[c]) for c in ("x1", "y1", "x2", "y2")] for row in mine]
+        said = library.classify_regions(photos / "data" / "images" / f"{i}.png", boxes, ["figs", "dates", "plums"])
+        assert said.labels == [row["name"] for row in mine]
+
+
 def test_a_picture_that_the_file_does_not_name(photos: Path) -> None:
     model = counter(proposals="boxes.json")
     with pytest.raises(InputError, match=r"photo\.png"):
