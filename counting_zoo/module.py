@@ -196,15 +196,20 @@ class CountingModule(Counter, TrainingModule):
 
     # -- intervals ------------------------------------------------------------------------------------------------
 
+    def drop_intervals(self, changed: str) -> None:
+        """Forget how far counts are off, with a warning, where something has changed that they depend on."""
+        if self.interval_calibration is None:
+            return
+        warnings.warn(
+            f"the intervals of this model were calibrated with other {changed}, and are dropped; calibrate it again "
+            "(counting-zoo calibrate)",
+            stacklevel=3,
+        )
+        self.interval_calibration = None
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.interval_calibration is not None:
-            warnings.warn(
-                "the intervals of this model were calibrated for the weights that training now changes, and are "
-                "dropped; calibrate it again when it is trained (counting-zoo calibrate)",
-                stacklevel=2,
-            )
-            self.interval_calibration = None
+        self.drop_intervals("weights than those that training now gives it")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -214,14 +219,9 @@ class CountingModule(Counter, TrainingModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         stored = checkpoint["counting_zoo"].get("intervals")
-        changed = [] if stored is None else self._changed(checkpoint.get("hyper_parameters", {}))
-        if changed:
-            warnings.warn(
-                f"the intervals of this checkpoint were calibrated with other settings than it is loaded with "
-                f"({', '.join(changed)}), and are dropped; calibrate it again with these (counting-zoo calibrate)",
-                stacklevel=2,
-            )
-        self.interval_calibration = None if stored is None or changed else IntervalCalibration.from_dict(stored)
+        self.interval_calibration = None if stored is None else IntervalCalibration.from_dict(stored)
+        if changed := self._changed(checkpoint.get("hyper_parameters", {})):
+            self.drop_intervals(f"settings than it is loaded with ({', '.join(changed)})")
 
     def _changed(self, stored: dict[str, Any]) -> list[str]:
         """Settings that differ from those of a checkpoint, among those that may change a count."""

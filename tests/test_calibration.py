@@ -12,11 +12,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pytest
+import tiny as tiny_models
 import torch
+import yaml
 from tiny_zoo import BlockCounter, TinyCounter, TinyPictures
 
 import counting_zoo
-from counting_zoo import EBC, CountingModule, Prediction, load, save
+from counting_zoo import EBC, CountingModule, Prediction, RegionCLIPCounter, load, save
 from counting_zoo.calibration import Calibrated, calibrate, write_calibrated
 from counting_zoo.callbacks import PredictionWriter, TestReport
 from counting_zoo.cli import main
@@ -26,6 +28,7 @@ from counting_zoo.evaluation.counting import count_split
 from counting_zoo.evaluation.intervals import IntervalCalibration, fit_intervals
 from counting_zoo.loading import read_checkpoint
 from counting_zoo.models.clip_ebc.heads import EBCOutput, ZIPOutput
+from counting_zoo.training_cli import _recipe
 from counting_zoo.types import SpreadOutput
 
 BLACK = np.zeros((32, 40, 3), np.uint8)
@@ -177,7 +180,7 @@ def test_a_checkpoint_is_copied_with_all_that_is_in_it(tmp_path: Path) -> None:
     # Trained on, the model is another.
     more = L.Trainer(accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, enable_progress_bar=False,
                      enable_model_summary=False, logger=False, enable_checkpointing=False)  # fmt: skip
-    with pytest.warns(UserWarning, match="calibrated for the weights that training now changes"):
+    with pytest.warns(UserWarning, match="calibrated with other weights"):
         more.fit(trained := tiny(), data, ckpt_path=tmp_path / "new" / "calibrated.ckpt", weights_only=True)
     assert trained.interval_calibration is None
 
@@ -192,6 +195,35 @@ def test_other_settings_than_those_calibrated_with_drop_it(tmp_path: Path) -> No
     for change in ({"window": 32}, {"preprocess": {"resize": "short", "size": 64}}):
         with pytest.warns(UserWarning, match=rf"other settings .*\({next(iter(change))}\)"):
             assert load(path, **change).interval_calibration is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in tiny_models.MODELS])
+def test_every_shipped_model_keeps_its_intervals(name: str, tmp_path: Path) -> None:
+    """Its settings are the same when they come back from a file, through the library and through the command line."""
+    model: CountingModule = tiny_models.build("model", *tiny_models.model(name))
+    model.interval_calibration = ONE
+    path = save(model, tmp_path / "a.ckpt")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": _recipe(path)}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the intervals of this model.*")
+        assert load(path).interval_calibration == ONE
+        again: CountingModule = tiny_models.build("model", "--config", str(tmp_path / "recipe.yaml"))
+        again.on_load_checkpoint(read_checkpoint(path))
+        assert again.interval_calibration == ONE
+
+
+def test_a_new_threshold_drops_the_intervals_of_detections() -> None:
+    model = RegionCLIPCounter(tiny_models.clip_config(), threshold=0.4, width=8)
+    model.interval_calibration = ONE
+    model._waiting = []
+    model.log = model.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+    model.trainer = L.Trainer(logger=False, enable_checkpointing=False)
+    counts = torch.zeros(99, 1)
+    counts[:70] = 5  # right below a threshold of 0.7
+    model.threshold_errors.update("a", counts, torch.tensor([5.0]))
+    with pytest.warns(UserWarning, match="new threshold of"):
+        model.on_validation_epoch_end()
+    assert model.interval_calibration is None
 
 
 def test_a_damaged_calibration_is_a_checkpoint_error(tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ class CalibratedModule(CountingModule):
                 found = self.threshold_errors.compute()
             self.threshold_errors.reset()
             if found is not None:
+                if abs(found - float(self.threshold)) > 1e-6:
+                    self.drop_intervals(f"detections than those above the new threshold of {found:g}")
                 self._calibrated = found
                 self.threshold.fill_(found)
             waiting, self._waiting = self._waiting, None
