@@ -52,7 +52,7 @@ class Reader(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in ("table", "tr", "td", "th", "p", "h1", "ul", "li", "a")
+        assert tag in ("table", "tr", "td", "th", "p", "h1", "ul", "li", "a", "div")
         assert {name for name, _ in attrs} <= {"class", "href"}
         self.open.append(tag)
         if tag in ("td", "th"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import counting_zoo
-from counting_zoo.evaluation.published import Published, published
+from counting_zoo.evaluation.published import Published, deciding_settings, published
 
 ROOT = Path(counting_zoo.__file__).parents[1]
 FILE = resources.files("counting_zoo.evaluation").joinpath("published.json")
@@ -35,6 +35,7 @@ def test_every_result_is_complete(entry: Published) -> None:
     assert entry.metrics.get("mae", 0) <= entry.metrics.get("rmse", math.inf)
     assert entry.metrics.get("nae", 0) < 1
     assert not entry.url or entry.url.startswith("https://")
+    assert set(entry.settings) == set(deciding_settings(entry.data)), "one setting decides for all or for none"
     module = getattr(counting_zoo, entry.data)
     assert set(entry.settings) <= set(inspect.signature(module.__init__).parameters), "settings of another data module"
 

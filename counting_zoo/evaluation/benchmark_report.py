@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from counting_zoo.errors import InputError
-from counting_zoo.evaluation.benchmark_tables import TITLES, constant_label, constants, data_blocks
+from counting_zoo.evaluation.benchmark_tables import CLASS_MEANS, constant_label, constants, data_blocks
 from counting_zoo.evaluation.bootstrap import Bootstrap
 from counting_zoo.evaluation.comparison import JOIN, compare
-from counting_zoo.evaluation.count_table import CountTable
+from counting_zoo.evaluation.count_table import GAME_COLUMNS, CountTable
 from counting_zoo.evaluation.document import Block, Cell, Heading, Images, Table, Text, to_html, to_markdown
 from counting_zoo.evaluation.page import Picture, interval_plot, jpeg, page, picture_section, scatter
 from counting_zoo.evaluation.published import published
-from counting_zoo.evaluation.statistics import summarise
+from counting_zoo.evaluation.statistics import METRICS, summarise
 from counting_zoo.evaluation.tables import replacing, write_table
 from counting_zoo.version import __version__
 
@@ -251,9 +251,7 @@ def _html(results: Mapping[str, Any], runs: Sequence[Run]) -> str:
             [(n, s["mae"], s.get("interval", {}).get("mae"), model) for n, s, model in rows if "mae" in s],
             "MAE", "Mean absolute errors with their intervals; grey: the same number whatever the picture",
         )  # fmt: skip
-        dots = "".join(
-            scatter(np.column_stack([run.table.target, run.table.predicted]).tolist(), run.model) for run in own
-        )
+        dots = "".join(scatter(_dots(run.table), run.model) for run in own)
         drawings = [replace(p, group=f"{run.model}: {p.group}") for run in own for p in run.pictures]
         sections += [
             to_html([heading], 2), f'<div class="figures">{plot}</div><div class="figures">{dots}</div>',
@@ -262,12 +260,17 @@ def _html(results: Mapping[str, Any], runs: Sequence[Run]) -> str:
     return page(results["title"], sections)
 
 
-_WITH_ENDS = ("mae", "rmse", "nae", "bias", "game1", "game2", "game3")
-_OF_CLASSES = ("mrmse", "mrmse_nz", "m_rel_rmse", "m_rel_rmse_nz")
+def _dots(table: CountTable) -> list[tuple[float, float]]:
+    """True and predicted counts, in an order that is not that of the rows."""
+    rows = zip(table.image, table.name, table.target.tolist(), table.predicted.tolist(), strict=True)
+    return [(target, predicted) for _, _, target, predicted in sorted(rows, key=lambda row: row[:2])]
+
+
+_WITH_ENDS = (*METRICS, *GAME_COLUMNS)
 CSV_COLUMNS = (
     "data", "name", "kind", "rows_of", "pictures", "rows",
-    *(f"{key}{end}" for key in _WITH_ENDS for end in ("", "_low", "_high")), *_OF_CLASSES,
-    *(f"total_{key}" for key in _WITH_ENDS[:4]),
+    *(f"{key}{end}" for key in _WITH_ENDS for end in ("", "_low", "_high")), *CLASS_MEANS,
+    *(f"total_{key}" for key in METRICS),
 )  # fmt: skip
 
 
@@ -286,8 +289,8 @@ def _csv_rows(results: Mapping[str, Any]) -> Iterator[list[str | int | float]]:
                 cells = [entry["name"], label, kind, name, figures["pictures"], figures["rows"]]
                 for key in _WITH_ENDS:
                     cells += [scores.get(key, ""), *scores.get("interval", {}).get(key, ("", ""))]
-                cells += [scores.get("classes", {}).get(key, "") for key in _OF_CLASSES]
-                yield cells + [total.get(key, "") for key in _WITH_ENDS[:4]]
+                cells += [scores.get("classes", {}).get(key, "") for key in CLASS_MEANS]
+                yield cells + [total.get(key, "") for key in METRICS]
 
 
 def _file_names(i: int, run: Run) -> list[str]:
@@ -328,4 +331,4 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-__all__ = ["TITLES", "Run", "benchmark_results", "read_results", "results_section", "write_benchmark", "write_costs"]
+__all__ = ["Run", "benchmark_results", "read_results", "results_section", "write_benchmark", "write_costs"]

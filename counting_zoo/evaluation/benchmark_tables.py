@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from counting_zoo.class_metrics import MeanStatistic
 from counting_zoo.evaluation.count_table import GAME_COLUMNS
 from counting_zoo.evaluation.document import Block, Cell, Heading, Items, Link, Table, Text
 from counting_zoo.evaluation.statistics import METRICS
@@ -15,8 +16,7 @@ TITLES = {
     "game3": "GAME(3)", "mrmse": "mRMSE", "mrmse_nz": "mRMSE-nz", "m_rel_rmse": "m-relRMSE",
     "m_rel_rmse_nz": "m-relRMSE-nz",
 }  # fmt: skip
-_RATIOS = ("nae", "mrmse", "mrmse_nz", "m_rel_rmse", "m_rel_rmse_nz")
-_OF_CLASSES = _RATIOS[1:]
+CLASS_MEANS: tuple[str, ...] = get_args(MeanStatistic)
 Scores = Mapping[str, Any]
 
 
@@ -101,7 +101,7 @@ def _score_table(entry: Scores, part: str) -> Table:
         rows.append((model["model"], figures))
     n_models = len(rows)
     rows += constants(entry, part)
-    allowed = {"": (*METRICS, *GAME_COLUMNS), "totals": METRICS, "classes": _OF_CLASSES}[part]
+    allowed = {"": (*METRICS, *GAME_COLUMNS), "totals": METRICS, "classes": CLASS_MEANS}[part]
     metrics = [key for key in allowed if any(key in scores for _, scores in rows)]
     lines = [[name, *(with_interval(scores, metric) for metric in metrics)] for name, scores in rows]
     return Table(["", *(TITLES[metric] for metric in metrics)], lines, bold=frozenset(range(n_models)))
@@ -275,8 +275,10 @@ def _fact_table(header: list[str], facts: Sequence[Mapping[str, Any]]) -> Table:
     return Table(header, rows, numbers=False)
 
 
-def _fact(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+def _fact(value: Any, most: int = 100) -> str:
+    """A fact in a cell; what is too long for one, such as a whole recipe, is in the JSON."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return text if len(text) <= most else "see benchmark.json"
 
 
 def _counts(start: int) -> str:
@@ -284,7 +286,7 @@ def _counts(start: int) -> str:
 
 
 def _number(value: float, metric: str = "") -> str:
-    digits = 3 if metric in _RATIOS else 2
+    digits = 3 if metric in ("nae", *CLASS_MEANS) else 2
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
@@ -301,4 +303,4 @@ def _difference(value: float, ends: Sequence[float] | None) -> str:
     return _signed(value) + (f" [{_signed(ends[0])}, {_signed(ends[1])}]" if ends else "") + ("*" if sure else "")
 
 
-__all__ = ["TITLES", "constant_label", "constants", "data_blocks", "with_interval"]
+__all__ = ["CLASS_MEANS", "TITLES", "constant_label", "constants", "data_blocks", "with_interval"]

@@ -137,7 +137,7 @@ def to_html(blocks: Sequence[Block], level: int = 1) -> str:
                     + "</tr>"
                     for i, row in enumerate(rows)
                 )
-                written.append(f"<table><tr>{head}</tr>{lines}</table>")
+                written.append(f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>')
             case Images(files):
                 written += [
                     f'<figure><img alt="" src="{escape(file)}"><figcaption>{escape(caption)}</figcaption></figure>'

@@ -42,7 +42,7 @@ table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px soli
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}tr.model{font-weight:600}
 .figures,.group{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0}
 .group img{width:260px;max-width:100%;display:block}figcaption{font-size:.85rem;max-width:260px;color:#475266}
-.note{color:#475266;max-width:48rem}.settings td{font-size:.85rem;overflow-wrap:anywhere}
+.wide{overflow-x:auto}.note{color:#475266;max-width:48rem}.settings td{font-size:.85rem;overflow-wrap:anywhere}
 footer{margin:2rem 0;color:#7a8597}
 svg text{font:12px system-ui,sans-serif;fill:#475266}
 """

@@ -60,6 +60,16 @@ def published(data: str, split: str, settings: Mapping[str, Any] | None = None) 
     ]
 
 
+def deciding_settings(data: str) -> list[str]:
+    """The arguments of a data module that decide which published results belong to it.
+
+    Example:
+        >>> deciding_settings("ShanghaiTech"), deciding_settings("FSC147")
+        (['part'], [])
+    """
+    return sorted({key for result in _all() if result.data == data for key in result.settings})
+
+
 @cache
 def _all() -> tuple[Published, ...]:
     text = resources.files("counting_zoo.evaluation").joinpath("published.json").read_text(encoding="utf-8")
@@ -67,4 +77,4 @@ def _all() -> tuple[Published, ...]:
     return tuple(sorted(found, key=lambda r: (r.metrics.get("mae", r.metrics.get("mrmse", 0.0)), r.model)))
 
 
-__all__ = ["Published", "published"]
+__all__ = ["Published", "deciding_settings", "published"]
