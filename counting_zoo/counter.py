@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.inference import count_tiled
-from counting_zoo.ops import peak_points
+from counting_zoo.peaks import peak_points
 from counting_zoo.pictures import as_picture
 from counting_zoo.types import Batch, CountOutput, Prediction, SpreadOutput
 

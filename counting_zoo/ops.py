@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_max_pool2d, interpolate, max_pool2d, pad
+from torch.nn.functional import pad
 
 from counting_zoo.errors import InputError
 
@@ -238,114 +238,11 @@ def resize_density(density: Tensor, size: Size, extent: tuple[float, float] | No
         tensor([[2., 4.]])
     """
     dtype = torch.float64 if density.dtype == torch.float64 else torch.float32
-    extent = _extent(density, extent)
+    extent = extent_of(density, extent)
     result = density.to(exact_dtype(density.device))
     for dim in (-2, -1):
         result = _resample(result.movedim(dim, -1), size[dim], extent[dim]).movedim(-1, dim)
     return result.to(dtype)
-
-
-def local_peaks(density: Tensor, *, threshold: float, radius: int = 1) -> list[list[tuple[Tensor, Tensor]]]:
-    """Local maxima of density maps; a plateau of equal values is one peak, at its first cell.
-
-    Args:
-        density: ``(B, K, h, w)``.
-        threshold: a peak is above this.
-        radius: a peak is the maximum of the square of ``2 * radius + 1`` cells around it.
-
-    Returns:
-        for each picture and class ``(N, 2)`` float32 x, y of the peaks' centres in cells (the first cell's centre is
-        0.5, 0.5) and ``(N,)`` their values, highest first.
-
-    Example:
-        >>> local_peaks(torch.tensor([[[[0.0, 2.0, 0.0, 1.0]]]]), threshold=0.5)[0][0]
-        (tensor([[1.5000, 0.5000],
-                [3.5000, 0.5000]]), tensor([2., 1.]))
-    """
-    density = density.detach().float()
-    b, k, h, w = density.shape
-    if not density.numel():
-        empty = density.new_zeros(0)
-        return [[(empty.reshape(0, 2), empty) for _ in range(k)] for _ in range(b)]
-    maps = density.reshape(b * k, 1, h, w)
-    candidate = (maps == _dilate(maps, radius)) & (maps > threshold)
-    peak = _first_of_plateaus(candidate, radius)
-    plane, row, column = peak.squeeze(1).nonzero(as_tuple=True)
-    score = maps[plane, 0, row, column]
-    order = score.argsort(descending=True, stable=True)
-    order = order[plane[order].argsort(stable=True)]
-    xy = torch.stack([column, row], 1)[order].float() + 0.5
-    lengths = plane.bincount(minlength=b * k).tolist()
-    found = list(zip(xy.split(lengths), score[order].split(lengths), strict=True))
-    return [found[i * k : (i + 1) * k] for i in range(b)]
-
-
-def peak_points(
-    density: Tensor, image_size: Size, *, extent: tuple[float, float] | None = None, max_points: int | None = None
-) -> list[Tensor]:
-    """Where the counted objects are: as many of the highest peaks as the map counts, and never more than it has.
-
-    Args:
-        density: ``(K, h, w)``.
-        image_size: ``(H, W)`` of the picture the map lies on.
-        extent: as in :func:`resize_density`.
-        max_points: upper limit for each class.
-
-    Returns:
-        K tensors ``(N_k, 2)`` of x, y in pixels of the picture, highest peak first; ``N_k <= round(count_k)``.
-    """
-    height, width = _extent(density, extent)
-    wanted = density.detach().float().sum((-2, -1)).round().clamp(min=0).tolist()
-    peaks = local_peaks(density[None], threshold=0.0)[0]
-    scale = density.new_tensor([image_size[1] / width, image_size[0] / height], dtype=torch.float32)
-    limit = density.new_tensor([image_size[1], image_size[0]], dtype=torch.float32)
-    return [
-        torch.minimum(xy[: int(count if max_points is None else min(count, max_points))] * scale, limit)
-        for (xy, _), count in zip(peaks, wanted, strict=True)
-    ]
-
-
-def positive_patches(
-    points: Sequence[Tensor],
-    size: Size,
-    grid: Size,
-    *,
-    labels: Sequence[Tensor] | None = None,
-    num_classes: int = 1,
-    sigma: float = 0.0,
-    truncate: float = 4.0,
-    validate: bool = True,
-) -> Tensor:
-    """Which patches of a picture hold an object: the positives of CLIP-Count's patch-text contrast.
-
-    Args:
-        points, size, labels, num_classes, validate: as in :func:`points_to_counts`.
-        grid: number of patches along height and width.
-        sigma: if above 0, a patch that only the Gaussian around a point reaches is positive too (pixels).
-        truncate: the Gaussian ends at this many standard deviations.
-
-    Returns:
-        ``(B, K, *grid)`` bool.
-    """
-    radius = _radius(sigma, truncate)
-    if radius == 0:
-        return points_to_grid(points, size, grid, labels=labels, num_classes=num_classes, validate=validate) > 0
-    counts = points_to_counts(points, size, labels=labels, num_classes=num_classes, validate=validate)
-    return adaptive_max_pool2d(_dilate(counts, radius), grid) > 0
-
-
-def positive_patches_of_density(density: Tensor, inner: Size, patch: int) -> Tensor:
-    """The positives as the reference of CLIP-Count finds them: in a map subsampled to the encoder's input size.
-
-    Args:
-        density: ``(B, K, H, W)`` target map, already blurred.
-        inner: height and width of the encoder's input (224, 224).
-        patch: side of a patch of that input.
-
-    Returns:
-        ``(B, K, inner[0] // patch, inner[1] // patch)`` bool.
-    """
-    return max_pool2d(interpolate(density, inner, mode="nearest"), patch) > 0
 
 
 def _flatten(
@@ -397,19 +294,20 @@ def _scatter(
     return flat.index_add_(0, index, weight).reshape(shape)
 
 
-def _radius(sigma: float, truncate: float) -> int:
+def gaussian_radius(sigma: float, truncate: float) -> int:
+    """How many cells a Gaussian reaches that ends at ``truncate`` standard deviations."""
     return int(truncate * sigma + 0.5)
 
 
 @lru_cache(maxsize=64)
 def _gaussian(sigma: float, truncate: float) -> tuple[float, ...]:
     """Weights of the centre and of the cells 1, 2, ... away from it on either side; the whole kernel sums to one."""
-    half = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(_radius(sigma, truncate) + 1)]
+    half = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(gaussian_radius(sigma, truncate) + 1)]
     total = half[0] + 2 * math.fsum(half[1:])
     return tuple(value / total for value in half)
 
 
-def _extent(density: Tensor, extent: tuple[float, float] | None) -> tuple[float, float]:
+def extent_of(density: Tensor, extent: tuple[float, float] | None) -> tuple[float, float]:
     """The picture's height and width in cells, checked against the map."""
     h, w = density.shape[-2:]
     if extent is None:
@@ -433,44 +331,15 @@ def _resample(values: Tensor, n: int, extent: float) -> Tensor:
     return running.diff(dim=-1)
 
 
-def _dilate(maps: Tensor, radius: int) -> Tensor:
-    """Maximum over the square of ``2 * radius + 1`` cells; separable, so large radii stay cheap."""
-    tall = max_pool2d(maps, (2 * radius + 1, 1), 1, (radius, 0))
-    return max_pool2d(tall, (1, 2 * radius + 1), 1, (0, radius))
-
-
-def _first_of_plateaus(candidate: Tensor, radius: int) -> Tensor:
-    """Of all candidates that touch through windows, keep the first: components labelled by pooling and jumping.
-
-    Args:
-        candidate: ``(P, 1, h, w)`` bool; candidates within ``radius`` of each other have equal values.
-        radius: of the window.
-    """
-    h, w = candidate.shape[-2:]
-    own = torch.arange(h * w, device=candidate.device, dtype=exact_dtype(candidate.device)).reshape(1, 1, h, w)
-    far = float(h * w)
-    label = torch.where(candidate, own, far)
-    while True:
-        lowest = torch.where(candidate, -_dilate(-label, radius), far)
-        # A label is a cell of the same plateau: taking that cell's label halves the distance left to the first.
-        target = lowest.flatten(1).clamp(max=h * w - 1).long()
-        lowest = torch.where(candidate, lowest.flatten(1).gather(1, target).reshape(label.shape), far)
-        if torch.equal(lowest, label):
-            return candidate & (label == own)
-        label = lowest
-
-
 __all__ = [
     "blur_density",
     "exact_dtype",
+    "extent_of",
     "full_precision",
-    "local_peaks",
-    "peak_points",
+    "gaussian_radius",
     "points_to_counts",
     "points_to_density",
     "points_to_grid",
-    "positive_patches",
-    "positive_patches_of_density",
     "resize_density",
     "sum_blocks",
 ]

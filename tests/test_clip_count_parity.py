@@ -17,7 +17,7 @@ from torch import Tensor
 from counting_zoo import CLIPCount, load_official
 from counting_zoo.models.clip_count.loss import density_mse, patch_text_contrastive
 from counting_zoo.models.clip_count.network import CLIPCountOutput
-from counting_zoo.ops import positive_patches_of_density
+from counting_zoo.models.clip_count.positives import positive_patches_of_density
 
 GOLDEN = Path(__file__).parent / "golden" / "clip_count_vit_b_16.npz"
 

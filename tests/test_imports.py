@@ -21,7 +21,7 @@ PARTS = tuple(
     f"models.*.{part}"
     for part in (
         *("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "transport"),
-        *("zip_loss", "peaks"),
+        *("zip_loss", "peaks", "positives"),
         *("peak_response", "instances", "proposals", "segments", "drawing"),
         *("concepts", "pseudo_labels", "detections", "box_sources", "box_files", "tiles"),
         *("detection_loss", "classified", "pretraining_batch", "pretraining_settings", "region_accuracy"),
@@ -31,7 +31,7 @@ PARTS = tuple(
 LAYERS = (
     ("version", "errors", "class_lists"),
     ("types", "geometry", "image_headers"),
-    ("ops", "regions", "images", "prompts", "schedules", "config_safety"),
+    ("ops", "peaks", "regions", "images", "prompts", "schedules", "config_safety"),
     ("inference", "metrics", "class_metrics", "mask_metrics", "box_metrics", "pictures", "nn"),
     PARTS,
     ("counter", "data"),
@@ -42,7 +42,7 @@ LAYERS = (
     ("models.*.module", "models.*.weights", "models.*", "models"),
     ("loading", "callbacks"),
 )
-PURE = ("types", "geometry", "ops", "regions", "inference", "nn", *PARTS)
+PURE = ("types", "geometry", "ops", "peaks", "regions", "inference", "nn", *PARTS)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from counting_zoo.data.transforms import Augmentation, CLIPCountAugmentation, Pl
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.module import CountingModule
-from counting_zoo.ops import peak_points, points_to_counts, points_to_density, resize_density
+from counting_zoo.ops import points_to_counts, points_to_density, resize_density
+from counting_zoo.peaks import peak_points
 from counting_zoo.types import Batch
 
 AUGMENTATIONS: dict[str, Augmentation | None] = {

@@ -17,11 +17,12 @@ from counting_zoo.models.clip_count.loss import (
     region_weights,
 )
 from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction
+from counting_zoo.models.clip_count.positives import positive_patches, positive_patches_of_density
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, tokenizer_of
 from counting_zoo.nn.pretrained import PretrainedCLIP, load_text, load_vision, read_pretrained
 from counting_zoo.nn.text import TextPool, TextTower
 from counting_zoo.nn.vision import PromptIndexing, Stem
-from counting_zoo.ops import points_to_density, positive_patches, positive_patches_of_density
+from counting_zoo.ops import points_to_density
 from counting_zoo.text_guided import TextGuidedModule
 from counting_zoo.types import Batch, CountOutput
 

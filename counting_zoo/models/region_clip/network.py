@@ -17,7 +17,8 @@ from counting_zoo.nn.clip_regions import RegionEncoder, ResNetRegions, StemRegio
 from counting_zoo.nn.normalization import STATISTICS
 from counting_zoo.nn.text import TextTower
 from counting_zoo.nn.vision import ResidualBlock
-from counting_zoo.ops import local_peaks, points_to_counts
+from counting_zoo.ops import points_to_counts
+from counting_zoo.peaks import local_peaks
 from counting_zoo.types import CountOutput
 
 CELL = 4
