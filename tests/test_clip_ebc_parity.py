@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from counting_zoo import load_official
+from counting_zoo.models.clip_ebc.blockwise import BlockwiseCounter
 from counting_zoo.models.clip_ebc.heads import EBCOutput
-from counting_zoo.models.clip_ebc.module import BlockwiseCounter
 from counting_zoo.types import Batch
 
 GOLDEN = Path(__file__).parent / "golden"
