@@ -63,7 +63,7 @@ class Gardens(CountingDataModule):
         found = []
         for image_id, shown in self.shown.items():
             labels = np.repeat(np.arange(len(shown)), list(shown.values()))
-            known: dict[str, Any] = {"counts": np.float32(list(shown.values()))}
+            known: dict[str, Any] = {"counts": np.array(list(shown.values()), np.float32)}
             if self.with_points:
                 known = {"points": np.resize(cells, (len(labels), 2)), "labels": labels}
             found.append(Record(image_id, classes=list(shown), size=(48, 80), **known))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,9 @@ from counting_zoo.evaluation.audit import Audit
 from counting_zoo.evaluation.audit_figures import audit_figures, prompt_rows
 from counting_zoo.evaluation.audit_questions import GRIDS
 from counting_zoo.evaluation.count_table import CountTable
+from counting_zoo.evaluation.document import Block, Heading, Table, Text, to_html, to_markdown
 from counting_zoo.evaluation.page import number, page, picture_section, svg
 from counting_zoo.evaluation.tables import replacing, write_table
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table of the report with its title and what it means."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
 
 
 def write_audit(audit: Audit, folder: str | Path) -> dict[str, Any]:
@@ -41,7 +32,7 @@ def write_audit(audit: Audit, folder: str | Path) -> dict[str, Any]:
         the figures, as in ``audit.json``.
     """
     folder, figures = Path(folder), audit_figures(audit)
-    sections = _sections(figures)
+    tables = _tables(figures)
     title = f"Does {figures['protocol']['model']} count what it is asked for?"
     _write(folder / "audit.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     CountTable.of(prompt_rows(audit)).write(folder / "audit_counts.csv")
@@ -54,8 +45,8 @@ def write_audit(audit: Audit, folder: str | Path) -> dict[str, Any]:
             for m in audit.mosaics
         ],
     )  # fmt: skip
-    _write(folder / "audit.md", _markdown(title, figures, sections))
-    _write(folder / "audit.html", _html(title, figures, sections, audit))
+    _write(folder / "audit.md", _markdown(title, figures, tables))
+    _write(folder / "audit.html", _html(title, figures, tables, audit))
     if audit.cost is not None:
         cost = asdict(audit.cost) | {"ratio": audit.cost.ratio}
         _write(folder / "audit_cost.json", json.dumps(cost, indent=1) + "\n")
@@ -70,40 +61,41 @@ def _write(path: Path, text: str) -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _sections(figures: Mapping[str, Any]) -> list[Section]:
+def _tables(figures: Mapping[str, Any]) -> list[Block]:
     judged = figures["verdict"]
-    sections = [
-        Section(
-            "Right and wrong prompts",
-            ("", "figure"),
-            [
-                ("count of absent names / count of the right one", _figure(judged["ratio"])),
-                ("mean absolute error, right prompts", _figure(judged["mae"])),
-                ("mean absolute error, prompts of other classes", _figure(judged["shuffled_mae"])),
-                ("how many times as large", _figure(judged["loss"])),
-                ("mean absolute error of always saying the median true count", _figure(judged["constant_mae"])),
-            ],
-        )
-    ]
-    if "negative" in figures:
-        sections.append(_negative(figures["negative"]))
-    if "multi_class" in figures:
-        sections.append(_multi_class(figures["multi_class"]))
-    if "mosaic" in figures:
-        sections.append(_mosaic(figures["mosaic"], figures["protocol"]["mosaics"]))
-    if "pairs" in figures:
-        sections.append(_pairs(figures["pairs"]))
-    if "label_free" in figures:
-        sections += _label_free(figures["label_free"])
+    blocks = _table(
+        "Right and wrong prompts",
+        ("", "figure"),
+        [
+            ("count of absent names / count of the right one", _figure(judged["ratio"])),
+            ("mean absolute error, right prompts", _figure(judged["mae"])),
+            ("mean absolute error, prompts of other classes", _figure(judged["shuffled_mae"])),
+            ("how many times as large", _figure(judged["loss"])),
+            ("mean absolute error of always saying the median true count", _figure(judged["constant_mae"])),
+        ],
+    )
+    for name, tables in (
+        ("negative", _negative), ("multi_class", _multi_class), ("mosaic", _mosaic), ("pairs", _pairs),
+        ("label_free", _label_free),
+    ):  # fmt: skip
+        if name in figures:
+            blocks += tables(figures[name])
     if figures["left_out"]:
-        sections.append(Section("Left out", ("test", "because"), list(figures["left_out"].items())))
+        blocks += _table("Left out", ("test", "because"), list(figures["left_out"].items()), numbers=False)
     if figures["failed"]:
         rows = [(str(image_id), str(reason)) for image_id, reason in figures["failed"]]
-        sections.append(Section(f"Not counted: {len(rows)}", ("picture", "because"), rows[:20]))
-    return sections
+        blocks += _table(f"Not counted: {len(rows)}", ("picture", "because"), rows[:20], numbers=False)
+    return blocks
 
 
-def _negative(found: Mapping[str, Any]) -> Section:
+def _table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "", *, numbers: bool = True
+) -> list[Block]:
+    """A table below its title, with what it means."""
+    return [Heading(title, 1), Table(header, rows, numbers=numbers), *([Text(note)] if note else [])]
+
+
+def _negative(found: Mapping[str, Any]) -> list[Block]:
     official = found["official"]
     rows = [
         (label, _figure(found[key]), _figure(official.get(key)))
@@ -120,10 +112,10 @@ def _negative(found: Mapping[str, Any]) -> Section:
         f"{found['n']} pictures, each asked about every class (PrACo, arXiv 2409.15953). Other classes that a picture "
         "shows are no absent names; the last column takes them for such and rounds to two decimals, as PrACo does."
     )
-    return Section("Negative labels", ("", "figure", "as PrACo"), rows, note)
+    return _table("Negative labels", ("", "figure", "as PrACo"), rows, note)
 
 
-def _multi_class(found: Mapping[str, Any]) -> Section:
+def _multi_class(found: Mapping[str, Any]) -> list[Block]:
     rows = [
         (label, _figure(found[f"{key}_macro"]), _figure(found[f"{key}_micro"]))
         for key, label in (
@@ -136,24 +128,28 @@ def _multi_class(found: Mapping[str, Any]) -> Section:
         ("PCCN, mean of the true counts", _figure(found["pccn_mean_truth"]), ""),
     ]
     note = f"{found['n']} pictures, all names that are there taken for right ones (PrACo++); {found['n_left_out']} out."
-    return Section("Several classes in a picture", ("", "over pictures", "pooled"), rows, note)
+    return _table("Several classes in a picture", ("", "over pictures", "pooled"), rows, note)
 
 
-def _mosaic(found: Mapping[str, Any], drawn: int) -> Section:
+def _mosaic(found: Mapping[str, Any]) -> list[Block]:
     labels = {"global": "halves", "official": "halves, as PrACo"}
     rows = [
-        (labels.get(place, place), *(_figure(scores[key]) for key in ("cnt_p", "cnt_r", "cnt_f1")), str(scores["n"]))
+        (
+            labels.get(place, place),
+            *(_figure(scores[key]) for key in ("cnt_p", "cnt_r", "cnt_f1")),
+            *(str(scores[key]) for key in ("n", "n_without_f1")),
+        )
         for place, scores in found.items()
     ]
     note = (
         "A picture above another one that lacks its name, asked for its own: what is counted below is false. Averaged "
-        "over the classes below, then over pictures; what has a denominator of 0 is skipped. "
-        + (f"{drawn} classes were drawn for each picture." if drawn else "All classes, as in PrACo.")
+        "over the classes below, then over pictures. What has a denominator of 0 is skipped, as in PrACo: mosaics in "
+        "which nothing was counted rightly have no F1."
     )
-    return Section("Mosaics", ("", "CntP", "CntR", "CntF1", "mosaics"), rows, note)
+    return _table("Mosaics", ("", "CntP", "CntR", "CntF1", "mosaics", "of these without F1"), rows, note)
 
 
-def _pairs(found: Mapping[str, Any]) -> Section:
+def _pairs(found: Mapping[str, Any]) -> list[Block]:
     rows = [
         (label, _figure(found[key]))
         for key, label in (
@@ -165,10 +161,10 @@ def _pairs(found: Mapping[str, Any]) -> Section:
         f"{found['n']} pictures that show exactly two classes: a of the own name A and b of the other, B (PairTally, "
         "arXiv 2509.13939). f(A+B) is the sum of the counts of both names when both are asked together."
     )
-    return Section("Two classes in one picture", ("", "mean"), rows, note)
+    return _table("Two classes in one picture", ("", "mean"), rows, note)
 
 
-def _label_free(found: Mapping[str, Any]) -> list[Section]:
+def _label_free(found: Mapping[str, Any]) -> list[Block]:
     ratios = [
         (label, _figure(found[key]))
         for key, label in (
@@ -183,10 +179,11 @@ def _label_free(found: Mapping[str, Any]) -> list[Section]:
     ]
     blanks = [(kind, _figure(one["mean"]), _figure(one["max"])) for kind, one in found["blank"].items()]
     note = "Standard deviation over mean of the counts within a picture, the name itself among them."
+    same = ("", "mean", "95th percentile", "pictures")
     return [
-        Section("Prompts without meaning, and other words for the same", ("", "count / count of the name"), ratios),
-        Section("Spread over prompts that mean the same", ("", "mean", "95th percentile", "pictures"), spreads, note),
-        Section("Pictures that show nothing", ("", "mean count", "largest of a class"), blanks),
+        *_table("Prompts without meaning, and other words for the same", ("", "count / count of the name"), ratios),
+        *_table("Spread over prompts that mean the same", same, spreads, note),
+        *_table("Pictures that show nothing", ("", "mean count", "largest of a class"), blanks),
     ]
 
 
@@ -205,43 +202,30 @@ def _about(figures: Mapping[str, Any]) -> str:
         if protocol["prompts_together"]
         else "each prompt in a pass of its own, because names compete in this model"
     )
+    drawn = protocol["mosaics"]
+    below = f"mosaics with {drawn} classes drawn for each picture" if drawn else "mosaics with all classes"
     return (
         f"{figures['n_pictures']} pictures of {protocol['data_module']}, {protocol['split']} split "
         f"({data['pictures']} pictures, {data['objects']} objects, {str(data['sha256'])[:12]}), "
-        f"{len(figures['classes'])} classes; {together}; model {protocol['model_sha256'][:12]}, "
+        f"{len(figures['classes'])} classes; {together}; {below}; model {protocol['model_sha256'][:12]}, "
         f"seed {protocol['seed']}. {figures['n_without_target']} pictures show none of the classes."
     )
 
 
-def _markdown(title: str, figures: Mapping[str, Any], sections: Sequence[Section]) -> str:
-    parts = [f"# {title}", f"**{figures['verdict']['sentence']}**", _about(figures)]
-    for section in sections:
-        rows = [section.head, ["---"] * len(section.head), *section.rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-        parts += [f"## {section.title}", table, *([section.note] if section.note else [])]
-    return "\n\n".join(parts) + "\n"
+def _markdown(title: str, figures: Mapping[str, Any], tables: Sequence[Block]) -> str:
+    return to_markdown([Heading(title), Text(figures["verdict"]["sentence"]), Text(_about(figures)), *tables])
 
 
-def _html(title: str, figures: Mapping[str, Any], sections: Sequence[Section], audit: Audit) -> str:
-    blocks = [
-        f"<h1>{escape(title)}</h1>",
+def _html(title: str, figures: Mapping[str, Any], tables: Sequence[Block], audit: Audit) -> str:
+    sections = [
+        to_html([Heading(title)]),
         f"<p><strong>{escape(figures['verdict']['sentence'])}</strong></p>",
-        f'<p class="note">{escape(_about(figures))}</p>',
+        to_html([Text(_about(figures))]),
         _kinds(figures["kinds"]),
+        to_html(tables),
+        picture_section(audit.examples),
     ]
-    for section in sections:
-        head = "".join(f"<th{_numeric(i)}>{escape(cell)}</th>" for i, cell in enumerate(section.head))
-        rows = "".join(
-            "<tr>" + "".join(f"<td{_numeric(i)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
-            for row in section.rows
-        )
-        note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
-        blocks.append(f"<h2>{escape(section.title)}</h2><table><tr>{head}</tr>{rows}</table>{note}")
-    return page(title, [*blocks, picture_section(audit.examples)])
-
-
-def _numeric(column: int) -> str:
-    return ' class="n"' if column else ""
+    return page(title, sections)
 
 
 _WIDTH, _LEFT, _ROW = 640, 130, 30
