@@ -36,13 +36,17 @@ _HOME = {
     "CaptionedPictures": "counting_zoo.data.captions",
     "PackedCounts": "counting_zoo.data.pack",
     "pack": "counting_zoo.data.pack",
+    "audit": "counting_zoo.evaluation.audit",
+    "benchmark": "counting_zoo.benchmarking",
     "calibrate": "counting_zoo.calibration",
+    "export": "counting_zoo.exporting",
     "load": "counting_zoo.loading",
     "load_official": "counting_zoo.loading",
     "save": "counting_zoo.loading",
 }
 
 if TYPE_CHECKING:
+    from counting_zoo.benchmarking import benchmark
     from counting_zoo.calibration import calibrate
     from counting_zoo.data.base import CountingDataModule
     from counting_zoo.data.captions import CaptionedPictures
@@ -57,6 +61,8 @@ if TYPE_CHECKING:
     from counting_zoo.data.synthetic import SyntheticScenes
     from counting_zoo.data.ucf_qnrf import UCFQNRF
     from counting_zoo.data.voc import VOCCounts
+    from counting_zoo.evaluation.audit import audit
+    from counting_zoo.exporting import export
     from counting_zoo.geometry import Preprocess
     from counting_zoo.loading import load, load_official, save
     from counting_zoo.models.clip_count import CLIPCount
@@ -103,7 +109,10 @@ __all__ = [
     "SyntheticScenes",
     "VOCCounts",
     "__version__",
+    "audit",
+    "benchmark",
     "calibrate",
+    "export",
     "load",
     "load_official",
     "pack",

@@ -26,6 +26,7 @@ usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all 
   audit      ask a text-guided model right, wrong and empty prompts: does the count follow the text?
   calibrate  measure how far a model's counts are off, so that it gives an interval with each count
   describe   print what a data set holds, and what constant predictors score on it
+  benchmark  any models on any data under one protocol, with intervals, pictures and published results
   pack       write a data set into one HDF5 file
   convert    turn weights of a reference implementation into a checkpoint
   export     write a counter as a graph (torch.export or ONNX) that runs without this package
@@ -68,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     commands: dict[str, Callable[[list[str]], int]] = {"describe": _describe, "pack": _pack, "convert": _convert}
     commands |= {"quickstart": _quickstart, "export": _export, "export-encoder": _export_encoder}
-    commands |= {"calibrate": _calibrate, "audit": _audit}
+    commands |= {"benchmark": _benchmark, "audit": _audit, "calibrate": _calibrate}
     commands |= {name: lambda words, name=name: _run(name, words) for name in RUNS}  # type: ignore[misc]
     if command not in commands:
         close = difflib.get_close_matches(command, commands, 1)
@@ -138,6 +139,14 @@ def _audit(arguments: list[str]) -> int:
     from counting_zoo.training_cli import run_audit
 
     return run_audit(arguments, extra)
+
+
+def _benchmark(arguments: list[str]) -> int:
+    arguments, extra = take_allowed_packages(arguments)
+    restrict_imports(extra)
+    from counting_zoo.benchmark_cli import run
+
+    return run(arguments)
 
 
 def _calibrate(arguments: list[str]) -> int:

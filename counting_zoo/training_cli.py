@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import pkgutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,32 @@ def run_pack(arguments: Sequence[str]) -> int:
     made.data.prepare_data()
     print(f"wrote {pack(made.data, made.out, splits=made.splits, broken=made.broken)}")
     return 0
+
+
+def made_from_config(kind: type, key: str, path: str | Path, options: Mapping[str, Any]) -> Any:
+    """A model or data module from its configuration file.
+
+    Args:
+        kind: base class of what is made.
+        key: ``model`` or ``data``, under which the file says it.
+        path: the YAML file.
+        options: settings that win over the file's.
+
+    Raises:
+        InputError: the file cannot be read, or says something that does not exist; names the file.
+    """
+    _import_classes()
+    parser = _Parser(prog=str(path), exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_subclass_arguments(kind, key, required=True)
+    words = [
+        f"--{key}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()
+    ]
+    try:
+        return parser.instantiate(parser.parse_args(["--config", str(path), *words]))[key]
+    except ArgumentError as error:
+        cure = f" {CURE}" if "not allowed, denied by" in str(error) else ""
+        raise InputError(f"{path}: {error}{cure}") from error
 
 
 def run_calibrate(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
@@ -308,4 +336,4 @@ def _recipe(path: Path) -> dict[str, Any]:
     return {"class_path": checkpoint["counting_zoo"]["class"], "init_args": checkpoint.get("hyper_parameters", {})}
 
 
-__all__ = ["CountingCLI", "run", "run_audit", "run_calibrate", "run_describe", "run_pack"]
+__all__ = ["CountingCLI", "made_from_config", "run", "run_audit", "run_calibrate", "run_describe", "run_pack"]

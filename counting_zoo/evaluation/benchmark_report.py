@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from counting_zoo.errors import InputError
-from counting_zoo.evaluation.benchmark_tables import CLASS_MEANS, constant_label, constants, data_blocks
+from counting_zoo.evaluation.benchmark_tables import CLASS_MEANS, constant_label, constants, data_blocks, skipped_blocks
 from counting_zoo.evaluation.bootstrap import Bootstrap
 from counting_zoo.evaluation.comparison import JOIN, compare
 from counting_zoo.evaluation.count_table import GAME_COLUMNS, CountTable
@@ -62,7 +62,13 @@ class Run:
 
 
 def write_benchmark(
-    out: str | Path, runs: Sequence[Run], *, title: str, resamples: int = 2000, seed: int = 0
+    out: str | Path,
+    runs: Sequence[Run],
+    *,
+    title: str,
+    resamples: int = 2000,
+    seed: int = 0,
+    skipped: Sequence[tuple[str, str, str]] = (),
 ) -> dict[str, Path]:
     """Write ``benchmark.json``, ``benchmark.csv``, ``benchmark.md``, ``benchmark.html`` and ``pictures/*.jpg``.
 
@@ -72,6 +78,7 @@ def write_benchmark(
         title: of the reports.
         resamples: of the bootstrap (:class:`~counting_zoo.evaluation.bootstrap.Bootstrap`).
         seed: of its draws.
+        skipped: model, data and reason of what could not be scored.
 
     Returns:
         The files by their endings, and ``pictures``.
@@ -81,7 +88,7 @@ def write_benchmark(
     """
     out = Path(out)
     names = [_file_names(i, run) for i, run in enumerate(runs)]
-    results = benchmark_results(runs, names, title=title, bootstrap=Bootstrap(resamples, seed))
+    results = benchmark_results(runs, names, title=title, bootstrap=Bootstrap(resamples, seed), skipped=skipped)
     paths = {kind: out / f"benchmark.{kind}" for kind in ("json", "csv", "md", "html")}
     paths["pictures"] = out / "pictures"
     text = {
@@ -104,7 +111,12 @@ def write_benchmark(
 
 
 def benchmark_results(
-    runs: Sequence[Run], pictures: Sequence[Sequence[str]], *, title: str, bootstrap: Bootstrap
+    runs: Sequence[Run],
+    pictures: Sequence[Sequence[str]],
+    *,
+    title: str,
+    bootstrap: Bootstrap,
+    skipped: Sequence[tuple[str, str, str]] = (),
 ) -> dict[str, Any]:
     """What ``benchmark.json`` holds.
 
@@ -113,6 +125,7 @@ def benchmark_results(
         pictures: for each run, the files of its pictures.
         title: of the reports.
         bootstrap: how intervals are made.
+        skipped: model, data and reason of what could not be scored.
     """
     seen: set[tuple[str, str]] = set()
     by_data: dict[str, list[tuple[Run, Sequence[str]]]] = {}
@@ -126,6 +139,7 @@ def benchmark_results(
         "version": __version__,
         "bootstrap": asdict(bootstrap),
         "data": [_data(name, found, bootstrap) for name, found in by_data.items()],
+        "skipped": [{"model": model, "data": data, "reason": reason} for model, data, reason in skipped],
     }
     return _plain(results, "benchmark")
 
@@ -166,6 +180,7 @@ def results_section(results: Mapping[str, Any], level: int = 2, folder: str | No
         ]
         if files and folder is not None:
             blocks += [Heading("Pictures", 2), Images(files)]
+    blocks += [_lower(block) for block in skipped_blocks(results.get("skipped", []))]
     return to_markdown(blocks, level)
 
 
@@ -257,6 +272,7 @@ def _html(results: Mapping[str, Any], runs: Sequence[Run]) -> str:
             to_html([heading], 2), f'<div class="figures">{plot}</div><div class="figures">{dots}</div>',
             to_html(blocks, 2), picture_section(drawings, 3),
         ]  # fmt: skip
+    sections.append(to_html(skipped_blocks(results["skipped"]), 2))
     return page(results["title"], sections)
 
 

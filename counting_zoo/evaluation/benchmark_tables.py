@@ -39,6 +39,13 @@ def data_blocks(entry: Scores, bootstrap: Scores) -> list[Block]:
     return blocks
 
 
+def skipped_blocks(skipped: Sequence[Scores]) -> list[Block]:
+    """What could not be scored, and why."""
+    if not skipped:
+        return []
+    return [Heading("Not scored"), Items([f"{one['model']} on {one['data']}: {one['reason']}" for one in skipped])]
+
+
 def constants(entry: Scores, part: str = "") -> list[tuple[str, Scores]]:
     """Label and scores of each constant prediction, once where all models have it on the same rows.
 
@@ -303,4 +310,4 @@ def _difference(value: float, ends: Sequence[float] | None) -> str:
     return _signed(value) + (f" [{_signed(ends[0])}, {_signed(ends[1])}]" if ends else "") + ("*" if sure else "")
 
 
-__all__ = ["CLASS_MEANS", "TITLES", "constant_label", "constants", "data_blocks", "with_interval"]
+__all__ = ["CLASS_MEANS", "TITLES", "constant_label", "constants", "data_blocks", "skipped_blocks", "with_interval"]

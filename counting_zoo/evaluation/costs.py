@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import platform
 import statistics
 import time
@@ -92,7 +94,10 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
 
 
 def _forget_peak() -> bool:
-    """Let the process's high-water mark begin anew, which Linux can."""
+    """Give unused memory back and let the process's high-water mark begin anew, as Linux and glibc can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

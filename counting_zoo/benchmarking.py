@@ -1,0 +1,316 @@
+"""Any set of models on any set of data under one protocol; ``counting-zoo benchmark`` is its command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+
+from counting_zoo.callbacks import count_again
+from counting_zoo.data.base import CountingDataModule
+from counting_zoo.data.dataset import collate
+from counting_zoo.data.fingerprint import fingerprint
+from counting_zoo.data.records import Split
+from counting_zoo.errors import InputError
+from counting_zoo.evaluation.asking import model_sha256
+from counting_zoo.evaluation.benchmark_report import Run, write_benchmark, write_costs
+from counting_zoo.evaluation.costs import measure_costs
+from counting_zoo.evaluation.count_table import CountTable
+from counting_zoo.evaluation.counting import CountedSplit, count_split, read_parts
+from counting_zoo.evaluation.outside_counts import counts_of_file
+from counting_zoo.evaluation.published import deciding_settings
+from counting_zoo.evaluation.report import Picture
+from counting_zoo.loading import load
+from counting_zoo.module import CountingModule
+from counting_zoo.prompts import known_names
+
+log = logging.getLogger(__name__)
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+COSTED = 8
+"""Pictures that time and memory are measured on."""
+
+
+@dataclass(frozen=True)
+class BenchmarkFiles:
+    """What :func:`benchmark` wrote.
+
+    Args:
+        folder: where.
+        results: ``benchmark.json``: everything but times and memory.
+        runs: one for each model and data set, in the order given.
+        skipped: (model, data, reason) of those that do not fit together.
+    """
+
+    folder: Path
+    results: Path
+    runs: list[Run]
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def benchmark(
+    models: Mapping[str, CountingModule | str | Path],
+    data: Mapping[str, CountingDataModule],
+    out: str | Path,
+    *,
+    split: Split = "test",
+    title: str = "Benchmark",
+    accelerator: str = "auto",
+    devices: int = 1,
+    precision: Precision = "32-true",
+    pictures: int = 3,
+    costs: bool = True,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> BenchmarkFiles:
+    """Count every picture of every data set with every model, and report the errors with their intervals.
+
+    Finished pictures are kept below ``out/parts`` under a hash of the model's weights and recipe and of the annotation,
+    so an interrupted benchmark goes on where it stopped, and one with another model counts with that one alone. A
+    picture that cannot be read or counted is listed and left out of all scores.
+
+    Args:
+        models: by name: a model, a checkpoint of the zoo, or a CSV file of counts from elsewhere.
+        data: by name; their ``prompts`` say which names pictures are asked about.
+        out: folder for ``benchmark.{json,csv,md,html}``, ``counts/`` (a table for each run), ``pictures/``, and for
+            what differs between two equal runs: ``costs.{json,md}``.
+        split: what is scored.
+        title: heading of the report.
+        accelerator, devices: as Lightning takes them; several devices share the pictures.
+        precision: of the networks; counts are added up in float32 in any case.
+        pictures: how many best and worst pictures of each run are drawn.
+        costs: whether to measure time and memory.
+        resamples, seed: of the bootstrap.
+
+    Raises:
+        InputError: there is no model or no data, a file cannot be read, or nothing fits together.
+    """
+    if not models or not data:
+        raise InputError(f"a benchmark of {len(models)} models on {len(data)} data sets; expected at least one of each")
+    out = Path(out)
+    fabric = L.Fabric(
+        accelerator=accelerator, devices=devices, precision=precision, strategy="ddp" if devices > 1 else "auto"
+    )
+    if devices > 1:
+        fabric.launch()
+    runs: list[Run] = []
+    skipped: list[tuple[str, str, str]] = []
+    measured: dict[str, dict[str, Any]] = {}
+    if fabric.is_global_zero:
+        for datamodule in data.values():
+            datamodule.prepare_data()
+    fabric.barrier()
+    for model_name, source in models.items():
+        model = _model(source, fabric)
+        for data_name, datamodule in data.items():
+            where = f"{model_name} on {data_name}"
+            try:
+                counted = _counted(model, datamodule, split, out, where, fabric)
+            except InputError as error:
+                if fabric.world_size > 1:
+                    raise
+                log.warning("%s is left out: %s", where, error)
+                skipped.append((model_name, data_name, str(error)))
+                continue
+            if not fabric.is_global_zero:
+                continue
+            if not len(counted.table):
+                reasons = "; ".join(sorted({reason for _, reason in counted.failed})[:3])
+                skipped.append((model_name, data_name, f"no picture was counted: {reasons}"))
+                continue
+            drawings: list[Picture] = []
+            if isinstance(model, CountingModule):
+                with fabric.autocast():
+                    drawings = _drawings(model, datamodule, split, counted.table, pictures)
+                    if costs:
+                        measured[where] = _costs(model, datamodule, split, precision)
+            runs.append(_run(model_name, data_name, model, datamodule, split, counted, drawings, precision, source))
+            counted.table.write(out / "counts" / f"{_file_name(model_name)}--{_file_name(data_name)}.csv")
+        del model
+    fabric.barrier()
+    if not fabric.is_global_zero:
+        return BenchmarkFiles(out, out / "benchmark.json", [])
+    if not runs:
+        raise InputError("nothing could be scored: " + "; ".join(f"{m} on {d}: {why}" for m, d, why in skipped))
+    files = write_benchmark(out, runs, title=title, resamples=resamples, seed=seed, skipped=skipped)
+    if measured:
+        write_costs(out, measured)
+    return BenchmarkFiles(out, files["json"], runs, skipped)
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def _model(source: CountingModule | str | Path, fabric: L.Fabric) -> CountingModule | Path:
+    """A model on its device, or the file that somebody else's program wrote."""
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if path.suffix == ".csv":
+            return path
+        source = load(path)
+        if not isinstance(source, CountingModule):
+            raise InputError(f"{path} is of {type(source).__name__}, which does not count")
+    return source.to(fabric.device).eval()
+
+
+# -- one model on one data set ----------------------------------------------------------------------------------------
+
+
+def _counted(
+    model: CountingModule | Path, datamodule: CountingDataModule, split: Split, out: Path, where: str, fabric: L.Fabric
+) -> CountedSplit:
+    if isinstance(model, Path):
+        return counts_of_file(model, datamodule, split)
+    protocol = [fabric._precision.precision, split, datamodule.prompts, datamodule.classes, datamodule.merge_classes]
+    annotation = fingerprint(datamodule.records(split))["sha256"]
+    facts = json.dumps([model_sha256(model), str(model.interval_calibration), annotation, protocol])
+    parts = out / "parts" / hashlib.sha256(facts.encode()).hexdigest()[:16]
+    if fabric.is_global_zero:
+        parts.mkdir(parents=True, exist_ok=True)
+        (parts / "of.json").write_text(json.dumps({"run": where}), encoding="utf-8")
+    fabric.barrier()
+    with fabric.autocast():
+        counted = count_split(
+            model, datamodule, split, parts=parts, rank=fabric.global_rank, world_size=fabric.world_size,
+            description=where,
+        )  # fmt: skip
+    if fabric.world_size == 1:
+        return counted
+    fabric.barrier()
+    return read_parts(parts, datamodule, split)
+
+
+def _run(
+    model_name: str,
+    data_name: str,
+    model: CountingModule | Path,
+    datamodule: CountingDataModule,
+    split: Split,
+    counted: CountedSplit,
+    drawings: list[Picture],
+    precision: str,
+    source: Any,
+) -> Run:
+    total = isinstance(model, CountingModule) and model.class_blind
+    names = datamodule.asked_names(split)
+    constants: dict[str, float | dict[str, float]] = {}
+    for name, value in datamodule.constant_predictors(total=total).items():
+        constants[f"train_{name}"] = dict(zip(names or [], value, strict=True)) if isinstance(value, list) else value
+    return Run(
+        model=model_name,
+        data=data_name,
+        table=counted.table,
+        constants=constants,
+        model_facts=_model_facts(model, source),
+        data_facts={
+            "class": type(datamodule).__name__,
+            "split": split,
+            "names": len(datamodule.class_names(split)),
+            "settings": {key: getattr(datamodule, key) for key in deciding_settings(type(datamodule).__name__)},
+            **fingerprint(datamodule.records(split)),
+        },
+        protocol=_protocol(model, datamodule, split, precision),
+        pictures=drawings,
+        failed=counted.failed,
+    )
+
+
+def _model_facts(model: CountingModule | Path, source: Any) -> dict[str, Any]:
+    if isinstance(model, Path):
+        return {"class": "counts from elsewhere", "file": model.name, "sha256": _file_hash(model)}
+    facts: dict[str, Any] = {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sha256": model_sha256(model),
+        "class_blind": model.class_blind,
+        "text_guided": model.text_guided,
+        "recipe": json.loads(json.dumps(dict(model.hparams), default=str)),
+    }
+    if isinstance(source, str | Path):
+        facts |= {"checkpoint": Path(source).name, "checkpoint_sha256": _file_hash(Path(source).expanduser())}
+    return facts
+
+
+def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, split: Split, precision: str) -> list[str]:
+    """How the numbers came about, in words."""
+    asked = {
+        "all": "Every picture was asked about every name of the data set.",
+    }.get(str(datamodule.prompts), "Every picture was asked about the first name of its annotation.")
+    said = [f"Every picture of the {split} split once.", asked]
+    if datamodule.merge_classes is not None:
+        said.append(f"All objects of the data have one name, {datamodule.merge_classes!r}.")
+    if isinstance(model, Path):
+        return [*said, "The counts were read from a file; how they came about is not known here."]
+    rule = model.preprocess
+    said.append(
+        "Pictures keep their size." if rule.resize == "none" and rule.multiple == 1 and rule.max_long is None
+        else f"Pictures are resized as the model's recipe says: {rule}."
+    )  # fmt: skip
+    said.append(
+        "Each is counted in one piece." if not model.window
+        else f"Each is counted in windows of {model.window} pixels, {model.stride or model.window} apart."
+    )  # fmt: skip
+    if model.class_blind:
+        said.append("The model counts without names: it is scored on the sum over the names asked about.")
+    if model.vocabulary is not None:
+        said.append("The model counts a fixed list of names: it is scored on those that the data share.")
+    said.append(f"Networks ran in {precision}; counts are sums of the density in float32.")
+    return said
+
+
+def _drawings(
+    model: CountingModule, datamodule: CountingDataModule, split: Split, table: CountTable, n: int
+) -> list[Picture]:
+    """The pictures with the largest and the smallest error, the latter in proportion to what they hold."""
+    ids, index = table.pictures()
+    error = np.bincount(index, np.abs(table.predicted - table.target))
+    share = error / np.maximum(np.bincount(index, table.target), 1)
+    full = np.bincount(index, table.target) > 0
+    worst = np.argsort(-error, kind="stable")[:n]
+    best = [i for i in np.argsort(share, kind="stable") if full[i] and i not in worst][:n]
+    drawings = []
+    for group, chosen in (("worst", worst), ("best", best)):
+        for i in chosen:
+            rows = np.flatnonzero(index == i)
+            row = rows[np.abs(table.predicted - table.target)[rows].argmax()] if group == "worst" else rows[0]
+            record = next(r for r in datamodule.records(split) if r.image_id == ids[i])
+            data = datamodule.evaluation_dataset(split, model.preprocess, records=[record])
+            batch = collate([data[0]])
+            if model.vocabulary is not None:
+                batch = known_names(batch, model.vocabulary)
+            prediction = count_again(model, batch, 0, batch["classes"][0])
+            name = table.name[row]
+            drawings.append(
+                Picture(
+                    prediction.overlay(name), group,
+                    f"{ids[i]}, {name}: {table.predicted[row]:.1f} counted, {table.target[row]:g} true",
+                )
+            )  # fmt: skip
+    return drawings
+
+
+def _costs(model: CountingModule, datamodule: CountingDataModule, split: Split, precision: str) -> dict[str, Any]:
+    records = datamodule.records(split)
+    chosen = [records[i] for i in np.linspace(0, len(records) - 1, min(COSTED, len(records))).astype(int)]
+    data = datamodule.evaluation_dataset(split, model.preprocess, records=chosen, tolerate=True)
+    items: list[Any] = [item for i in range(len(data)) if "failed" not in (item := data[i])]
+    found = measure_costs(model, [item["image"] for item in items], [item["classes"] for item in items])
+    return {**found, "precision": precision}
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+__all__ = ["BenchmarkFiles", "benchmark"]
