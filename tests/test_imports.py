@@ -22,7 +22,7 @@ PARTS = tuple(
     for part in (
         *("network", "heads", "loss", "bins", "prompts", "published", "decoder", "encoders", "transport"),
         *("zip_loss", "peaks", "positives"),
-        *("peak_response", "instances", "proposals", "segments", "drawing"),
+        *("peak_response", "instances", "tracing", "proposals", "segments", "drawing"),
         *("concepts", "pseudo_labels", "detections", "box_sources", "box_files", "tiles"),
         *("detection_loss", "classified", "pretraining_batch", "pretraining_settings", "region_accuracy"),
     )

@@ -9,13 +9,12 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from counting_zoo.class_metrics import PointHits, reported_counts
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.models.lower_count.encoders import build_encoder
-from counting_zoo.models.lower_count.instances import Instances, Retrieval, retrieve_instances, select_peaks
+from counting_zoo.models.lower_count.instances import Instances, Retrieval
 from counting_zoo.models.lower_count.loss import (
     LowerCountLoss,
     Mean,
@@ -24,10 +23,9 @@ from counting_zoo.models.lower_count.loss import (
     total_count_terms,
 )
 from counting_zoo.models.lower_count.network import BranchNorm, DensityBranch, LowerCountNet, LowerCountOutput
-from counting_zoo.models.lower_count.peak_response import peak_response_maps
 from counting_zoo.models.lower_count.peaks import PeakGradient, find_peaks, highest_peaks, peak_positions
 from counting_zoo.models.lower_count.proposals import Proposals
-from counting_zoo.models.lower_count.segments import segment_proposals
+from counting_zoo.models.lower_count.tracing import proposed_masks, traced_instances
 from counting_zoo.module import CountingModule
 from counting_zoo.pictures import as_picture
 from counting_zoo.prompts import known_names
@@ -367,19 +365,7 @@ class LowerCount(CountingModule):
         """
         stored, image_id = as_picture(picture)
         asked = [names] if isinstance(names, str) else list(names or self.default_classes or [])
-        size = (int(stored.shape[1]), int(stored.shape[2]))
-        if proposals is None:
-            masks = segment_proposals(stored)
-        elif isinstance(proposals, Tensor):
-            masks = proposals
-            if masks.ndim != 3 or tuple(masks.shape[1:]) != size:
-                raise InputError(
-                    f"proposals have shape {tuple(masks.shape)} for the picture {image_id!r} of {size[0]} x {size[1]} "
-                    "pixels; expected (N, H, W) masks in the pixels of the picture as it is stored"
-                )
-        else:
-            source = proposals if isinstance(proposals, Proposals) else Proposals(proposals)
-            masks = source(Path(image_id).name, size)
+        masks = proposed_masks(proposals, stored, image_id)
         return self.instances_of(self.preprocess(stored), asked, masks, retrieval, by_count, together)
 
     def instances_of(
@@ -392,36 +378,16 @@ class LowerCount(CountingModule):
         together: int = 1,
     ) -> Instances:
         """:meth:`instances` of a picture that is preprocessed: ``(3, h, w)`` uint8, with ``(N, H, W)`` bool masks."""
-        columns = self._columns(names)
         rule = retrieval or Retrieval(max_proposals=None)
-        # Masks are compared with maps cell by cell, so the frame must be a whole number of cells.
-        cells = [max(1, round(side / self.cell)) for side in seen.shape[1:]]
-        frame = (cells[0] * self.cell, cells[1] * self.cell)
-        image = seen[None].to(self.device).float() / 255
-        if tuple(seen.shape[1:]) != frame:
-            image = interpolate(image, frame, mode="bilinear", antialias=True)
-        net, training = self.network, self.training
+        training = self.training
         self.eval()
         try:
-            x = net.normalised(image)
-            with torch.no_grad():
-                output = self(image, [names])
-            maps, raw = output.class_maps[0], output.raw_density[0]
-            peaks = find_peaks(maps[None], radius=net.radius, above_median=net.above_median)[0]
-            counts = None
-            if by_count:
-                counts = output.counts[0].round().clamp(min=0)
-                limit = max(1, int(counts.max()))
-                chosen = highest_peaks(maps[None], peaks[None], counts[None], limit=limit)[0].nonzero()
-            else:
-                chosen = select_peaks(
-                    maps, peaks, output.class_scores[0], class_threshold=rule.class_threshold,
-                    peak_threshold=rule.peak_threshold, fallback=rule.fallback,
-                )  # fmt: skip
-            responses = peak_response_maps(lambda x: net.class_maps(x)[:, columns], x, chosen, together=together)
+            return traced_instances(
+                self.network, seen.to(self.device), self._columns(names), masks, retrieval=rule, by_count=by_count,
+                together=together,
+            )  # fmt: skip
         finally:
             self.train(training)
-        return retrieve_instances(masks.to(maps.device), chosen, responses, maps, raw, retrieval=rule, counts=counts)
 
 
 __all__ = ["LowerCount"]
