@@ -90,7 +90,7 @@ def _mosaics(audit: Audit, own: Sequence[AskedPicture]) -> dict[str, Any]:
     found: dict[str, Any] = {"global": mosaic_scores(upper, lower, truth)}
     for grid, right, many in zip(GRIDS, tp, fp, strict=True):
         found[f"{grid}x{grid}"] = localised_mosaic_scores(right, many, truth)
-    if not audit.protocol["mosaics"]:  # PrACo asks about all classes
+    if len(audit.mosaics) == len(own) * (len(audit.names) - 1):  # PrACo asks about all classes
         found["official"] = mosaic_scores(upper, lower, truth, official=True)
     return found
 
