@@ -95,10 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def scenes(seed: int, corruption: Corruption | None = None) -> CorruptedScenes:
         sizes = {"train": 1, "val": 1, "test": options.pictures} | {options.classes: options.pictures}
-        split_by: dict[str, Any] = {} if options.preset == "low" else {"split_by": "class"}
-        return CorruptedScenes(
-            corruption, preset=options.preset, sizes=sizes, scene_seed=seed, num_workers=0, **split_by
-        )
+        more: dict[str, Any] = {} if options.preset == "low" else {"split_by": "class"}
+        if model.class_blind:
+            more["merge_classes"] = "objects"
+        return CorruptedScenes(corruption, preset=options.preset, sizes=sizes, scene_seed=seed, num_workers=0, **more)
 
     made = calibrate(model, scenes(options.seed), options.classes, options.level, options.width)
     print(f"{made.describe()}\n")

@@ -92,6 +92,12 @@ def calibrate(
         InputError: there are too few known counts for the level, or the model has no bins.
     """
     check_settings(level, width)
+    if width == "bins":
+        model.check_law()
+    if split == "train":
+        log.warning(
+            "on pictures that a model was trained on it is less far off than on others: intervals get too narrow"
+        )
     training, before = model.training, model.interval_calibration
     # With an interval of one deviation the counts come with what the width 'bins' needs, in tiles as in one piece.
     model.interval_calibration = _ONE_DEVIATION if width == "bins" else None

@@ -57,26 +57,40 @@ class Counter(nn.Module, ABC):
         """What is said of a count: itself, or rounded or clamped where the recipe says so."""
         return counts
 
-    def count_variance(self, output: CountOutput) -> Tensor | None:
-        """``(B, K, h, w)`` variance of the count of each cell, where the model gives a law of counts, not a number."""
-        return output.variance if isinstance(output, SpreadOutput) else None
+    @property
+    def has_law(self) -> bool:
+        """Whether it gives chances of counts, and not a number alone."""
+        return False
+
+    def check_law(self) -> None:
+        """Refuse a model that gives a number alone where its chances of counts are needed.
+
+        Raises:
+            InputError: says which models give more.
+        """
+        if not self.has_law:
+            raise InputError(
+                f"{type(self).__name__} gives a count and no chances of counts, so intervals of width 'bins' cannot be "
+                "made from it; take the width 'residual', or a CLIPEBC or EBC whose head is 'bins' or 'zip'"
+            )
+
+    def count_variance(self, output: CountOutput) -> Tensor:
+        """``(B, K, h, w)`` variance of the count of each cell, of models that have a law of counts.
+
+        Raises:
+            InputError: the model gives a number alone.
+        """
+        self.check_law()
+        assert isinstance(output, SpreadOutput), f"a {type(output).__name__}, whose variance the model should know"
+        return output.variance
 
     def count_spread(self, output: CountOutput) -> Tensor:
         """``(B, K)`` standard deviation of the counts that the model itself expects; cells are taken for independent.
 
         Raises:
-            InputError: the model gives no law of counts.
+            InputError: the model gives a number alone.
         """
-        return self._law(output).float().sum((-2, -1)).sqrt()
-
-    def _law(self, output: CountOutput) -> Tensor:
-        variance = self.count_variance(output)
-        if variance is None:
-            raise InputError(
-                f"{type(self).__name__} gives a count and no chances of counts, so intervals of width 'bins' cannot be "
-                "made from it; take the width 'residual', or a CLIPEBC or EBC whose head is 'bins' or 'zip'"
-            )
-        return variance
+        return self.count_variance(output).float().sum((-2, -1)).sqrt()
 
     def interval(self, output: CountOutput) -> Tensor | None:
         """``(B, K, 2)`` float64 lower and upper bounds of the true counts, on the CPU; ``None`` if not calibrated."""
@@ -169,7 +183,7 @@ class Counter(nn.Module, ABC):
         the averaged density, however the windows depend on each other.
         """
         output = self(tiles, [own[: len(own) // 2] for own in names])
-        return torch.cat([output.density, self._law(output)], 1)
+        return torch.cat([output.density, self.count_variance(output)], 1)
 
     @torch.inference_mode()
     def count(

@@ -354,13 +354,22 @@ def test_variances_of_tiles_are_joined_as_densities_are() -> None:
     assert torch.allclose(plain.density, joined.density, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 16])
-def test_bins_need_a_model_of_bins(window: int | None) -> None:
-    model = tiny(window=window)
+@pytest.mark.parametrize("model", [tiny(), BlockCounter(window=16), ebc(head="regression", count_loss="mse")])
+def test_bins_need_a_model_of_bins(model: CountingModule) -> None:
     model.interval_calibration = ONE
-    with pytest.raises(InputError, match="TinyCounter gives a count and no chances"):
+    with pytest.raises(InputError, match=f"{type(model).__name__} gives a count and no chances"):
         calibrate(model, TinyPictures(n=20), width="bins")
+    with pytest.raises(InputError, match="known counts"):
+        calibrate(model, TinyPictures(n=5))
     assert model.interval_calibration == ONE, "an attempt that fails changes nothing"
+    model.interval_calibration = replace(ONE, width="bins")
+    with pytest.raises(InputError, match="no chances"):
+        model.count(BLACK, "dots")
+
+
+def test_training_pictures_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    calibrate(tiny(), TinyPictures(n=20), split="train")
+    assert "intervals get too narrow" in caplog.text
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -132,7 +132,11 @@ class BlockwiseCounter(CountingModule):
     def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
         return self.network(image)
 
-    def count_variance(self, output: CountOutput) -> Tensor | None:
+    @property
+    def has_law(self) -> bool:
+        return self.head != "regression"
+
+    def count_variance(self, output: CountOutput) -> Tensor:
         if isinstance(output, ZIPOutput):
             occupied = output.zero_logits.float().softmax(1)[:, 1:]  # (B, 1, h, w)
             return occupied * output.rate * (1 + (1 - occupied) * output.rate)  # of a zero-inflated Poisson law
