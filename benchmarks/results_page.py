@@ -1,0 +1,188 @@
+"""RESULTS.md from what ``benchmarks/results.py measure`` stored; no figure is typed here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from results import AUDITED, EASY, HERE, INTERVALS, STORED, fits
+
+SYSTEMS = {
+    "clip_count": "CLIP-Count small, from the small CLIP",
+    "region_clip": "RegionCLIP counter small, from the small CLIP",
+    "ebc": "EBC small, counts without names",
+    "lower_count": "Lower-Count small, image-level counts",
+    "cells-ebc_small": "`ebc_small`: bins of 8 pixels",
+    "cells-density_small": "`density_small`: density regression",
+}
+INTRODUCTION = """\
+# Results
+
+Everything here was measured by `benchmarks/results.py` and is stored in `results/`, from which this page is written; no
+figure was typed. Errors stand beside those of saying the same number for every picture, which knows nothing. Square
+brackets are 95 % bootstrap intervals over test pictures: what a figure owes to the choice of pictures. What it owes to
+the training run shows in the seeds. Published figures are in the READMEs of the models, and in the reports that
+`counting-zoo benchmark` writes.
+
+```bash
+python benchmarks/results.py train      # or --only scenes; --jobs 2 trains two at a time, with a thread each
+python benchmarks/results.py measure
+python benchmarks/results.py page
+```
+"""
+NOTES = {
+    "easy": "Asked about one name in each picture, of a shape and colour that training never showed together.",
+    "objects": "The same pictures, every object under one name, for a model that counts without names.",
+    "low": (
+        "Asked about twelve names in each picture, on which Lower-Count was trained (1,500 pictures, nothing but "
+        "counts). The text-guided models were trained on `easy` and never saw this list; EBC, trained on `easy` too, "
+        "is scored on the total of a picture."
+    ),
+    "cells": (
+        "64 pictures to train, 36 to validate, 100 to test; three draws of the first two. The constants are those of "
+        "draw 0."
+    ),
+    "bccd": "263 pictures of trainval to train, 72 to test; three names in each, nothing but counts learnt from.",
+}
+COLUMNS = ("MAE", "RMSE", "NAE", "bias", "MAE of the total", "mRMSE", "pictures/s")
+
+
+def write_page() -> None:
+    """Write RESULTS.md."""
+    training = stored("training") or {}
+    parts = [INTRODUCTION, f"Machine: {training.get('machine', 'unknown')}.\n"]
+    parts += ["## Built-in scenes\n", *commands("scenes", training)]
+    parts += [line for name in ("easy", "objects", "low") for line in benchmark_table(name)]
+    parts += [*audit_table(), *interval_tables()]
+    parts += ["## VGG cells\n", *commands("cells", training), *benchmark_table("cells")]
+    parts += ["## Blood cells (BCCD)\n", *commands("bccd", training), *benchmark_table("bccd")]
+    (HERE / "RESULTS.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    print("wrote RESULTS.md")
+
+
+def stored(name: str) -> Any:
+    """What was measured under a name; ``None`` if nothing was."""
+    path = STORED / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def commands(part: str, training: dict[str, Any]) -> list[str]:
+    """What trained the models of a part: the command of the first of each system, and how long all took."""
+    runs = [fit for fit in fits() if fit.part == part and fit.name in training]
+    first = {fit.name if part == "bccd" else system(fit.name): fit for fit in reversed(runs)}
+    lines = [fit.command.format(data="$COUNTING_ZOO_DATA") for fit in reversed(first.values())]
+    took = ", ".join(f"{fit.name} {training[fit.name]} s" for fit in runs)
+    text = f"Training, with its start and its validation, with other work on the machine: {took}."
+    if part != "bccd":
+        text += " Other seeds and draws differ in `--seed_everything` and `--data.seed`, or in `--data.split_seed`."
+    return ["```bash", *lines, "```\n", f"{text}\n"]
+
+
+def system(run: str) -> str:
+    """A run's name without its seed."""
+    return run.rpartition("-")[0]
+
+
+def benchmark_table(name: str) -> list[str]:
+    """One row for each run and each constant of a stored benchmark, and the mean of each system over its seeds."""
+    results = stored(name)
+    if results is None:
+        return [f"### {name}: not measured\n"]
+    costs = stored(f"{name}-costs") or {}
+    (entry,) = results["data"]
+    rows: list[list[str]] = []
+    for one in dict.fromkeys(system(run["model"]) for run in entry["models"]):
+        runs = [run for run in entry["models"] if system(run["model"]) == one]
+        for run in runs:
+            speed = costs.get(f"{run['model']} on {entry['name']}", {}).get("pictures_per_second")
+            rows.append([run["model"], *figures(run["figures"]), f"{speed:.0f}" if speed else "–"])
+        if len(runs) > 1 and one in SYSTEMS:
+            mean = [sum(run["figures"][key] for run in runs) / len(runs) for key in ("mae", "rmse")]
+            label = f"**{SYSTEMS[one]}**, mean of {len(runs)}"
+            rows.append([label, f"**{mean[0]:.2f}**", f"{mean[1]:.2f}", *[""] * (len(COLUMNS) - 2)])
+    for run in entry["models"]:
+        for constant, found in run["figures"].get("constants", {}).items():
+            row = [f"always the {constant.replace('train_', 'training ')}", *figures(found), ""]
+            if row not in rows:
+                rows.append(row)
+    facts = entry["facts"]
+    about = f"{facts['pictures']} pictures, {facts['objects']} annotated objects"
+    text = f"{NOTES[name]} {about}, annotation sha256 `{facts['sha256'][:16]}`.\n"
+    left = [f"{one['model']}: {one['reason']}" for one in results.get("skipped", [])]
+    lines = [f"### {results['title']}\n", text, *markdown_table(["", *COLUMNS], rows), ""]
+    return lines + ([f"Not scored: {'; '.join(left)}\n"] if left else [])
+
+
+def figures(found: dict[str, Any]) -> list[str]:
+    """The cells of one row, MAE with its interval."""
+    ends = found.get("interval", {}).get("mae")
+    return [
+        two(found["mae"]) + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""),
+        two(found["rmse"]),
+        two(found.get("nae")),
+        f"{found['bias']:+.2f}",
+        two(found.get("totals", {}).get("mae")),
+        two(found.get("classes", {}).get("mrmse")),
+    ]
+
+
+def audit_table() -> list[str]:
+    """Whether counts follow prompts, a row for each audited checkpoint."""
+    rows = []
+    for name in AUDITED:
+        if (audit := stored(f"audit-{name}")) is None:
+            continue
+        judged, negative = audit["verdict"], audit.get("negative") or {}
+        mosaic = (audit.get("mosaic") or {}).get("global") or {}
+        keys = (("ratio", judged), ("mae", judged), ("shuffled_mae", judged), ("nmn", negative), ("pccn", negative))
+        cells = [two(found.get(key)) for key, found in keys]
+        rows.append([name, judged["follows"], *cells, *(two(mosaic.get(k)) for k in ("cnt_p", "cnt_r", "cnt_f1"))])
+    head = [
+        "",
+        "follows the text",
+        "absent / right",
+        "MAE",
+        "MAE, prompts shuffled",
+        "NMN",
+        "PCCN",
+        "CntP",
+        "CntR",
+        "CntF1",
+    ]
+    checkpoint = "runs/results/clip_count-0/checkpoints/last.ckpt"
+    return [
+        "### Does the count follow the prompt?\n",
+        "Every name of the split, mosaics and other ways to ask, on 100 test pictures of `easy`. NMN, PCCN and Cnt* "
+        "are those of Ciampi et al. (2024).\n",
+        "```bash",
+        f"counting-zoo audit --ckpt_path {checkpoint} {EASY} --limit 100 --out runs/audit",
+        "```\n",
+        *markdown_table(head, rows, text_columns=2),
+        "",
+    ]
+
+
+def interval_tables() -> list[str]:
+    """Coverage of intervals, as ``benchmarks/interval_coverage.py`` printed it."""
+    lines = ["### Do intervals hold what they promise?\n"]
+    for name in INTERVALS:
+        path = STORED / f"intervals-{name}.md"
+        if path.exists():
+            table = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+            command = f"python benchmarks/interval_coverage.py runs/results/{name}/checkpoints/last.ckpt"
+            lines += [f"Intervals of 90 % for {name}:\n", "```bash", command, "```\n", *table, ""]
+    return lines
+
+
+def markdown_table(head: list[str], rows: list[list[str]], text_columns: int = 1) -> list[str]:
+    """Lines of a table whose cells, but the first few, are numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
+    return ["| " + " | ".join(row) + " |" for row in [head, rule, *rows]]
+
+
+def two(value: float | None) -> str:
+    """Two decimals, or a dash."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+__all__ = ["write_page"]
