@@ -98,7 +98,7 @@ def calibrate(
         log.warning(
             "on pictures that a model was trained on it is less far off than on others: intervals get too narrow"
         )
-    training, before = model.training, model.interval_calibration
+    training, kept = model.training, model.interval_calibration
     # With an interval of one deviation the counts come with what the width 'bins' needs, in tiles as in one piece.
     model.interval_calibration = _ONE_DEVIATION if width == "bins" else None
     model.eval()
@@ -113,9 +113,9 @@ def calibrate(
         counts = _known(found.table, split, level)
         spread = counts.interval[:, 1] - np.maximum(counts.predicted, 0) - EPSILON if width == "bins" else None
         made = fit_intervals(counts.predicted, counts.target, level=level, width=width, spread=spread)
-        before = made
+        kept = made
     finally:
-        model.interval_calibration = before
+        model.interval_calibration = kept
         model.train(training)
     return Calibrated(made, replace(counts, interval=made.bounds(counts.predicted, spread)))
 
