@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from copy import copy
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from counting_zoo.data.checks import check_duplicates, check_kinds, check_records
+from counting_zoo.data.asking import drawn_names, names_of_all
+from counting_zoo.data.checks import check_duplicates, check_kinds, check_options, check_records
 from counting_zoo.data.checksums import Checksums
 from counting_zoo.data.dataset import CountingDataset, collate
-from counting_zoo.data.records import Record, Split, ask, croppable, merged, present_names, without_annotation
+from counting_zoo.data.records import Record, Split, ask, croppable, merged, without_annotation
 from counting_zoo.data.sampling import EvaluationSampler, TrainingSampler
 from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import InputError
@@ -80,28 +80,11 @@ class CountingDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise InputError(f"data.{name} is {value}; expected at least {least}")
-        for name, choice, choices in (
-            ("outside", outside, ("error", "clamp", "drop")),
-            ("missing", missing, ("error", "skip")),
-            ("duplicates", duplicates, ("error", "warn", "ignore")),
-        ):
-            if choice not in choices:
-                raise InputError(f"data.{name} is {choice!r}; expected one of {', '.join(choices)}")
-        if prompts not in ("target", "all") and (not isinstance(prompts, int) or prompts < 1):
-            raise InputError(f"data.prompts is {prompts!r}; expected 'target', 'all' or a number of at least 1")
-        if classes is not None and (not all(name.strip() for name in classes) or len(set(classes)) != len(classes)):
-            raise InputError(f"data.classes is {classes}; expected names that are not empty, each once")
-        if merge_classes is not None and not merge_classes.strip():
-            raise InputError("data.merge_classes is empty; expected a name for every object, such as 'objects'")
-        if constants is not None and not all(math.isfinite(value) for value in constants.values()):
-            raise InputError(f"data.constants is {constants}; expected finite numbers by name")
+        check_options(
+            {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "num_workers": num_workers},
+            {"outside": outside, "missing": missing, "duplicates": duplicates},
+            prompts=prompts, classes=classes, merge_classes=merge_classes, constants=constants,
+        )  # fmt: skip
         self.root = None if root is None else Path(root).expanduser()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -404,11 +387,7 @@ class CountingDataModule(L.LightningDataModule):
             return self._every_name(split)
         if self.prompts == "target" or rng is None:
             return record.classes[:1]
-        target = record.classes[:1]
-        others = [name for name in present_names(record) if name not in target]
-        present = [*target, *(others[i] for i in rng.permutation(len(others)))]
-        absent = self._absent(present, max(1, self.prompts - len(present)), rng)[: self.prompts - 1]
-        return present[: self.prompts - len(absent)] + absent
+        return drawn_names(record, self.prompts, self.class_names("train"), rng)
 
     def _every_name(self, split: Split) -> list[str]:
         """The names that ``prompts: all`` asks about: those of training, else the one list that all pictures share."""
@@ -418,26 +397,8 @@ class CountingDataModule(L.LightningDataModule):
             try:
                 self._every = self.class_names("train")
             except (InputError, OSError) as error:
-                lists = {tuple(record.classes) for record in self.records(split)}
-                if len(lists) != 1:
-                    raise InputError(
-                        "data.prompts is 'all', but the training split, whose names it asks about, cannot be read, and "
-                        f"the pictures of {split} have different names; list the names in data.classes ({error})"
-                    ) from error
-                self._every = list(lists.pop())
+                self._every = names_of_all(self.records(split), split, error)
         return self._every
-
-    def _absent(self, present: list[str], n: int, rng: np.random.Generator) -> list[str]:
-        """``n`` training names not in the picture; each is with even odds one that shares words with the target."""
-        pool = [name for name in self.class_names("train") if name not in present]
-        target = set(" ".join(present[:1]).split())
-        near = [name for name in pool if target & set(name.split())]
-        chosen: list[str] = []
-        for _ in range(min(n, len(pool))):
-            choices = [name for name in (near if rng.random() < 0.5 else pool) if name not in chosen]
-            choices = choices or [name for name in pool if name not in chosen]
-            chosen.append(choices[int(rng.integers(len(choices)))])
-        return chosen
 
 
 __all__ = ["CountingDataModule", "Prompts"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,9 @@ from counting_zoo.images import image_size
 
 _SHOWN = 5  # names listed in a message before "and 17 more"
 _THREADS = 8  # reading headers waits for the disk
+_CHOICES = {
+    "outside": ("error", "clamp", "drop"), "missing": ("error", "skip"), "duplicates": ("error", "warn", "ignore"),
+}  # fmt: skip
 
 
 def inside_root(root: str | Path, relative: str | Path, source: str) -> Path:
@@ -47,6 +51,42 @@ def inside_root(root: str | Path, relative: str | Path, source: str) -> Path:
     if not inside:
         raise InputError(f"{source}: the file name {str(relative)!r} leads out of {str(root)!r}; {cure}")
     return path
+
+
+def check_options(
+    numbers: dict[str, int],
+    choices: dict[str, str],
+    *,
+    prompts: int | str,
+    classes: list[str] | None,
+    merge_classes: str | None,
+    constants: dict[str, float] | None,
+) -> None:
+    """Refuse options of a data module that are out of range.
+
+    Args:
+        numbers: those that have a least value, by name.
+        choices: those that are one of a few words, by name.
+        prompts, classes, merge_classes, constants: as of :class:`~counting_zoo.data.base.CountingDataModule`.
+
+    Raises:
+        InputError: names the option, its value and what is expected.
+    """
+    for name, value in numbers.items():
+        least = 0 if name == "num_workers" else 1
+        if value < least:
+            raise InputError(f"data.{name} is {value}; expected at least {least}")
+    for name, choice in choices.items():
+        if choice not in _CHOICES[name]:
+            raise InputError(f"data.{name} is {choice!r}; expected one of {', '.join(_CHOICES[name])}")
+    if prompts not in ("target", "all") and (not isinstance(prompts, int) or prompts < 1):
+        raise InputError(f"data.prompts is {prompts!r}; expected 'target', 'all' or a number of at least 1")
+    if classes is not None and (not all(name.strip() for name in classes) or len(set(classes)) != len(classes)):
+        raise InputError(f"data.classes is {classes}; expected names that are not empty, each once")
+    if merge_classes is not None and not merge_classes.strip():
+        raise InputError("data.merge_classes is empty; expected a name for every object, such as 'objects'")
+    if constants is not None and not all(math.isfinite(value) for value in constants.values()):
+        raise InputError(f"data.constants is {constants}; expected finite numbers by name")
 
 
 def check_records(
@@ -285,4 +325,4 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-__all__ = ["check_duplicates", "check_kinds", "check_records", "inside_root"]
+__all__ = ["check_duplicates", "check_kinds", "check_options", "check_records", "inside_root"]
