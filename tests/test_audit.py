@@ -256,9 +256,10 @@ def test_an_unreadable_picture_does_not_end_it(tmp_path: Path) -> None:
     figures = write_audit(found, tmp_path)
     assert figures["verdict"]["follows"] == "yes"
     assert figures["mosaic"]["global"]["cnt_f1"] == pytest.approx(1)
-    assert "not a picture" in (tmp_path / "audit.md").read_text(encoding="utf-8") or "a.png" in str(figures["failed"])
-    nothing = audit(Oracle().eval(), Gardens(broken=list(SHOWN)))
-    assert write_audit(nothing, tmp_path / "nothing")["verdict"]["follows"] == "unknown"
+    assert "a.png above b.png" not in str(figures["failed"])
+    assert f"Not counted: {len(found.failed)}" in (tmp_path / "audit.md").read_text(encoding="utf-8")
+    with pytest.raises(InputError, match=r"none of the 6 pictures could be counted; a.png: ImageError"):
+        audit(Oracle().eval(), Gardens(broken=list(SHOWN)))
 
 
 def test_one_class_only(tmp_path: Path) -> None:
@@ -283,6 +284,20 @@ def test_some_pictures_and_some_classes() -> None:
     assert [one.image_id for one in found.pictures] == ["a.png", "c.png", "e.png"]
     assert [m.image_id for m in found.mosaics] == ["a.png"] * 2 + ["c.png"] * 2 + ["e.png"] * 2
     assert set(found.pictures[0].counts) == set(NAMES)
+
+
+class Dazzled(Oracle):
+    """Counts infinitely much where there is nothing."""
+
+    def said(self, image_id: str, prompt: str) -> float:
+        return math.inf if image_id == "white" else super().said(image_id, prompt)
+
+
+def test_a_blank_picture_does_not_end_it(listened: Audit) -> None:
+    found = audit(Dazzled().eval(), Gardens(), mosaics=0)
+    assert [image_id for image_id, _ in found.failed] == ["white picture"]
+    assert set(found.blanks) == {"black", "grey", "noise"}
+    assert found.pictures == listened.pictures
 
 
 class Blind(Oracle):

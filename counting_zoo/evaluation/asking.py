@@ -67,10 +67,10 @@ class Asker:
 
     Args:
         model: in evaluation mode. Its texts are encoded once and remembered by itself.
-        prompts_at_once: most prompts in one pass; ``None`` for all of a picture.
+        prompts_at_once: most prompts in one pass.
     """
 
-    def __init__(self, model: Counter, prompts_at_once: int | None = None) -> None:
+    def __init__(self, model: Counter, prompts_at_once: int = 64) -> None:
         self.model = model
         self.prompts_at_once = prompts_at_once
         #: Whether the prompts of a picture may go through together; see :meth:`compare`.
@@ -88,7 +88,7 @@ class Asker:
         Raises:
             FloatingPointError: one is not finite.
         """
-        step = (self.prompts_at_once or len(prompts)) if self.together else 1
+        step = self.prompts_at_once if self.together else 1
         found: dict[str, float] = {}
         for first in range(0, len(prompts), step):
             asked = list(prompts[first : first + step])
@@ -106,16 +106,14 @@ class Asker:
             prompts: which are asked.
         """
         alone, together, difference = 0.0, 0.0, 0.0
-        step, self.together = self.prompts_at_once, True
+        self.together = True
         for seen, image_id, stored in pictures:
             self.counts(seen, prompts, image_id, stored)  # texts are encoded, and the device is warm
             start = self._now()
             at_once = self.counts(seen, prompts, image_id, stored)
             middle = self._now()
-            self.prompts_at_once = 1
-            one_by_one = self.counts(seen, prompts, image_id, stored)
+            one_by_one = {p: self.counts(seen, [p], image_id, stored)[p] for p in prompts}
             alone, together = alone + self._now() - middle, together + middle - start
-            self.prompts_at_once = step
             for prompt, count in one_by_one.items():
                 difference = max(difference, abs(at_once[prompt] - count) / max(1.0, abs(count)))
         self.together = difference <= INDEPENDENT_WITHIN

@@ -63,7 +63,7 @@ def audit(
     tests: Sequence[str] = TESTS,
     limit: int | None = None,
     mosaics: int = 4,
-    prompts_at_once: int | None = None,
+    prompts_at_once: int = 64,
     seed: int = 0,
     examples: int = 3,
     parts: Path | None = None,
@@ -78,14 +78,16 @@ def audit(
         limit: of the number of pictures, taken evenly from the split; all if ``None``.
         mosaics: how many classes are drawn for each picture's mosaics, each a picture of its own to encode; 0 for all,
             as PrACo does.
-        prompts_at_once: if set, a picture's prompts go through in parts of this size, and it is encoded once for each.
+        prompts_at_once: most prompts in one pass, which bounds the memory; a picture that is asked more is encoded
+            once for each part.
         seed: of the mosaics' partners and of noise.
         examples: how many pictures are drawn.
         parts: a folder where each finished picture is kept at once, so that an interrupted audit goes on; what was
             kept of another model, data or question is not used.
 
     Raises:
-        InputError: the model does not read prompts, an option is out of range, or the data carry no counts.
+        InputError: the model does not read prompts, an option is out of range, the data carry no counts, or not one
+            picture could be counted.
     """
     check_listens(model)
     _check_options(tests, limit, mosaics, prompts_at_once, split)
@@ -105,8 +107,8 @@ def audit(
         protocol = {
             "model": type(model).__name__,
             "model_sha256": model_sha256(model),
-            "data": {**fingerprint(records.values())},
             "data_module": type(datamodule).__name__,
+            "data": {**fingerprint(records.values())},
             "split": split,
             "tests": asked,
             "mosaics": mosaics,
@@ -119,31 +121,36 @@ def audit(
             "counting_zoo": __version__,
         }
         key = hashlib.sha256(json.dumps([protocol, names, GRIDS], sort_keys=True).encode()).hexdigest()[:16]
-        with FinishedPictures(None if parts is None else parts / f"{key}.jsonl") as finished:
-            for image_id in progress(chosen, len(chosen), "audit"):
-                if image_id not in finished or finished[image_id]["failed"]:
-                    finished.add(image_id, questions.of(image_id))
-            found = [finished[image_id] for image_id in chosen]
-        blanks = questions.blanks(chosen) if "labelfree" in asked else {}
+        found = _answers(questions, chosen, None if parts is None else parts / f"{key}.jsonl")
+        failed = [(str(image_id), str(reason)) for one in found for image_id, reason in one["failed"]]
         pictures = [AskedPicture(**one["picture"]) for one in found if one["picture"]]
+        if not pictures:
+            raise InputError(f"none of the {len(chosen)} pictures could be counted; {': '.join(failed[0])}")
+        blanks = questions.blanks(chosen, failed) if "labelfree" in asked else {}
         drawn = questions.examples(pictures, examples)
-    protocol["pictures"] = len(chosen)
     return Audit(
         names=names,
         pictures=pictures,
         mosaics=[AskedMosaic(**mosaic) for one in found for mosaic in one["mosaics"]],
         blanks=blanks,
-        failed=[(str(image_id), str(reason)) for one in found for image_id, reason in one["failed"]],
+        failed=failed,
         left_out=left_out,
-        protocol=protocol,
+        protocol=protocol | {"pictures": len(chosen)},
         examples=drawn,
         cost=cost,
     )
 
 
-def _check_options(
-    tests: Sequence[str], limit: int | None, mosaics: int, prompts_at_once: int | None, split: str
-) -> None:
+def _answers(questions: Questions, chosen: Sequence[str], path: Path | None) -> list[dict[str, Any]]:
+    """What is known of each picture, of which those that are in the file already are not asked about again."""
+    with FinishedPictures(path) as finished:
+        for image_id in progress(chosen, len(chosen), "audit"):
+            if image_id not in finished or finished[image_id]["failed"]:
+                finished.add(image_id, questions.of(image_id))
+        return [finished[image_id] for image_id in chosen]
+
+
+def _check_options(tests: Sequence[str], limit: int | None, mosaics: int, prompts_at_once: int, split: str) -> None:
     if not tests or not set(tests) <= set(TESTS):
         raise InputError(f"tests are {list(tests)}; expected some of {', '.join(TESTS)}")
     for name, value, least in (("limit", limit, 1), ("prompts_at_once", prompts_at_once, 1), ("mosaics", mosaics, 0)):

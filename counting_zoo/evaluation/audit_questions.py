@@ -184,18 +184,27 @@ class Questions:
             image_id, name, partner, float(mosaic.n_upper), upper=halves[0], lower=halves[1], tp=list(tp), fp=list(fp)
         )
 
-    def blanks(self, chosen: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Counts of all classes in pictures that show nothing, of the size of the first picture."""
+    def blanks(self, chosen: Sequence[str], failed: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
+        """Counts of all classes in pictures that show nothing, of the size of the first picture.
+
+        Args:
+            chosen: ids.
+            failed: gets what could not be counted.
+        """
         item = self.first(chosen)
         if item is None:
             return {}
         image: Tensor = item["image"]
         noise = torch.from_numpy(np.random.default_rng(self.seed).integers(0, 256, tuple(image.shape), np.uint8))
+        found = {}
         pictures = {kind: torch.full_like(image, value) for kind, value in BLANKS.items()} | {"noise": noise}
-        return {
-            kind: self.asker.counts(self.model.preprocess(picture), self.names, kind, item["original_size"])
-            for kind, picture in pictures.items()
-        }
+        for kind, picture in pictures.items():
+            try:
+                seen = self.model.preprocess(picture)
+                found[kind] = self.asker.counts(seen, self.names, kind, item["original_size"])
+            except FAILURES as error:
+                failed.append((f"{kind} picture", f"{type(error).__name__}: {error}"))
+        return found
 
     def first(self, chosen: Sequence[str]) -> dict[str, Any] | None:
         """The first picture that can be read."""
