@@ -92,7 +92,9 @@ def test_nothing_counted() -> None:
     assert mosaics["cnt_r"] == 0
     assert math.isnan(mosaics["cnt_p"])
     assert math.isnan(mosaics["cnt_f1"])
-    assert (mosaics["n"], mosaics["n_without_f1"]) == (9, 9)
+    assert (mosaics["n"], mosaics["n_without_f1"], mosaics["cnt_f1_zeros"]) == (9, 9, 0)
+    half = mosaic_scores(np.array([[0.0, 4.0]]), np.array([[3.0, 0.0]]), np.array([4.0]))
+    assert (half["cnt_f1"], half["cnt_f1_zeros"], half["n_without_f1"]) == (1, 0.5, 1)
 
 
 def naive_multi_class(counts: np.ndarray, truth: np.ndarray) -> dict[str, float]:

@@ -137,7 +137,8 @@ def mosaic_scores(upper: np.ndarray, lower: np.ndarray, truth: np.ndarray, *, of
     Returns:
         ``cnt_r``: mean of ``min(u, c) / c``; ``cnt_p``: of ``min(u, c) / (u + l)``; ``cnt_f1``: of their harmonic mean;
         over the classes of a picture, then over pictures. What has a denominator of 0 is skipped, as in PrACo: nothing
-        counted has no precision, and nothing rightly counted no F1. ``n`` mosaics, of which ``n_without_f1``.
+        counted has no precision, and nothing rightly counted no F1; ``cnt_f1_zeros``: with an F1 of 0 there instead.
+        ``n`` mosaics, of which ``n_without_f1``.
 
     Example:
         >>> figures = mosaic_scores(np.array([[8.0]]), np.array([[2.0]]), np.array([10.0]))
@@ -353,6 +354,7 @@ def _matched(tp: np.ndarray, counted: np.ndarray, true: np.ndarray, *, full_reca
         "cnt_p": float(mean(mean(precision, 1))),
         "cnt_r": float(mean(mean(recall, 1))),
         "cnt_f1": float(mean(mean(f1, 1))),
+        "cnt_f1_zeros": float(mean(mean(np.where(asked & np.isnan(f1), 0.0, f1), 1))),
     }
 
 

@@ -136,7 +136,7 @@ def _mosaic(found: Mapping[str, Any]) -> list[Block]:
     rows = [
         (
             labels.get(place, place),
-            *(_figure(scores[key]) for key in ("cnt_p", "cnt_r", "cnt_f1")),
+            *(_figure(scores[key]) for key in ("cnt_p", "cnt_r", "cnt_f1", "cnt_f1_zeros")),
             *(str(scores[key]) for key in ("n", "n_without_f1")),
         )
         for place, scores in found.items()
@@ -144,9 +144,10 @@ def _mosaic(found: Mapping[str, Any]) -> list[Block]:
     note = (
         "A picture above another one that lacks its name, asked for its own: what is counted below is false. Averaged "
         "over the classes below, then over pictures. What has a denominator of 0 is skipped, as in PrACo: mosaics in "
-        "which nothing was counted rightly have no F1."
+        "which nothing was counted rightly have no F1, and 0 in the column beside."
     )
-    return _table("Mosaics", ("", "CntP", "CntR", "CntF1", "mosaics", "of these without F1"), rows, note)
+    header = ("", "CntP", "CntR", "CntF1", "CntF1 with zeros", "mosaics", "of these without F1")
+    return _table("Mosaics", header, rows, note)
 
 
 def _pairs(found: Mapping[str, Any]) -> list[Block]:
