@@ -139,7 +139,7 @@ def benchmark(
     if not runs:
         raise InputError("nothing could be scored: " + "; ".join(f"{m} on {d}: {why}" for m, d, why in skipped))
     files = write_benchmark(out, runs, title=title, resamples=resamples, seed=seed, skipped=skipped)
-    if measured:
+    if measured := {where: found for where, found in measured.items() if found}:
         write_costs(out, measured)
     return BenchmarkFiles(out, files["json"], runs, skipped)
 
@@ -300,7 +300,12 @@ def _costs(model: CountingModule, datamodule: CountingDataModule, split: Split, 
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, min(COSTED, len(records))).astype(int)]
     data = datamodule.evaluation_dataset(split, model.preprocess, records=chosen, tolerate=True)
     items: list[Any] = [item for i in range(len(data)) if "failed" not in (item := data[i])]
-    found = measure_costs(model, [item["image"] for item in items], [item["classes"] for item in items])
+    known = model.vocabulary
+    names = [[name for name in item["classes"] if known is None or name in known] for item in items]
+    asked = [(item["image"], own) for item, own in zip(items, names, strict=True) if own]
+    if not asked:
+        return {}
+    found = measure_costs(model, [image for image, _ in asked], [own for _, own in asked])
     return {**found, "precision": precision}
 
 

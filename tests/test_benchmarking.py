@@ -88,7 +88,7 @@ def test_another_model_or_protocol_is_counted_anew(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_together_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
     data = {"dots": TinyPictures(prompts="all"), "figs": TinyPictures(classes=["figs"], prompts="all")}
-    found = benchmark({"fixed": model(0, Known), "free": model()}, data, tmp_path, accelerator="cpu", costs=False)
+    found = benchmark({"fixed": model(0, Known), "free": model()}, data, tmp_path, accelerator="cpu")
     assert [entry[:2] for entry in found.skipped] == [("fixed", "figs")]
     assert ("fixed", "figs") not in by_name(tmp_path)
     assert "no name in common" in (tmp_path / "benchmark.md").read_text()

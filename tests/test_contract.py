@@ -18,7 +18,7 @@ import pytest
 import tiny
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tiny import DATA, MODELS, UNCOUNTED, data, model, run, trainer
+from tiny import DATA, MODELS, OUTSIDE, UNCOUNTED, data, model, run, trainer
 
 from counting_zoo import Prediction, load
 from counting_zoo.callbacks import PredictionWriter, TestReport
@@ -26,7 +26,7 @@ from counting_zoo.data.base import CountingDataModule
 from counting_zoo.errors import InputError, NamesError, SupervisionError
 
 QUIET = trainer(callbacks=[])
-MODEL_NAMES, DATA_NAMES = [path.stem for path in MODELS], [path.stem for path in DATA]
+MODEL_NAMES, DATA_NAMES = [path.stem for path in (*MODELS, *OUTSIDE)], [path.stem for path in DATA]
 #: What each model and data set is run with through the commands.
 PAIRS = [
     (MODEL_NAMES[i % len(MODEL_NAMES)], DATA_NAMES[i % len(DATA_NAMES)])
