@@ -12,7 +12,7 @@ import yaml
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.errors import InputError
 from counting_zoo.module import CountingModule
-from counting_zoo.training_cli import made_from_config
+from counting_zoo.training_cli import counter_of, made_from_config
 
 HELP = """\
 Count every picture of each data set with each model under one protocol. Models are checkpoints, model configurations
@@ -36,8 +36,13 @@ A benchmark that was interrupted goes on where it stopped when it is given the s
 OPTIONS = ("title", "split", "precision", "pictures", "resamples", "seed", "costs", "accelerator", "devices")
 
 
-def run(arguments: Sequence[str]) -> int:
-    """The command; the exit code."""
+def run(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
+    """The command; the exit code.
+
+    Args:
+        arguments: the words behind the command.
+        allowed: packages of the user's own that checkpoints may name a model of.
+    """
     parser = argparse.ArgumentParser(
         "counting-zoo benchmark", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     from counting_zoo.benchmarking import benchmark
 
     found = benchmark(
-        {name: _model(name, entry) for name, entry in models.items()},
+        {name: _model(name, entry, allowed) for name, entry in models.items()},
         {name: _data(name, entry) for name, entry in data.items()},
         given.out,
         **options,
@@ -119,7 +124,7 @@ def _entry(name: str, entry: Any, keys: tuple[str, ...]) -> tuple[str, str, dict
     return kinds[0], entry[kinds[0]], dict(entry.get("set") or {})
 
 
-def _model(name: str, entry: Any) -> CountingModule | Path:
+def _model(name: str, entry: Any, allowed: Sequence[str]) -> CountingModule | Path:
     kind, file, options = _entry(name, entry, ("checkpoint", "config", "counts"))
     kind = kind or {".yaml": "config", ".yml": "config", ".csv": "counts"}.get(Path(file).suffix, "checkpoint")
     if kind == "counts":
@@ -131,12 +136,7 @@ def _model(name: str, entry: Any) -> CountingModule | Path:
         assert isinstance(made, CountingModule)
         made.configure_model()
         return made
-    from counting_zoo.loading import load
-
-    model = load(file, **options)
-    if not isinstance(model, CountingModule):
-        raise InputError(f"{name}: {file!r} is of {type(model).__name__}, which does not count")
-    return model
+    return counter_of(file, allowed, **options)
 
 
 def _data(name: str, entry: Any) -> CountingDataModule:

@@ -146,7 +146,7 @@ def _benchmark(arguments: list[str]) -> int:
     restrict_imports(extra)
     from counting_zoo.benchmark_cli import run
 
-    return run(arguments)
+    return run(arguments, extra)
 
 
 def _calibrate(arguments: list[str]) -> int:

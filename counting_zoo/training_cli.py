@@ -114,7 +114,7 @@ def run_calibrate(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     parser.add_argument("--out", type=str, required=True, help="The checkpoint to write.")
     parser.add_argument("--device", type=str, default="cpu", help="Where to count, such as cuda.")
     made = parser.instantiate(parser.parse_args(list(arguments)))
-    model = _counter(made.ckpt_path, made.device, allowed)
+    model = counter_of(made.ckpt_path, allowed, device=made.device)
     done = calibrate(model, made.data, made.split, made.level, made.width)
     print(f"{done.describe()}\nwrote {write_calibrated(made.ckpt_path, made.out, done.calibration)}")
     return 0
@@ -142,7 +142,7 @@ def run_audit(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     made = parser.instantiate(parser.parse_args(list(arguments)))
     made.data.prepare_data()
     found = audit(
-        _counter(made.ckpt_path, made.device, allowed), made.data, made.split,
+        counter_of(made.ckpt_path, allowed, device=made.device), made.data, made.split,
         tests=[test.strip() for test in made.tests.split(",")], limit=made.limit, mosaics=made.mosaics,
         prompts_at_once=made.prompts_at_once, seed=made.seed, examples=made.examples, parts=Path(made.out) / "parts",
     )  # fmt: skip
@@ -154,8 +154,13 @@ def run_audit(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     return 0
 
 
-def _counter(path: str, device: str, allowed: Sequence[str]) -> CountingModule:
+def counter_of(path: str, allowed: Sequence[str], **options: Any) -> CountingModule:
     """The model of a checkpoint, which may be of a package that the user allows.
+
+    Args:
+        path: the checkpoint.
+        allowed: packages of the user's own.
+        options: those of :func:`~counting_zoo.loading.load`.
 
     Raises:
         CheckpointError: it counts nothing, or is no checkpoint of the zoo.
@@ -165,7 +170,7 @@ def _counter(path: str, device: str, allowed: Sequence[str]) -> CountingModule:
     home = str(read_checkpoint(path).get("counting_zoo", {}).get("class", "")).rpartition(".")[0]
     if any(home == name or home.startswith(f"{name}.") for name in allowed):
         importlib.import_module(home)
-    model = load(path, device=device)
+    model = load(path, **options)
     if not isinstance(model, CountingModule):
         raise CheckpointError(f"{path!r} is of {type(model).__name__}, which counts nothing")
     return model
@@ -336,4 +341,4 @@ def _recipe(path: Path) -> dict[str, Any]:
     return {"class_path": checkpoint["counting_zoo"]["class"], "init_args": checkpoint.get("hyper_parameters", {})}
 
 
-__all__ = ["CountingCLI", "made_from_config", "run", "run_audit", "run_calibrate", "run_describe", "run_pack"]
+__all__ = ["CountingCLI", "counter_of", "made_from_config", "run", "run_audit", "run_calibrate", "run_describe", "run_pack"]
