@@ -341,4 +341,6 @@ def _recipe(path: Path) -> dict[str, Any]:
     return {"class_path": checkpoint["counting_zoo"]["class"], "init_args": checkpoint.get("hyper_parameters", {})}
 
 
-__all__ = ["CountingCLI", "counter_of", "made_from_config", "run", "run_audit", "run_calibrate", "run_describe", "run_pack"]
+__all__ = [
+    "CountingCLI", "counter_of", "made_from_config", "run", "run_audit", "run_calibrate", "run_describe", "run_pack",
+]  # fmt: skip
