@@ -80,7 +80,7 @@ def fits() -> list[Fit]:
             ),
             Fit(
                 f"lower_count-{seed}", "scenes",
-                f"{QUICK} --config configs/model/lower_count_small.yaml {LOW} --trainer.max_epochs 20 {seeded}",
+                f"{QUICK} --config configs/model/lower_count_small.yaml {LOW} --trainer.max_epochs 14 {seeded}",
             ),
             Fit(
                 f"region_clip-{seed}", "scenes",
@@ -93,7 +93,7 @@ def fits() -> list[Fit]:
             words = f"{PHOTOS} --config configs/model/{name}.yaml {CELLS} --data.split_seed {draw} --data.num_workers 0"
             found.append(Fit(f"cells-{name}-{draw}", "cells", words, "best"))
     small = "--config configs/model/lower_count_small.yaml --model.reduction 16 --model.peak_gradient sum"
-    both = f"{PHOTOS} {small} {BCCD} --data.batch_size 8 --data.num_workers 0 --trainer.max_epochs 100"
+    both = f"{PHOTOS} {small} {BCCD} --data.batch_size 8 --data.num_workers 0 --trainer.max_epochs 60"
     found.append(
         Fit("bccd-limit4", "bccd", f"{both} --model.preprocess '{{resize: height, size: 192}}' --model.first_stage 5")
     )
