@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from tiny_zoo import TinyCounter, TinyPictures
 
-from counting_zoo.data.records import Record
+from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import NamesError
 from counting_zoo.evaluation.counting import count_split, read_parts
 
@@ -127,4 +129,43 @@ def test_without_names_the_sum_is_scored() -> None:
 
 def test_parts_of_unicode_names_come_back(model, tmp_path: Path) -> None:
     count_split(model, TinyPictures(), parts=tmp_path)
-    assert "ü" in next(tmp_path.glob("*.jsonl")).read_text(encoding="utf-8")
+    assert read_parts(tmp_path, TinyPictures(), "test").table.image[0] == "test/00 ü.png"
+
+
+class Repainted(TinyPictures):
+    """The same annotation, another picture."""
+
+    def read_bytes(self, record: Record) -> bytes:
+        return cv2.imencode(".png", np.full((32, 40, 3), 200, np.uint8))[1].tobytes()
+
+
+def test_a_picture_whose_file_has_changed_is_counted_again(model, tmp_path) -> None:
+    first = count_split(model, TinyPictures(), parts=tmp_path).table
+    second = count_split(model, Repainted(), parts=tmp_path).table
+    np.testing.assert_array_equal(second.predicted, count_split(model, Repainted()).table.predicted)
+    assert not np.isin(second.predicted, first.predicted).any()
+    assert read_parts(tmp_path, TinyPictures(), "test").table.predicted.tolist() == first.predicted.tolist()
+
+
+class Odd(TinyPictures):
+    """The second picture is smaller than a cell, the third one names nothing, and ids hold a separator of lines."""
+
+    def read_split(self, split: Split) -> list[Record]:
+        found = [replace(r, image_id=r.image_id.replace(" ", "\u2028")) for r in super().read_split(split)]
+        nothing = {"points": np.zeros((0, 2), np.float32), "labels": np.zeros(0, np.int64)}
+        found[1] = replace(found[1], size=(4, 4), **nothing)
+        found[2] = replace(found[2], classes=[], **nothing)
+        return found
+
+    def read_bytes(self, record: Record) -> bytes:
+        shape = (4, 4, 3) if record.size == (4, 4) else (32, 40, 3)
+        return cv2.imencode(".png", np.zeros(shape, np.uint8))[1].tobytes()
+
+
+def test_no_picture_is_lost(model, tmp_path) -> None:
+    found = count_split(model, Odd(), parts=tmp_path)
+    assert [image_id[:7] for image_id in found.table.image] == ["test/00", "test/03", "test/04"]
+    (small, why_small), (nameless, why_nameless) = found.failed
+    assert (small[:7], nameless[:7]) == ("test/01", "test/02")
+    assert "RuntimeError" in why_small
+    assert "names nothing" in why_nameless

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_zoo import TinyPictures
 
+from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import InputError
 from counting_zoo.evaluation.outside_counts import counts_of_file
 
@@ -39,6 +41,24 @@ def test_a_total_is_compared_with_the_sum(tmp_path) -> None:
     path = write(tmp_path / "c.csv", "image,count\ntest/00 ü.png,4\n")
     table = counts_of_file(path, TinyPictures(n=1, prompts="all"), "test").table
     assert (table.name, table.target.tolist()) == (["=stars + dots"], [1])
+
+
+def test_joined_names_are_a_total(tmp_path) -> None:
+    path = write(tmp_path / "c.csv", "image,name,count\ntest/00 ü.png,'=stars + dots,4\n")
+    table = counts_of_file(path, TinyPictures(n=1, prompts="all"), "test").table
+    assert (table.name, table.target.tolist(), table.predicted.tolist()) == (["=stars + dots"], [1], [4])
+
+
+class Nameless(TinyPictures):
+    """Pictures whose annotation names nothing."""
+
+    def read_split(self, split: Split) -> list[Record]:
+        return [Record(f"{split}/{i}.png", size=(32, 40), counts=np.zeros(0, np.float32)) for i in range(2)]
+
+
+def test_a_picture_that_names_nothing_is_said_to(tmp_path) -> None:
+    found = counts_of_file(write(tmp_path / "c.csv", "image,count\n0.png,4\n"), Nameless(), "test")
+    assert [reason[:20] for _, reason in found.failed] == ["asked about nothing,", "no count in the file"]
 
 
 def test_two_pictures_of_one_name_are_not_guessed(tmp_path) -> None:

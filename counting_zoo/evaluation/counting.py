@@ -19,12 +19,16 @@ from counting_zoo.data.progress import progress
 from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import InputError, NamesError
 from counting_zoo.evaluation.count_table import COLUMNS, CountTable
-from counting_zoo.evaluation.finished import FinishedPictures
+from counting_zoo.evaluation.finished import FinishedPictures, picture_key
 from counting_zoo.metrics import grid_errors
 from counting_zoo.prompts import known_names
 from counting_zoo.types import Batch, CountOutput
 
 Row = list[str | float | None]
+NO_NAME = (
+    "asked about nothing, as its annotation names nothing; data.prompts: all or data.merge_classes asks every picture"
+)
+"""Why a picture has no row."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ def count_split(
         model: in evaluation mode, on the device it should count on.
         datamodule: whose ``prompts`` say which names each picture is asked about.
         split: what is counted.
-        parts: a folder where each finished picture is kept at once; pictures that are already there are not counted
-            again. Whoever chooses the folder answers for the model and the data being the same. ``None`` keeps
-            nothing.
+        parts: a folder where each finished picture is kept at once, by its id and the hash of its file; pictures that
+            are already there are not counted again. Whoever chooses the folder answers for the model, the annotation
+            and the names asked about being the same. ``None`` keeps nothing.
         rank, world_size: this process, and how many share the split and ``parts``.
         description: stands before the progress bar.
 
@@ -71,26 +75,32 @@ def count_split(
     """
     records = datamodule.records(split)
     _check_names(model, datamodule, split)
+    keys = _keys(parts, datamodule, records)
     done = _finished(parts)
-    mine = [r for r in records[rank::world_size] if "rows" not in done.get(r.image_id, {})]
+    mine = [r for r in records[rank::world_size] if "rows" not in done.get(keys[r.image_id], {})]
     shown = progress(_pictures(model, datamodule, split, mine), len(mine), description)
     with torch.inference_mode(), FinishedPictures(None if parts is None else parts / f"{rank}.jsonl") as finished:
         for batch in shown:
             for image_id, reason in batch.get("failed", []):
-                finished.add(image_id, {"failed": reason})
+                finished.add(keys[image_id], {"failed": reason})
             if batch["image_id"]:
-                finished.add(batch["image_id"][0], _counted(model, batch))
-        return _gathered(dict(finished.items()) if parts is None else _finished(parts), records)
+                finished.add(keys[batch["image_id"][0]], _counted(model, batch))
+        return _gathered(dict(finished.items()) if parts is None else _finished(parts), keys)
 
 
 def read_parts(parts: Path, datamodule: CountingDataModule, split: Split) -> CountedSplit:
     """What all processes have left in ``parts``, in the order of the data."""
-    return _gathered(_finished(parts), datamodule.records(split))
+    return _gathered(_finished(parts), _keys(parts, datamodule, datamodule.records(split)))
 
 
-def _gathered(done: dict[str, dict[str, Any]], records: Sequence[Record]) -> CountedSplit:
-    """Finished pictures in the order of the records."""
-    found = [(r.image_id, done[r.image_id]) for r in records if r.image_id in done]
+def _keys(parts: Path | None, datamodule: CountingDataModule, records: Sequence[Record]) -> dict[str, str]:
+    """What each picture is kept under, by its id."""
+    return {r.image_id: r.image_id if parts is None else picture_key(datamodule, r) for r in records}
+
+
+def _gathered(done: dict[str, dict[str, Any]], keys: dict[str, str]) -> CountedSplit:
+    """Finished pictures in the order of the data."""
+    found = [(image_id, done[key]) for image_id, key in keys.items() if key in done]
     return CountedSplit(
         CountTable.of(row for _, one in found if "rows" in one for row in one["rows"]),
         [(image_id, one["failed"]) for image_id, one in found if "failed" in one],
@@ -125,6 +135,8 @@ def _counted(model: Counter, batch: Batch) -> dict[str, Any]:
     image_id = batch["image_id"][0]
     if "counts" not in batch:
         raise InputError(f"{image_id} carries no counts, so nothing can be scored; use predict for such pictures")
+    if not batch["classes"][0]:
+        return {"failed": NO_NAME}
     if model.vocabulary is not None:
         asked = batch["classes"][0]
         batch = known_names(batch, model.vocabulary)
@@ -136,7 +148,7 @@ def _counted(model: Counter, batch: Batch) -> dict[str, Any]:
         )
         assert isinstance(outputs, list)  # as for every list of pictures
         return {"rows": _rows(model, batch, outputs[0])}
-    except (InputError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (InputError, FloatingPointError, RuntimeError) as error:  # torch's own, of pictures too small or too large
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
@@ -147,7 +159,7 @@ def _rows(model: Counter, batch: Batch, output: CountOutput) -> list[Row]:
         FloatingPointError: a count is not finite.
     """
     image_id, names = batch["image_id"][0], batch["classes"][0]
-    counts: Tensor = model.reported(output.counts)[0].double().cpu()
+    counts: Tensor = model.reported(output.counts)[0].cpu().double()  # Apple's devices have no float64
     target = batch["counts"][0].double()
     if model.class_blind:
         names, target = [" + ".join(names)], target.sum(0, keepdim=True)
@@ -168,7 +180,7 @@ def _rows(model: Counter, batch: Batch, output: CountOutput) -> list[Row]:
 
 
 def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
-    """What the processes have left in ``parts``, by picture."""
+    """What the processes have left in ``parts``, by :func:`~counting_zoo.evaluation.finished.picture_key`."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(parts.glob("*.jsonl")) if parts is not None else []:
         for image_id, one in FinishedPictures(path).items():
@@ -177,4 +189,4 @@ def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
     return found
 
 
-__all__ = ["CountedSplit", "count_split", "read_parts"]
+__all__ = ["NO_NAME", "CountedSplit", "count_split", "read_parts"]

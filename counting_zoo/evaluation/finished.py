@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import ItemsView
 from pathlib import Path
 from typing import Any, Self, TextIO
+
+from counting_zoo.data.base import CountingDataModule
+from counting_zoo.data.records import Record
+from counting_zoo.errors import InputError
 
 
 class FinishedPictures:
@@ -28,10 +33,10 @@ class FinishedPictures:
         self._found: dict[str, dict[str, Any]] = {}
         if path is None or not path.is_file():
             return
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 image_id, content = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 continue
             self._found[image_id] = content
 
@@ -58,11 +63,24 @@ class FinishedPictures:
 
     def add(self, image_id: str, content: dict[str, Any]) -> None:
         """Keep what is known of a picture; the same as it will be read again."""
-        line = json.dumps([image_id, content], ensure_ascii=False, allow_nan=False)
+        line = json.dumps([image_id, content], allow_nan=False)  # in ASCII, as ids may hold separators of lines
         self._found[image_id] = json.loads(line)[1]
         if self._file is not None:
             self._file.write(line + "\n")
             self._file.flush()
 
 
-__all__ = ["FinishedPictures"]
+def picture_key(datamodule: CountingDataModule, record: Record) -> str:
+    """What finished work on a picture is kept under: its id, and a hash of its file.
+
+    The annotation does not tell a picture from another one of the same name: the same pictures with noise, say, or a
+    file that was replaced.
+    """
+    try:
+        content = datamodule.read_bytes(record)
+    except (InputError, OSError):
+        content = b""  # whoever opens the picture says what is wrong with it
+    return f"{hashlib.sha256(content).hexdigest()[:16]} {record.image_id}"
+
+
+__all__ = ["FinishedPictures", "picture_key"]

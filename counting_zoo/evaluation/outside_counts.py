@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.records import Split, ask
 from counting_zoo.errors import InputError
+from counting_zoo.evaluation.comparison import JOIN
 from counting_zoo.evaluation.count_table import CountTable
-from counting_zoo.evaluation.counting import CountedSplit
+from counting_zoo.evaluation.counting import NO_NAME, CountedSplit
 from counting_zoo.evaluation.tables import unsafe_cell
 from counting_zoo.geometry import Preprocess
 
@@ -67,7 +68,8 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
     """The counts of a file beside the true ones of a split.
 
     Pictures are found by their id, else by their file name with or without suffix, where that is the only one of its
-    kind. A file without names is compared with the sum of the names asked about.
+    kind. A file without names, or with the names of a picture joined by " + ", is compared with the sum of the names
+    asked about.
 
     Args:
         path: see :func:`read_counts`.
@@ -96,8 +98,10 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
         said = counts.get(ids.get(record.image_id, ""))
         if said is None or asked.counts is None:
             failed.append((record.image_id, "no count in the file" if said is None else "no true count"))
-        elif set(said) == {TOTAL}:
-            rows.append((record.image_id, " + ".join(asked.classes), float(asked.counts.sum()), said[TOTAL]))
+        elif not asked.classes:
+            failed.append((record.image_id, NO_NAME))
+        elif set(said) <= {TOTAL, joined := JOIN.join(asked.classes)}:
+            rows.append((record.image_id, joined, float(asked.counts.sum()), said.get(joined, said.get(TOTAL, 0.0))))
         elif missing := [name for name in asked.classes if name not in said]:
             failed.append((record.image_id, f"no count of {', '.join(map(repr, missing[:5]))} in the file"))
         else:
@@ -110,7 +114,8 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
 
 def _matched(wanted: list[str], given: list[str]) -> dict[str, str]:
     """The file's id for each wanted picture that it has."""
-    found = {image_id: image_id for image_id in wanted if image_id in set(given)}
+    there = set(given)
+    found = {image_id: image_id for image_id in wanted if image_id in there}
     keys: tuple[Callable[[str], str], ...] = (lambda i: PurePosixPath(i).name, lambda i: PurePosixPath(i).stem)
     for key in keys:
         ours, theirs = _by(wanted, key), _by(given, key)
