@@ -75,6 +75,13 @@ class Gardens(CountingDataModule):
         return cv2.imencode(".png", np.full((48, 80, 3), 90, np.uint8))[1].tobytes()
 
 
+class Repainted(Gardens):
+    """The same annotation, other pictures."""
+
+    def read_bytes(self, record: Record) -> bytes:
+        return cv2.imencode(".png", np.full((48, 80, 3), 30, np.uint8))[1].tobytes()
+
+
 class Oracle(CountingModule):
     """Knows what every picture shows.
 
@@ -224,6 +231,8 @@ def test_an_interrupted_audit_goes_on_and_ends_with_the_same_files(tmp_path: Pat
     assert len(list(parts.glob("*.jsonl"))) == 1
     audit(Oracle(listens=False).eval(), Gardens(), mosaics=1, parts=parts)
     assert len(list(parts.glob("*.jsonl"))) == 2  # another question
+    audit(Oracle(listens=False).eval(), Repainted(), mosaics=1, parts=parts)
+    assert len(list(parts.glob("*.jsonl"))) == 3  # other pictures
 
 
 def test_the_files(tmp_path: Path, listened: Audit) -> None:

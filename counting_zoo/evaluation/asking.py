@@ -14,11 +14,14 @@ from torch import Tensor
 
 from counting_zoo.counter import Counter
 from counting_zoo.errors import InputError
+from counting_zoo.geometry import Preprocess
 from counting_zoo.types import CountOutput
 
 INDEPENDENT_WITHIN = 1e-3
 """Counts of a prompt asked alone and among others that differ by more than this part of the larger one, or of 1, come
 from a model in which names compete."""
+
+_PLAIN = (type(None), str, int, float, list, tuple, dict, Preprocess)
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,19 @@ class Asker:
 
 
 def model_sha256(model: Counter) -> str:
-    """A hash of a model's weights and settings, by which finished work is known again."""
-    settings = {name: str(value) for name, value in sorted(getattr(model, "hparams", {}).items())}
-    digest = hashlib.sha256(json.dumps([type(model).__qualname__, settings]).encode())
+    """A hash of a model's weights and settings, by which finished work is known again.
+
+    Settings are taken as they are now: whoever gives ``model.window`` another value counts with another model. What
+    else a checkpoint would keep, such as the tokenizer, is part of it.
+    """
+    own = vars(model)
+    settings = {
+        name: str(own[name] if name in own and isinstance(own[name], _PLAIN) else value)
+        for name, value in sorted(getattr(model, "hparams", {}).items())
+    }
+    kind, recipe = type(model), model.recipe() if hasattr(model, "recipe") else {}
+    named = json.dumps([f"{kind.__module__}.{kind.__qualname__}", settings, recipe], sort_keys=True, default=str)
+    digest = hashlib.sha256(named.encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -20,7 +20,7 @@ from counting_zoo.errors import InputError
 from counting_zoo.evaluation.asking import Asker, Cost, check_listens, model_sha256
 from counting_zoo.evaluation.audit_prompts import EMPTY, NONSENSE, PARAPHRASES
 from counting_zoo.evaluation.audit_questions import GRIDS, AskedMosaic, AskedPicture, Questions
-from counting_zoo.evaluation.finished import FinishedPictures
+from counting_zoo.evaluation.finished import FinishedPictures, picture_key
 from counting_zoo.evaluation.page import Picture
 from counting_zoo.geometry import Preprocess
 from counting_zoo.version import __version__
@@ -120,7 +120,8 @@ def audit(
             "paraphrases": list(PARAPHRASES),
             "counting_zoo": __version__,
         }
-        key = hashlib.sha256(json.dumps([protocol, names, GRIDS], sort_keys=True).encode()).hexdigest()[:16]
+        files = [] if parts is None else [picture_key(datamodule, record) for record in records.values()]
+        key = hashlib.sha256(json.dumps([protocol, names, GRIDS, files], sort_keys=True).encode()).hexdigest()[:16]
         found = _answers(questions, chosen, None if parts is None else parts / f"{key}.jsonl")
         failed = [(str(image_id), str(reason)) for one in found for image_id, reason in one["failed"]]
         pictures = [AskedPicture(**one["picture"]) for one in found if one["picture"]]
