@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from counting_zoo.callbacks import count_again
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import collate
 from counting_zoo.data.fingerprint import fingerprint
-from counting_zoo.data.records import Split
+from counting_zoo.data.records import Split, n_objects
 from counting_zoo.errors import InputError
 from counting_zoo.evaluation.asking import model_sha256
 from counting_zoo.evaluation.benchmark_report import Run, write_benchmark, write_costs
+from counting_zoo.evaluation.comparison import JOIN
 from counting_zoo.evaluation.costs import measure_costs
 from counting_zoo.evaluation.count_table import CountTable
 from counting_zoo.evaluation.counting import CountedSplit, count_split, read_parts
@@ -30,6 +33,7 @@ from counting_zoo.evaluation.report import Picture
 from counting_zoo.loading import load
 from counting_zoo.module import CountingModule
 from counting_zoo.prompts import known_names
+from counting_zoo.version import __version__
 
 log = logging.getLogger(__name__)
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -71,9 +75,10 @@ def benchmark(
 ) -> BenchmarkFiles:
     """Count every picture of every data set with every model, and report the errors with their intervals.
 
-    Finished pictures are kept below ``out/parts`` under a hash of the model's weights and recipe and of the annotation,
-    so an interrupted benchmark goes on where it stopped, and one with another model counts with that one alone. A
-    picture that cannot be read or counted is listed and left out of all scores.
+    Finished pictures are kept below ``out/parts`` under a hash of the model's weights and recipe, of the annotation, of
+    the names asked about and of the picture's file. An interrupted benchmark goes on where it stopped, and one with
+    another model counts with that one alone. Nobody hashes a model's source: delete ``parts`` when you have changed it.
+    A picture that cannot be read or counted is listed and left out of all scores.
 
     Args:
         models: by name: a model, a checkpoint of the zoo, or a CSV file of counts from elsewhere.
@@ -84,24 +89,25 @@ def benchmark(
         title: heading of the report.
         accelerator, devices: as Lightning takes them; several devices share the pictures.
         precision: of the networks; counts are added up in float32 in any case.
-        pictures: how many best and worst pictures of each run are drawn.
+        pictures: how many best and how many worst pictures of each run are drawn.
         costs: whether to measure time and memory.
         resamples, seed: of the bootstrap.
 
     Raises:
-        InputError: there is no model or no data, a file cannot be read, or nothing fits together.
+        InputError: there is no model or no data, an option is out of range, a file cannot be read, or nothing fits
+            together.
     """
     if not models or not data:
         raise InputError(f"a benchmark of {len(models)} models on {len(data)} data sets; expected at least one of each")
+    _check_options(split, precision, devices=devices, pictures=pictures, resamples=resamples, seed=seed, costs=costs)
+    models, data = _by_text("models", models), _by_text("data", data)
     out = Path(out)
-    fabric = L.Fabric(
-        accelerator=accelerator, devices=devices, precision=precision, strategy="ddp" if devices > 1 else "auto"
-    )
-    if devices > 1:
-        fabric.launch()
+    fabric = _fabric(accelerator, devices, precision)
+    used = fabric._precision.precision  # not what was asked for where the device cannot do that
     runs: list[Run] = []
     skipped: list[tuple[str, str, str]] = []
     measured: dict[str, dict[str, Any]] = {}
+    parts_of_names = _file_names([*models, *data])
     if fabric.is_global_zero:
         for datamodule in data.values():
             datamodule.prepare_data()
@@ -112,9 +118,7 @@ def benchmark(
             where = f"{model_name} on {data_name}"
             try:
                 counted = _counted(model, datamodule, split, out, where, fabric)
-            except InputError as error:
-                if fabric.world_size > 1:
-                    raise
+            except InputError as error:  # in all processes, or in none
                 log.warning("%s is left out: %s", where, error)
                 skipped.append((model_name, data_name, str(error)))
                 continue
@@ -129,9 +133,9 @@ def benchmark(
                 with fabric.autocast():
                     drawings = _drawings(model, datamodule, split, counted.table, pictures)
                     if costs:
-                        measured[where] = _costs(model, datamodule, split, precision)
-            runs.append(_run(model_name, data_name, model, datamodule, split, counted, drawings, precision, source))
-            counted.table.write(out / "counts" / f"{_file_name(model_name)}--{_file_name(data_name)}.csv")
+                        measured[where] = _costs(model, datamodule, split, used)
+            runs.append(_run(model_name, data_name, model, datamodule, split, counted, drawings, used, source))
+            counted.table.write(out / "counts" / f"{parts_of_names[model_name]}--{parts_of_names[data_name]}.csv")
         del model
     fabric.barrier()
     if not fabric.is_global_zero:
@@ -142,6 +146,44 @@ def benchmark(
     if measured := {where: found for where, found in measured.items() if found}:
         write_costs(out, measured)
     return BenchmarkFiles(out, files["json"], runs, skipped)
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def _check_options(split: str, precision: str, *, costs: bool, **numbers: int) -> None:
+    """Refuse what is out of range with an :class:`InputError`, before hours of counting."""
+    splits, precisions = ("train", "val", "test"), get_args(Precision)
+    for name, word, known in (("split", split, splits), ("precision", precision, precisions)):
+        if word not in known:
+            raise InputError(f"{name} is {word!r}; expected one of {', '.join(known)}")
+    for name, number in numbers.items():
+        least = 1 if name in ("devices", "resamples") else 0
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise InputError(f"{name} is {number!r}; expected a whole number of at least {least}")
+    if not isinstance(costs, bool):
+        raise InputError(f"costs is {costs!r}; expected true or false")
+
+
+def _by_text(kind: str, named: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same under names that are text; YAML reads some of them as numbers. Two that are the same then raise."""
+    found = {str(name): value for name, value in named.items()}
+    if len(found) < len(named):
+        raise InputError(f"two {kind} have the same name among {', '.join(map(str, named))}; name them apart")
+    return found
+
+
+def _fabric(accelerator: str, devices: int, precision: Precision) -> L.Fabric:
+    """The devices, with a process on each; an :class:`InputError` where there are none such."""
+    try:
+        fabric = L.Fabric(
+            accelerator=accelerator, devices=devices, precision=precision, strategy="ddp" if devices > 1 else "auto"
+        )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise InputError(f"accelerator {accelerator!r} with {devices} devices cannot be used: {error}") from error
+    if devices > 1:
+        fabric.launch()
+    return fabric
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -156,6 +198,8 @@ def _model(source: CountingModule | str | Path, fabric: L.Fabric) -> CountingMod
         source = load(path)
         if not isinstance(source, CountingModule):
             raise InputError(f"{path} is of {type(source).__name__}, which does not count")
+    if not isinstance(source, CountingModule):
+        raise InputError(f"a model is a {type(source).__name__}; expected a CountingModule, a checkpoint or a CSV file")
     return source.to(fabric.device).eval()
 
 
@@ -167,22 +211,32 @@ def _counted(
 ) -> CountedSplit:
     if isinstance(model, Path):
         return counts_of_file(model, datamodule, split)
-    protocol = [fabric._precision.precision, split, datamodule.prompts, datamodule.classes, datamodule.merge_classes]
+    protocol = [fabric._precision.precision, split, datamodule.prompts, datamodule.asked_names(split),
+                datamodule.outside, datamodule.checksums]  # fmt: skip
     annotation = fingerprint(datamodule.records(split))["sha256"]
-    facts = json.dumps([model_sha256(model), str(model.interval_calibration), annotation, protocol])
+    facts = json.dumps([__version__, model_sha256(model), str(model.interval_calibration), annotation, protocol])
     parts = out / "parts" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     if fabric.is_global_zero:
         parts.mkdir(parents=True, exist_ok=True)
         (parts / "of.json").write_text(json.dumps({"run": where}), encoding="utf-8")
     fabric.barrier()
-    with fabric.autocast():
-        counted = count_split(
-            model, datamodule, split, parts=parts, rank=fabric.global_rank, world_size=fabric.world_size,
-            description=where,
-        )  # fmt: skip
+    refused: str | None = None
+    try:
+        with fabric.autocast():
+            counted = count_split(
+                model, datamodule, split, parts=parts, rank=fabric.global_rank, world_size=fabric.world_size,
+                description=where,
+            )  # fmt: skip
+    except InputError as error:
+        if fabric.world_size == 1:
+            raise
+        refused = str(error)
     if fabric.world_size == 1:
         return counted
-    fabric.barrier()
+    reasons: list[str | None] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(reasons, refused)
+    if said := next((reason for reason in reasons if reason is not None), None):
+        raise InputError(said)  # in all processes, or the others would wait for this one for ever
     return read_parts(parts, datamodule, split)
 
 
@@ -197,7 +251,7 @@ def _run(
     precision: str,
     source: Any,
 ) -> Run:
-    total = isinstance(model, CountingModule) and model.class_blind
+    total = model.class_blind if isinstance(model, CountingModule) else all(JOIN in n for n in counted.table.name)
     names = datamodule.asked_names(split)
     constants: dict[str, float | dict[str, float]] = {}
     for name, value in datamodule.constant_predictors(total=total).items():
@@ -258,8 +312,16 @@ def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, spli
     )  # fmt: skip
     if model.class_blind:
         said.append("The model counts without names: it is scored on the sum over the names asked about.")
+        every = np.array([n_objects(record) for record in datamodule.records(split)], np.float64)
+        if (left_out := np.nansum(every - datamodule.asked_counts(split, total=True)[:, 0])) > 0:
+            said.append(
+                f"{left_out:.0f} of {np.nansum(every):.0f} objects have names that are not asked about: counting them "
+                "is taken for an error, unless data.merge_classes gives all of them one name."
+            )
     if model.vocabulary is not None:
-        said.append("The model counts a fixed list of names: it is scored on those that the data share.")
+        unknown = [name for name in datamodule.class_names(split) if name not in model.vocabulary]
+        left = f"; left out: {', '.join(unknown)}" if unknown else ""
+        said.append(f"The model counts a fixed list of names: it is scored on those that the data share{left}.")
     said.append(f"Networks ran in {precision}; counts are sums of the density in float32.")
     return said
 
@@ -314,8 +376,15 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+def _file_names(names: Sequence[str]) -> dict[str, str]:
+    """A part of a file name for each name; no two are the same, in upper or lower case."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        taken = {part.casefold() for part in found.values()}
+        numbered = (f"{plain}_{n}" for n in range(2, len(names) + 2))
+        found[name] = next(part for part in (plain, *numbered) if part.casefold() not in taken)
+    return found
 
 
 __all__ = ["BenchmarkFiles", "benchmark"]

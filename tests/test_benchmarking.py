@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,9 +20,12 @@ from tiny_zoo import TinyCounter, TinyPictures
 
 from counting_zoo import benchmark, save
 from counting_zoo.cli import main
+from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import InputError
 from counting_zoo.evaluation.benchmark_report import read_results
 from counting_zoo.evaluation.count_table import CountTable
+from counting_zoo.evaluation.counting import count_split
+from counting_zoo.geometry import Preprocess
 
 COMMAND = ("benchmark", "--allow_packages", "tiny_zoo")
 TESTS = Path(__file__).resolve().parent
@@ -84,6 +89,97 @@ def test_another_model_or_protocol_is_counted_anew(tmp_path: Path) -> None:
     ):  # fmt: skip
         benchmark({"a": made}, {"d": data}, tmp_path, **options)
         assert len(list((tmp_path / "parts").iterdir())) == n
+
+
+class Repainted(TinyPictures):
+    """The same annotation, other pictures."""
+
+    def read_bytes(self, record: Record) -> bytes:
+        return cv2.imencode(".png", np.full((32, 40, 3), 200, np.uint8))[1].tobytes()
+
+
+class Renamed(TinyPictures):
+    """The same test pictures, and another name in training, which ``prompts: all`` asks about."""
+
+    def read_split(self, split: Split) -> list[Record]:
+        found = super().read_split(split)
+        return [replace(r, classes=["apples", *r.classes[1:]]) for r in found] if split == "train" else found
+
+
+def test_counts_of_other_pictures_names_or_settings_are_not_taken_for_these(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "pictures": 0}
+    data = {"clean": TinyPictures(prompts="all"), "noisy": Repainted(prompts="all"), "more": Renamed(prompts="all")}
+    counter = TinyCounter(scale=0.2, preprocess=Preprocess("warp", 32)).eval()
+    together = benchmark({"a": counter}, data, tmp_path, **options).runs
+    for run, (name, alone) in zip(together, data.items(), strict=True):
+        expected = count_split(counter, alone).table
+        assert run.table.name == expected.name
+        np.testing.assert_array_equal(run.table.predicted, expected.predicted, name)
+    counter.preprocess = Preprocess("warp", 64)  # after it was made
+    again = benchmark({"a": counter}, {"clean": data["clean"]}, tmp_path, **options).runs[0].table.predicted
+    np.testing.assert_array_equal(again, count_split(counter, data["clean"]).table.predicted)
+    assert (again != together[0].table.predicted).all()
+
+
+def test_names_that_differ_in_signs_only_have_files_of_their_own(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "pictures": 0}
+    found = benchmark({"a b": model(0), "A_b": model(1), 7: model(2)}, {"d": TinyPictures()}, tmp_path, **options)  # type: ignore[dict-item]
+    tables = [CountTable.read(tmp_path / "counts" / f"{name}--d.csv") for name in ("a_b", "A_b_2", "7")]
+    for run, table in zip(found.runs, tables, strict=True):
+        np.testing.assert_array_equal(table.predicted.astype(np.float32), run.table.predicted.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"split": "predict"}, "split is 'predict'; expected one of train"),
+        ({"precision": "fp16"}, "precision is 'fp16'"),
+        ({"pictures": -1}, "pictures is -1; expected a whole number of at least 0"),
+        ({"devices": "2"}, "devices is '2'"),
+        ({"resamples": 0}, "resamples is 0"),
+        ({"costs": "no"}, "costs is 'no'"),
+        ({"accelerator": "gpuu"}, "accelerator 'gpuu' with 1 devices cannot be used"),
+    ],
+)
+def test_options_out_of_range(tmp_path: Path, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        benchmark({"a": model()}, {"d": TinyPictures()}, tmp_path, **{"accelerator": "cpu", **option})
+
+
+def test_what_is_no_counter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a model is a Linear"):
+        benchmark({"a": torch.nn.Linear(1, 1)}, {"d": TinyPictures()}, tmp_path, accelerator="cpu")  # type: ignore[dict-item]
+
+
+class Blind(TinyCounter):
+    """Counts without names."""
+
+    class_blind = True
+
+
+class Mixed(TinyPictures):
+    """Dots and stars in turns."""
+
+    def read_split(self, split: Split) -> list[Record]:
+        return [replace(r, labels=np.arange(len(r.points)) % 2) for r in super().read_split(split)]
+
+
+def test_the_protocol_says_what_a_model_was_not_asked_about(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "pictures": 0, "precision": "16-mixed"}
+    models = {"blind": model(0, Blind), "fixed": model(0, Known)}
+    found = benchmark(models, {"target": Mixed(), "all": Mixed(prompts="all")}, tmp_path, **options)
+    said = {(run.model, run.data): " ".join(run.protocol) for run in found.runs}
+    assert "6 of 15 objects have names that are not asked about" in said["blind", "target"]
+    assert "not asked about" not in said["blind", "all"]
+    assert "left out: =stars" in said["fixed", "all"]
+    assert all("ran in bf16-mixed" in text for text in said.values())  # which processors have instead
+
+
+def test_totals_from_elsewhere_stand_beside_constants_of_totals(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("image,count\n" + "".join(f"{i:02d} ü.png,{i}\n" for i in range(5)))
+    (run,) = benchmark({"theirs": tmp_path / "c.csv"}, {"d": Mixed(prompts="all")}, tmp_path / "out",
+                       accelerator="cpu").runs  # fmt: skip
+    assert run.constants == {"train_mean": 3.0, "train_median": 3.0}  # not the sum of the names' medians, 2 + 1
 
 
 def test_what_does_not_fit_together_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -170,8 +266,9 @@ def test_a_mistake_in_the_file_is_named(files: Path, change: dict[str, Any], mes
 
 @pytest.mark.slow
 def test_two_processes_share_the_pictures(files: Path) -> None:
+    (files / "other.csv").write_text("image,count\nnone of these.png,1\n")  # is left out, by both
     words = [*COMMAND, "--config", str(files / "bench.yaml"), "--accelerator", "cpu",
-             "--pictures", "1"]  # fmt: skip
+             "--models", f"other={files / 'other.csv'}", "--pictures", "1"]  # fmt: skip
     assert main([*words, "--out", str(files / "one")]) == 0
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

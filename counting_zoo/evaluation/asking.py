@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,8 +140,9 @@ def model_sha256(model: Counter) -> str:
         name: str(own[name] if name in own and isinstance(own[name], _PLAIN) else value)
         for name, value in sorted(getattr(model, "hparams", {}).items())
     }
-    kind, recipe = type(model), model.recipe() if hasattr(model, "recipe") else {}
-    named = json.dumps([f"{kind.__module__}.{kind.__qualname__}", settings, recipe], sort_keys=True, default=str)
+    kind = type(model)
+    recipe: Any = getattr(model, "recipe", dict)
+    named = json.dumps([f"{kind.__module__}.{kind.__qualname__}", settings, recipe()], sort_keys=True, default=str)
     digest = hashlib.sha256(named.encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
