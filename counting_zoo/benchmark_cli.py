@@ -106,7 +106,8 @@ def _named(words: Sequence[str], flag: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in words:
         name, equals, file = word.partition("=")
-        name, file = (name, file) if equals else (Path(word).stem, word)
+        if not equals or Path(word).is_file():  # Lightning calls checkpoints epoch=3-step=10.ckpt
+            name, file = Path(word).stem, word
         if name in found:
             raise InputError(f"{flag}: two are called {name!r}; name them apart: {name}=..., other={word}")
         found[name] = file
@@ -126,8 +127,10 @@ def _entry(name: str, entry: Any, keys: tuple[str, ...]) -> tuple[str, str, dict
 
 def _model(name: str, entry: Any, allowed: Sequence[str]) -> CountingModule | Path:
     kind, file, options = _entry(name, entry, ("checkpoint", "config", "counts"))
-    kind = kind or {".yaml": "config", ".yml": "config", ".csv": "counts"}.get(Path(file).suffix, "checkpoint")
+    kind = kind or {".yaml": "config", ".yml": "config", ".csv": "counts"}.get(Path(file).suffix.lower(), "checkpoint")
     if kind == "counts":
+        if Path(file).suffix.lower() != ".csv":
+            raise InputError(f"{name}: counts are read from .csv files, got {file!r}")
         if options:
             raise InputError(f"{name}: counts from a file have no options, got {sorted(options)}")
         return Path(file)

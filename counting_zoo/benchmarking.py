@@ -101,7 +101,12 @@ def benchmark(
         raise InputError(f"a benchmark of {len(models)} models on {len(data)} data sets; expected at least one of each")
     _check_options(split, precision, devices=devices, pictures=pictures, resamples=resamples, seed=seed, costs=costs)
     models, data = _by_text("models", models), _by_text("data", data)
+    for name, source in models.items():
+        if isinstance(source, str | Path) and not Path(source).expanduser().is_file():
+            raise InputError(f"model {name!r}: no file at {str(source)!r}; expected a checkpoint or a .csv of counts")
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out is {str(out)!r}, which is a file; expected a folder")
     fabric = _fabric(accelerator, devices, precision)
     used = fabric._precision.precision  # not what was asked for where the device cannot do that
     runs: list[Run] = []
@@ -133,7 +138,7 @@ def benchmark(
                 with fabric.autocast():
                     drawings = _drawings(model, datamodule, split, counted.table, pictures)
                     if costs:
-                        measured[where] = _costs(model, datamodule, split, used)
+                        measured[where] = _costs(model, datamodule, split, counted.table, used)
             runs.append(_run(model_name, data_name, model, datamodule, split, counted, drawings, used, source))
             counted.table.write(out / "counts" / f"{parts_of_names[model_name]}--{parts_of_names[data_name]}.csv")
         del model
@@ -193,7 +198,7 @@ def _model(source: CountingModule | str | Path, fabric: L.Fabric) -> CountingMod
     """A model on its device, or the file that somebody else's program wrote."""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             return path
         source = load(path)
         if not isinstance(source, CountingModule):
@@ -357,8 +362,11 @@ def _drawings(
     return drawings
 
 
-def _costs(model: CountingModule, datamodule: CountingDataModule, split: Split, precision: str) -> dict[str, Any]:
-    records = datamodule.records(split)
+def _costs(
+    model: CountingModule, datamodule: CountingDataModule, split: Split, table: CountTable, precision: str
+) -> dict[str, Any]:
+    counted = set(table.image)
+    records = [record for record in datamodule.records(split) if record.image_id in counted]
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, min(COSTED, len(records))).astype(int)]
     data = datamodule.evaluation_dataset(split, model.preprocess, records=chosen, tolerate=True)
     items: list[Any] = [item for i in range(len(data)) if "failed" not in (item := data[i])]

@@ -200,6 +200,35 @@ def test_counts_from_elsewhere_take_part(tmp_path: Path) -> None:
     assert by_name(tmp_path / "out")["theirs", "d"]["figures"]["mae"] == 0
 
 
+class OneTooSmall(TinyPictures):
+    """The first picture is smaller than a cell of the model."""
+
+    def read_split(self, split: Split) -> list[Record]:
+        first, *others = super().read_split(split)
+        return [replace(first, size=(4, 4), points=np.ones((1, 2), np.float32)), *others]
+
+    def read_bytes(self, record: Record) -> bytes:
+        shape = (4, 4, 3) if record.size == (4, 4) else (32, 40, 3)
+        return cv2.imencode(".png", np.zeros(shape, np.uint8))[1].tobytes()
+
+
+def test_a_picture_that_cannot_be_counted_ends_neither_counting_nor_the_costs(tmp_path: Path) -> None:
+    found = benchmark({"a": model()}, {"d": OneTooSmall()}, tmp_path, accelerator="cpu")
+    assert [image_id for image_id, _ in found.runs[0].failed] == ["test/00 ü.png"]
+    assert json.loads((tmp_path / "costs.json").read_text())["a on d"]["pictures"] == 4
+
+
+def test_a_missing_file_is_an_error_before_anything_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for models, out, message in (
+        ({"a": model(), "b": tmp_path / "b.ckpt"}, tmp_path / "o", "model 'b': no file at"),
+        ({"a": model()}, tmp_path / "file", "which is a file; expected a folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            benchmark(models, {"d": TinyPictures()}, out, accelerator="cpu")  # type: ignore[arg-type]
+    assert not (tmp_path / "o").exists()
+
+
 def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="0 models on 1 data sets"):
         benchmark({}, {"d": TinyPictures()}, tmp_path)
@@ -243,6 +272,13 @@ def test_the_command_takes_names_and_files(files: Path) -> None:
     assert set(by_name(files / "o")) == {("m", "dots")}
 
 
+def test_the_command_takes_files_with_the_names_that_lightning_gives(files: Path) -> None:
+    path = (files / "ours.ckpt").rename(files / "epoch=3-step=10.ckpt")
+    words = ["--models", str(path), f"b={path}", "--data", str(files / "dots.yaml"), "--out", str(files / "o")]
+    assert main([*COMMAND, *words, "--accelerator", "cpu", "--no-costs", "--pictures", "0"]) == 0
+    assert set(by_name(files / "o")) == {("epoch=3-step=10", "dots"), ("b", "dots")}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -251,6 +287,7 @@ def test_the_command_takes_names_and_files(files: Path) -> None:
         ({"models": {"a": {"checkpoint": "x.ckpt", "sets": {}}}}, "a is .*expected a file, or"),
         ({"models": {"a": "missing.ckpt"}}, "no checkpoint at"),
         ({"models": {"a": {"counts": "a.csv", "set": {"x": 1}}}}, "counts from a file have no options"),
+        ({"models": {"a": {"counts": "a.txt"}}}, "a: counts are read from .csv files, got 'a.txt'"),
         ({"data": {"d": "missing.yaml"}}, "missing.yaml"),
         ({"data": {"d": {"config": "{dots}", "set": {"m": 1}}}}, "dots.yaml: .*'m' is not accepted"),
     ],
