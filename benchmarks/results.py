@@ -56,11 +56,10 @@ class Fit:
     def checkpoint(self) -> str:
         return f"runs/results/{self.name}/checkpoints/{self.keep}.ckpt"
 
-    @property
-    def command(self) -> str:
-        """As a person would type it."""
+    def command(self, data: str | Path) -> str:
+        """As a person would type it, with the folder of data sets."""
         folder = f"--trainer.logger.save_dir runs/results --trainer.logger.name {self.name} --trainer.logger.version ''"
-        return f"counting-zoo fit {self.words} --trainer.logger CSVLogger {folder}"
+        return f"counting-zoo fit {self.words.replace('{data}', str(data))} --trainer.logger CSVLogger {folder}"
 
 
 def fits() -> list[Fit]:
@@ -135,7 +134,7 @@ def _train(fit: Fit, data: Path, threads: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with (folder / "log.txt").open("w") as log:
-        command = f"{fit.command.format(data=data)} --trainer.enable_progress_bar false"
+        command = f"{fit.command(data)} --trainer.enable_progress_bar false"
         code = subprocess.run(
             ["bash", "-c", f"{Path(sys.executable).parent}/{command}"],
             cwd=HERE, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": threads},

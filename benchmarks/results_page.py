@@ -75,7 +75,7 @@ def commands(part: str, training: dict[str, Any]) -> list[str]:
     """What trained the models of a part: the command of the first of each system, and how long all took."""
     runs = [fit for fit in fits() if fit.part == part and fit.name in training]
     first = {fit.name if part == "bccd" else system(fit.name): fit for fit in reversed(runs)}
-    lines = [fit.command.format(data="$COUNTING_ZOO_DATA") for fit in reversed(first.values())]
+    lines = [fit.command("$COUNTING_ZOO_DATA") for fit in reversed(first.values())]
     took = ", ".join(f"{fit.name} {training[fit.name]} s" for fit in runs)
     text = f"Training, with its start and its validation, with other work on the machine: {took}."
     if part != "bccd":
@@ -100,14 +100,20 @@ def benchmark_table(name: str) -> list[str]:
         runs = [run for run in entry["models"] if system(run["model"]) == one]
         for run in runs:
             speed = costs.get(f"{run['model']} on {entry['name']}", {}).get("pictures_per_second")
-            rows.append([run["model"], *figures(run["figures"]), f"{speed:.0f}" if speed else "–"])
+            cells = figures(run["figures"], run["all_names_together"])
+            rows.append([run["model"], *cells, f"{speed:.0f}" if speed else "–"])
         if len(runs) > 1 and one in SYSTEMS:
-            mean = [sum(run["figures"][key] for run in runs) / len(runs) for key in ("mae", "rmse")]
+            mae, rmse = (sum(run["figures"][key] for run in runs) / len(runs) for key in ("mae", "rmse"))
             label = f"**{SYSTEMS[one]}**, mean of {len(runs)}"
-            rows.append([label, f"**{mean[0]:.2f}**", f"{mean[1]:.2f}", *[""] * (len(COLUMNS) - 2)])
+            means = {"MAE": f"**{mae:.2f}**", "RMSE": f"{rmse:.2f}"}
+            if runs[0]["all_names_together"]:
+                means = {"MAE of the total": f"**{mae:.2f}**"}
+            rows.append([label, *(means.get(column, "") for column in COLUMNS)])
     for run in entry["models"]:
         for constant, found in run["figures"].get("constants", {}).items():
-            row = [f"always the {constant.replace('train_', 'training ')}", *figures(found), ""]
+            together = run["all_names_together"]
+            label = f"always the {constant.replace('train_', 'training ')}" + (" of the total" if together else "")
+            row = [label, *figures(found, together), ""]
             if row not in rows:
                 rows.append(row)
     facts = entry["facts"]
@@ -118,11 +124,19 @@ def benchmark_table(name: str) -> list[str]:
     return lines + ([f"Not scored: {'; '.join(left)}\n"] if left else [])
 
 
-def figures(found: dict[str, Any]) -> list[str]:
-    """The cells of one row, MAE with its interval."""
+def figures(found: dict[str, Any], together: bool = False) -> list[str]:
+    """The cells of one row, MAE with its interval.
+
+    Args:
+        found: the figures.
+        together: whether they are of totals, and nothing is known of each name.
+    """
     ends = found.get("interval", {}).get("mae")
+    mae = two(found["mae"]) + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
+    if together:
+        return [*["–"] * 4, mae, "–"]
     return [
-        two(found["mae"]) + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""),
+        mae,
         two(found["rmse"]),
         two(found.get("nae")),
         f"{found['bias']:+.2f}",
