@@ -38,36 +38,50 @@ class _OneNameList(nn.Module):
         return self.model(image, [self.names]).density
 
 
-def export(model: CountingModule, path: str | Path, names: Sequence[str] | None = None) -> Path:
+def export(model: CountingModule, path: str | Path, names: str | Sequence[str] | None = None) -> Path:
     """Write a graph from one picture to its density, for names that are then fixed.
 
     The graph takes ``image``, ``(1, 3, H, W)`` float32 RGB in [0, 1] with sides that are multiples of 32, and gives
     ``density``, ``(1, K, h, w)`` objects per cell; the count is its sum. What comes before and after is not in it, but
-    in the recipe beside it (JSON): the names, how pictures are resized, and the windows they are counted in.
+    in the recipe beside it (JSON): the names, how pictures are resized, the windows they are counted in, and whether
+    counts are clamped and rounded. The graph runs on the CPU; the model is left where and in the mode it was.
 
     Args:
         model: any counter but those that count boxes.
         path: ends in ``.pt2`` (``torch.export.load``) or ``.onnx`` (needs the extra ``export``).
-        names: what to count; the model's default classes if ``None``.
+        names: what to count, each once; the model's default classes if ``None``.
 
     Returns:
         ``path``.
 
     Raises:
-        InputError: another suffix, no names, a model that detects, or a graph whose density is not the model's.
+        InputError: another suffix, no names, one of them twice, a model that detects, or a graph whose density is not
+            the model's.
     """
     path = Path(path).expanduser()
     if path.suffix not in SUFFIXES:
         raise InputError(f"export writes {' or '.join(SUFFIXES)} files, not {path.name!r}")
-    asked = list(names or model.default_classes or model.vocabulary or [])
+    asked = [names] if isinstance(names, str) else list(names or model.default_classes or model.vocabulary or [])
     if not asked:
         raise InputError("no name to count: export(model, path, ['apples', ...]); this model has no default classes")
+    if len(set(asked)) != len(asked):
+        raise InputError(f"a name is asked about twice: {asked}")
     if model.class_blind:
         asked = [" + ".join(asked)]
-    one = _OneNameList(model.eval(), asked)
+    device, training = model.device, model.training
+    try:
+        _write(model.cpu().eval(), path, asked)
+    finally:
+        model.to(device).train(training)
+    return path
+
+
+def _write(model: CountingModule, path: Path, asked: list[str]) -> None:
+    """Export a model on the CPU, and compare what was written with it before it is kept."""
+    one = _OneNameList(model, asked)
     side = max(model.window or 0, 2 * UNIT)
     side += -side % UNIT
-    picture = torch.rand(1, 3, side, side + UNIT, device=model.device)
+    picture = torch.rand(1, 3, side, side + UNIT, generator=torch.Generator().manual_seed(0))
     sides = {axis: UNIT * torch.export.Dim(name, min=1, max=256) for axis, name in ((2, "rows"), (3, "columns"))}
     with torch.no_grad():
         output = model(picture, [asked])
@@ -82,11 +96,10 @@ def export(model: CountingModule, path: str | Path, names: Sequence[str] | None 
         with replacing(path) as temporary:
             write, run = (_write_pt2, _run_pt2) if path.suffix == ".pt2" else (_write_onnx, _run_onnx)
             write(program, temporary, json.dumps(_recipe(model, asked), indent=1))
-            found, expected = run(temporary, picture.cpu()), output.density.cpu()
+            found, expected = run(temporary, picture), output.density
             if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
                 worst = float((found - expected).abs().max())
                 raise InputError(f"the graph's density differs from the model's by up to {worst:g}: nothing is written")
-    return path
 
 
 def _recipe(model: CountingModule, names: list[str]) -> dict[str, Any]:
@@ -101,7 +114,10 @@ def _recipe(model: CountingModule, names: list[str]) -> dict[str, Any]:
         "window": model.window,
         "stride": model.stride or model.window,
         "blend": model.blend,
+        "pad": model.pad,
         "cell": model.cell,
+        "clamp_counts": bool(getattr(model, "clamp_counts", False)),
+        "round_counts": bool(getattr(model, "round_counts", False)),
     }
 
 

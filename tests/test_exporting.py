@@ -98,6 +98,30 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
         export(model("EBC"), tmp_path / "a.pth")
 
 
+def test_one_name_is_not_its_letters(tmp_path: Path) -> None:
+    path = export(model("small"), tmp_path / "counter.pt2", "dates")
+    assert run_pt2(path, torch.rand(1, 3, 64, 64))[1]["names"] == ["dates"]
+    with pytest.raises(InputError, match="asked about twice"):
+        export(model("small"), tmp_path / "a.pt2", ["dates", "dates"])
+
+
+def test_the_recipe_says_what_becomes_of_a_sum(tmp_path: Path) -> None:
+    made = LowerCount(encoder="small", width=4, reduction=8, branch_norm="none", classes=NAMES, round_counts=True)
+    export(made.train(), tmp_path / "counter.pt2")
+    assert made.training  # as it was
+    recipe = run_pt2(tmp_path / "counter.pt2", torch.rand(1, 3, 64, 64))[1]
+    assert (recipe["round_counts"], recipe["clamp_counts"], recipe["pad"]) == (True, False, "minimal")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_on_another_device_gives_a_graph_of_the_cpu(tmp_path: Path) -> None:
+    made = model("EBC").cuda()
+    path = export(made, tmp_path / "counter.pt2")
+    assert made.device.type == "cuda"
+    assert run_pt2(path, torch.rand(1, 3, 64, 64))[0].device.type == "cpu"
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(model("EBC"), tmp_path / "best.ckpt")
     assert main(["export", str(tmp_path / "best.ckpt"), str(tmp_path / "counter.pt2")]) == 0
