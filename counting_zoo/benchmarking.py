@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from counting_zoo.callbacks import count_again
+from counting_zoo.cli import plain_message
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import collate
 from counting_zoo.data.fingerprint import fingerprint
@@ -124,8 +125,8 @@ def benchmark(
             try:
                 counted = _counted(model, datamodule, split, out, where, fabric)
             except InputError as error:  # in all processes, or in none
-                log.warning("%s is left out: %s", where, error)
-                skipped.append((model_name, data_name, str(error)))
+                skipped.append((model_name, data_name, plain_message(error)))
+                log.warning("%s is left out: %s", where, skipped[-1][-1])
                 continue
             if not fabric.is_global_zero:
                 continue
@@ -235,7 +236,7 @@ def _counted(
     except InputError as error:
         if fabric.world_size == 1:
             raise
-        refused = str(error)
+        refused = plain_message(error)
     if fabric.world_size == 1:
         return counted
     reasons: list[str | None] = [None] * fabric.world_size

@@ -200,6 +200,19 @@ def test_counts_from_elsewhere_take_part(tmp_path: Path) -> None:
     assert by_name(tmp_path / "out")["theirs", "d"]["figures"]["mae"] == 0
 
 
+class Wrong(TinyPictures):
+    """Finds a mistake where a loader's process reads."""
+
+    def read_bytes(self, record: Record) -> bytes:
+        raise InputError("what is wrong")
+
+
+def test_a_reason_is_a_sentence_and_no_traceback_of_a_worker(tmp_path: Path) -> None:
+    found = benchmark({"a": model()}, {"d": TinyPictures(), "wrong": Wrong(num_workers=1)}, tmp_path,
+                      accelerator="cpu", costs=False, pictures=0)  # fmt: skip
+    assert found.skipped == [("a", "wrong", "what is wrong")]
+
+
 class OneTooSmall(TinyPictures):
     """The first picture is smaller than a cell of the model."""
 

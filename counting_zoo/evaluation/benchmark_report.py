@@ -47,7 +47,7 @@ class Run:
             ``settings`` (arguments of the data module) those of them that fit; pictures, checksum, ...; ready for JSON.
         protocol: how it was measured, a sentence each.
         pictures: drawings of the best and the worst.
-        failed: id and reason of each picture that could not be read.
+        failed: id and reason of each picture that could not be read or counted.
     """
 
     model: str

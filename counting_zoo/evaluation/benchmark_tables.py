@@ -144,7 +144,7 @@ def _score_notes(entry: Scores, bootstrap: Scores) -> list[Block]:
         if figures["rows_not_finite"]:
             said.append(f"NaN or infinity was predicted {figures['rows_not_finite']} times, so there are no errors")
         if model["failed"]:
-            said.append(f"not read: {len(model['failed'])} (see below)")
+            said.append(f"not counted: {len(model['failed'])} (see below)")
         if "n_game" in figures and figures["n_game"] < figures["rows"]:
             said.append(f"GAME over the {figures['n_game']} counts that have points")
         notes.append("; ".join(said) + ".")
@@ -263,7 +263,7 @@ def _failed(entry: Scores, most: int = 20) -> list[Block]:
         items += [f"{model['model']}: {image}: {reason}" for image, reason in failed[:most]]
         if len(failed) > most:
             items.append(f"{model['model']}: and {len(failed) - most} more")
-    return [Heading("Pictures that could not be read", 1), Items(items)] if items else []
+    return [Heading("Pictures that were not counted", 1), Items(items)] if items else []
 
 
 def _facts(entry: Scores) -> list[Block]:
