@@ -92,6 +92,8 @@ class Oracle(CountingModule):
 
     #: After so many passes it is interrupted.
     fails = math.inf
+    #: What torch refuses.
+    too_small = ""
 
     text_guided: ClassVar[bool] = True
 
@@ -115,6 +117,8 @@ class Oracle(CountingModule):
 
     def count_batch(self, images: Any, classes: Any, *args: Any, image_ids: Any = None, **kwargs: Any) -> Any:
         (image_id,), (names,) = image_ids, classes
+        if image_id == self.too_small:
+            raise RuntimeError("Kernel size can't be greater than actual input size")
         if len(self.passes) >= self.fails:
             raise KeyboardInterrupt
         self.passes.append((image_id, len(names)))
@@ -207,6 +211,14 @@ def test_names_that_compete_are_asked_alone(listened: Audit) -> None:
 def files(folder: Path) -> dict[str, bytes]:
     """What must be the same twice."""
     return {path.name: path.read_bytes() for path in folder.glob("audit*.*") if path.name != "audit_cost.json"}
+
+
+def test_a_picture_that_torch_refuses_is_listed() -> None:
+    model = Oracle().eval()
+    model.too_small = "c.png"
+    found = audit(model, Gardens(), mosaics=1)
+    assert "c.png" not in {one.image_id for one in found.pictures}
+    assert ("c.png", "RuntimeError: Kernel size can't be greater than actual input size") in found.failed
 
 
 def test_an_interrupted_audit_goes_on_and_ends_with_the_same_files(tmp_path: Path, listened: Audit) -> None:

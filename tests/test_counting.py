@@ -139,12 +139,22 @@ class Repainted(TinyPictures):
         return cv2.imencode(".png", np.full((32, 40, 3), 200, np.uint8))[1].tobytes()
 
 
+class Darkened(TinyPictures):
+    """The same files, changed after they are checked."""
+
+    def read_verified(self, record: Record) -> bytes:
+        return cv2.imencode(".png", np.full((32, 40, 3), 20, np.uint8))[1].tobytes()
+
+
 def test_a_picture_whose_file_has_changed_is_counted_again(model, tmp_path) -> None:
     first = count_split(model, TinyPictures(), parts=tmp_path).table
     second = count_split(model, Repainted(), parts=tmp_path).table
     np.testing.assert_array_equal(second.predicted, count_split(model, Repainted()).table.predicted)
     assert not np.isin(second.predicted, first.predicted).any()
     assert read_parts(tmp_path, TinyPictures(), "test").table.predicted.tolist() == first.predicted.tolist()
+    third = count_split(model, Darkened(), parts=tmp_path).table
+    np.testing.assert_array_equal(third.predicted, count_split(model, Darkened()).table.predicted)
+    assert not np.isin(third.predicted, np.concatenate([first.predicted, second.predicted])).any()
 
 
 class Odd(TinyPictures):

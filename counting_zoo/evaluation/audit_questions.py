@@ -25,8 +25,8 @@ BLANKS = {"black": 0, "grey": 128, "white": 255}
 COSTED, COSTED_NAMES = 2, 32
 """So many pictures and names are also asked one by one, to see that the counts are the same and what that costs."""
 
-FAILURES = (InputError, FloatingPointError, torch.OutOfMemoryError)
-"""What ends the work on a picture, and not the audit."""
+FAILURES = (InputError, FloatingPointError, RuntimeError)
+"""What ends the work on a picture, and not the audit; the last is torch's, of pictures too small or too large."""
 
 
 @dataclass(frozen=True)

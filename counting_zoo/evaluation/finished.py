@@ -71,13 +71,13 @@ class FinishedPictures:
 
 
 def picture_key(datamodule: CountingDataModule, record: Record) -> str:
-    """What finished work on a picture is kept under: its id, and a hash of its file.
+    """What finished work on a picture is kept under: its id, and a hash of its file as evaluation reads it.
 
     The annotation does not tell a picture from another one of the same name: the same pictures with noise, say, or a
     file that was replaced.
     """
     try:
-        content = datamodule.read_bytes(record)
+        content = datamodule.read_verified(record)
     except (InputError, OSError):
         content = b""  # whoever opens the picture says what is wrong with it
     return f"{hashlib.sha256(content).hexdigest()[:16]} {record.image_id}"
