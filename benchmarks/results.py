@@ -30,7 +30,6 @@ from counting_zoo.training_cli import made_from_config
 HERE = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 EASY, LOW = "--config configs/data/scenes_easy.yaml", "--config configs/data/scenes_low.yaml"
-FULL = "--config configs/data/scenes_full.yaml"
 QUICK, PHOTOS = "--config configs/trainer/quick.yaml", "--config configs/trainer/quick_photos.yaml"
 CELLS = "--config configs/data/vgg_cells.yaml --data.root {data}/vgg_cells"
 BCCD = "--config configs/data/bccd.yaml --data.root {data}/bccd --data.train_split trainval --data.val_split drawn"
@@ -88,16 +87,6 @@ def fits() -> list[Fit]:
                 f"--data.prompts 5 --trainer.max_epochs 6 {seeded}",
             ),
         ]  # fmt: skip
-    found.append(
-        Fit(
-            "clip_count_full-0", "scenes",
-            f"{QUICK} --config configs/model/clip_count_small.yaml {FULL} --model.pretrained_encoder small "
-            "--model.contrast_epochs 1 --model.preprocess.resize height --model.preprocess.size 192 --model.stride 96 "
-            "--data.sizes.train 6000 --data.sizes.val 150 --data.sizes.test 200 --data.augmentation.crop 192 "
-            "--data.prompts 3 --data.processes 1 --data.num_workers 1 --trainer.max_epochs 8 "
-            "--trainer.check_val_every_n_epoch 1 --seed_everything 0",
-        )
-    )  # fmt: skip
     for draw in SEEDS:
         for name in ("ebc_small", "density_small"):
             words = f"{PHOTOS} --config configs/model/{name}.yaml {CELLS} --data.split_seed {draw} --data.num_workers 0"
@@ -162,11 +151,6 @@ def measure(parts: list[str], data: Path) -> None:
         _benchmark("easy", "Kinds of object that training never showed", text, SyntheticScenes(preset="easy", **scenes))
         merged = SyntheticScenes(preset="easy", merge_classes="objects", **scenes)
         _benchmark("objects", "All objects, whatever they are", blind, merged)
-        full = made_from_config(
-            CountingDataModule, "data", HERE / "configs/data/scenes_full.yaml",
-            {"sizes": {"train": 6000, "val": 150, "test": 200}, "num_workers": 0},
-        )  # fmt: skip
-        _benchmark("full", "Scenes like FSC-147, kinds never shown in training", ("clip_count_full",), full)
         every = ("lower_count", *text, *blind)
         _benchmark("low", "Twelve kinds at once", every, SyntheticScenes(preset="low", prompts="all", **scenes))
         for name in AUDITED:

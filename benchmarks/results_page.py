@@ -9,7 +9,6 @@ from results import AUDITED, EASY, HERE, INTERVALS, STORED, fits
 
 SYSTEMS = {
     "clip_count": "CLIP-Count small, from the small CLIP",
-    "clip_count_full": "CLIP-Count small, from the small CLIP",
     "region_clip": "RegionCLIP counter small, from the small CLIP",
     "ebc": "EBC small, counts without names",
     "lower_count": "Lower-Count small, image-level counts",
@@ -33,10 +32,6 @@ python benchmarks/results.py page
 """
 NOTES = {
     "easy": "Asked about one name in each picture, of a shape and colour that training never showed together.",
-    "full": (
-        "Asked about one name in each picture of 384 to 672 pixels with up to 300 objects, resized to a height of 192; "
-        "trained on 6,000 such pictures of other kinds."
-    ),
     "objects": "The pictures of the first table, every object under one name, for a model that counts without names.",
     "low": (
         "Asked about twelve names in each picture, on which Lower-Count was trained (1,500 pictures, nothing but "
@@ -57,7 +52,7 @@ def write_page() -> None:
     training = stored("training") or {}
     parts = [INTRODUCTION, f"Machine: {training.get('machine', 'unknown')}.\n"]
     parts += ["## Built-in scenes\n", *commands("scenes", training)]
-    parts += [line for name in ("easy", "full", "objects", "low") for line in benchmark_table(name)]
+    parts += [line for name in ("easy", "objects", "low") for line in benchmark_table(name)]
     parts += [*audit_table(), *interval_tables()]
     parts += ["## VGG cells\n", *commands("cells", training), *benchmark_table("cells")]
     parts += ["## Blood cells (BCCD)\n", *commands("bccd", training), *benchmark_table("bccd")]
