@@ -299,10 +299,8 @@ def _model_facts(model: CountingModule | Path, source: Any) -> dict[str, Any]:
 
 def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, split: Split, precision: str) -> list[str]:
     """How the numbers came about, in words."""
-    asked = {
-        "all": "Every picture was asked about every name of the data set.",
-    }.get(str(datamodule.prompts), "Every picture was asked about the first name of its annotation.")
-    said = [f"Every picture of the {split} split once.", asked]
+    names = "every name of the data set" if datamodule.prompts == "all" else "the first name of its annotation"
+    said = [f"Every picture of the {split} split once.", f"Every picture was asked about {names}."]
     if datamodule.merge_classes is not None:
         said.append(f"All objects of the data have one name, {datamodule.merge_classes!r}.")
     if isinstance(model, Path):
@@ -328,6 +326,10 @@ def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, spli
         unknown = [name for name in datamodule.class_names(split) if name not in model.vocabulary]
         left = f"; left out: {', '.join(unknown)}" if unknown else ""
         said.append(f"The model counts a fixed list of names: it is scored on those that the data share{left}.")
+    if (made := model.interval_calibration) is not None:
+        said.append(
+            f"The model's intervals are to hold {100 * made.level:.4g} % of true counts (width {made.width!r})."
+        )
     said.append(f"Networks ran in {precision}; counts are sums of the density in float32.")
     return said
 

@@ -25,6 +25,7 @@ from counting_zoo.errors import InputError
 from counting_zoo.evaluation.benchmark_report import read_results
 from counting_zoo.evaluation.count_table import CountTable
 from counting_zoo.evaluation.counting import count_split
+from counting_zoo.evaluation.intervals import fit_intervals
 from counting_zoo.geometry import Preprocess
 
 COMMAND = ("benchmark", "--allow_packages", "tiny_zoo")
@@ -173,6 +174,14 @@ def test_the_protocol_says_what_a_model_was_not_asked_about(tmp_path: Path) -> N
     assert "not asked about" not in said["blind", "all"]
     assert "left out: =stars" in said["fixed", "all"]
     assert all("ran in bf16-mixed" in text for text in said.values())  # which processors have instead
+
+
+def test_the_protocol_says_what_intervals_promise(tmp_path: Path) -> None:
+    calibrated = model()
+    calibrated.interval_calibration = fit_intervals(np.arange(100.0), np.arange(100.0) + 1, level=0.8)
+    found = benchmark({"sure": calibrated}, {"d": TinyPictures()}, tmp_path, accelerator="cpu", costs=False, pictures=0)
+    assert "The model's intervals are to hold 80 % of true counts (width 'residual')." in found.runs[0].protocol
+    assert by_name(tmp_path)["sure", "d"]["figures"]["coverage"]["rows"] == 5
 
 
 def test_totals_from_elsewhere_stand_beside_constants_of_totals(tmp_path: Path) -> None:
