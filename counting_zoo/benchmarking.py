@@ -327,9 +327,7 @@ def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, spli
         left = f"; left out: {', '.join(unknown)}" if unknown else ""
         said.append(f"The model counts a fixed list of names: it is scored on those that the data share{left}.")
     if (made := model.interval_calibration) is not None:
-        said.append(
-            f"The model's intervals are to hold {100 * made.level:.4g} % of true counts (width {made.width!r})."
-        )
+        said.append(f"Its intervals are to hold {100 * made.level:.4g} % of the true counts (width {made.width!r}).")
     said.append(f"Networks ran in {precision}; counts are sums of the density in float32.")
     return said
 

@@ -180,7 +180,7 @@ def test_the_protocol_says_what_intervals_promise(tmp_path: Path) -> None:
     calibrated = model()
     calibrated.interval_calibration = fit_intervals(np.arange(100.0), np.arange(100.0) + 1, level=0.8)
     found = benchmark({"sure": calibrated}, {"d": TinyPictures()}, tmp_path, accelerator="cpu", costs=False, pictures=0)
-    assert "The model's intervals are to hold 80 % of true counts (width 'residual')." in found.runs[0].protocol
+    assert "Its intervals are to hold 80 % of the true counts (width 'residual')." in found.runs[0].protocol
     assert by_name(tmp_path)["sure", "d"]["figures"]["coverage"]["rows"] == 5
 
 
