@@ -184,6 +184,21 @@ def test_the_protocol_says_what_intervals_promise(tmp_path: Path) -> None:
     assert by_name(tmp_path)["sure", "d"]["figures"]["coverage"]["rows"] == 5
 
 
+@pytest.mark.parametrize("prompts", ["target", "all"])
+def test_the_worst_and_the_best_pictures_are_drawn(tmp_path: Path, prompts: Any) -> None:
+    data = Mixed(n=6, prompts=prompts)
+    (run,) = benchmark({"a": model()}, {"d": data}, tmp_path, accelerator="cpu", costs=False, pictures=2).runs
+    ids, index = run.table.pictures()
+    error = np.bincount(index, np.abs(run.table.predicted - run.table.target))
+    true = np.bincount(index, run.table.target)
+    by_error = sorted(range(len(ids)), key=lambda i: -error[i])
+    rest = [i for i in by_error[2:] if true[i]]
+    by_share = sorted(rest, key=lambda i: error[i] / true[i])
+    drawn = [(picture.group, picture.caption.partition(",")[0]) for picture in run.pictures]
+    assert drawn == [("worst", ids[i]) for i in by_error[:2]] + [("best", ids[i]) for i in by_share[:2]]
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 4
+
+
 def test_totals_from_elsewhere_stand_beside_constants_of_totals(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("image,count\n" + "".join(f"{i:02d} ü.png,{i}\n" for i in range(5)))
     (run,) = benchmark({"theirs": tmp_path / "c.csv"}, {"d": Mixed(prompts="all")}, tmp_path / "out",
