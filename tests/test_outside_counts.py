@@ -18,13 +18,14 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_one_count_for_each_picture(tmp_path) -> None:
+def test_one_count_for_each_picture(tmp_path, caplog) -> None:
     path = write(tmp_path / "c.csv", "image,count\ntest/00 ü.png,1.5\n01 ü.png,2\nelse/02 ü.jpg,7\n")
     found = counts_of_file(path, TinyPictures(n=4), "test")
     assert found.table.image == ["test/00 ü.png", "test/01 ü.png", "test/02 ü.png"]
     assert found.table.predicted.tolist() == [1.5, 2, 7]
     assert found.table.target.tolist() == [1, 2, 3]
     assert found.failed == [("test/03 ü.png", "no count in the file")]
+    assert "1 pictures of other folders were taken for those of the same name, such as 'else/02 ü.jpg'" in caplog.text
 
 
 def test_counts_by_name(tmp_path) -> None:

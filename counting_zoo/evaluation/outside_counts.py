@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from counting_zoo.evaluation.counting import NO_NAME, CountedSplit
 from counting_zoo.evaluation.tables import unsafe_cell
 from counting_zoo.geometry import Preprocess
 
+log = logging.getLogger(__name__)
 COUNT_NAMES = ("count", "predicted", "prediction")
 TOTAL = ""
 """Name of a row that says how many objects of all names there are."""
@@ -68,7 +70,7 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
     """The counts of a file beside the true ones of a split.
 
     Pictures are found by their id, else by their file name with or without suffix, where that is the only one of its
-    kind. A file without names, or with the names of a picture joined by " + ", is compared with the sum of the names
+    kind; a warning says where the file has another folder, which may be another split. A file without names, or with the names of a picture joined by " + ", is compared with the sum of the names
     asked about.
 
     Args:
@@ -91,6 +93,9 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
             f"{path}: none of its {len(counts)} pictures ({', '.join(list(counts)[:3])}, ...) is in the {split} split "
             f"({', '.join(r.image_id for r in records[:3])}, ...)"
         )
+    if moved := [(theirs, ours) for ours, theirs in ids.items() if theirs != ours and "/" in theirs]:
+        log.warning("%s: %d pictures of other folders were taken for those of the same name, such as %r for %r",
+                    path, len(moved), *moved[0])  # fmt: skip
     rows: list[tuple[str, str, float, float]] = []
     failed = []
     for record in records:
