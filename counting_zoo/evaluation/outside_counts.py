@@ -70,8 +70,8 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
     """The counts of a file beside the true ones of a split.
 
     Pictures are found by their id, else by their file name with or without suffix, where that is the only one of its
-    kind; a warning says where the file has another folder, which may be another split. A file without names, or with the names of a picture joined by " + ", is compared with the sum of the names
-    asked about.
+    kind; a warning says where the file has another folder, which may be another split. A file without names, or with
+    the names of a picture joined by " + ", is compared with the sum of the names asked about.
 
     Args:
         path: see :func:`read_counts`.
