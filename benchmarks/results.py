@@ -43,13 +43,13 @@ class Fit:
         name: of its folder below ``runs/results``.
         part: of RESULTS.md.
         words: of ``counting-zoo fit``.
-        keep: the checkpoint that is scored.
+        keep: the checkpoint that is scored: of the ``best`` validation MAE, or of the ``last`` epoch.
     """
 
     name: str
     part: str
     words: str
-    keep: str = "last"
+    keep: str = "best"
 
     @property
     def checkpoint(self) -> str:
@@ -90,17 +90,22 @@ def fits() -> list[Fit]:
     for draw in SEEDS:
         for name in ("ebc_small", "density_small"):
             words = f"{PHOTOS} --config configs/model/{name}.yaml {CELLS} --data.split_seed {draw} --data.num_workers 0"
-            found.append(Fit(f"cells-{name}-{draw}", "cells", words, "best"))
+            found.append(Fit(f"cells-{name}-{draw}", "cells", words))
     small = "--config configs/model/lower_count_small.yaml --model.reduction 16 --model.peak_gradient sum"
     both = f"{PHOTOS} {small} {BCCD} --data.batch_size 8 --data.num_workers 0 --trainer.max_epochs 60"
     found.append(
-        Fit("bccd-limit4", "bccd", f"{both} --model.preprocess '{{resize: height, size: 192}}' --model.first_stage 5")
+        Fit(
+            "bccd-limit4",
+            "bccd",
+            f"{both} --model.preprocess '{{resize: height, size: 192}}' --model.first_stage 5",
+            "last",
+        )
     )
     found.append(
         Fit(
             "bccd-limit30", "bccd",
             f"{both} --model.preprocess '{{resize: height, size: 240}}' --model.limit 30 --model.first_stage 1000 "
-            "--model.optimizer.lr 0.002 --model.optimizer.weight_decay 0.05",
+            "--model.optimizer.lr 0.002 --model.optimizer.weight_decay 0.05", "last",
         )
     )  # fmt: skip
     return found

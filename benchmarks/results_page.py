@@ -21,7 +21,8 @@ INTRODUCTION = """\
 Everything here was measured by `benchmarks/results.py` and is stored in `results/`, from which this page is written; no
 figure was typed. Errors stand beside those of saying the same number for every picture, which knows nothing. Square
 brackets are 95 % bootstrap intervals over test pictures: what a figure owes to the choice of pictures. What it owes to
-the training run shows in the seeds. Published figures are in the READMEs of the models, and in the reports that
+the training run shows in the seeds. Of each run the checkpoint with the best validation MAE is scored (of blood cells the
+last one), and no test picture had a say in anything. Published figures are in the READMEs of the models, and in the reports that
 `counting-zoo benchmark` writes.
 
 ```bash
@@ -163,7 +164,7 @@ def audit_table() -> list[str]:
         "CntR",
         "CntF1",
     ]
-    checkpoint = "runs/results/clip_count-0/checkpoints/last.ckpt"
+    checkpoint = "runs/results/clip_count-0/checkpoints/best.ckpt"
     return [
         "### Does the count follow the prompt?\n",
         "Every name of the split, mosaics and other ways to ask, on 100 test pictures of `easy`. NMN, PCCN and Cnt* "
@@ -183,7 +184,7 @@ def interval_tables() -> list[str]:
         path = STORED / f"intervals-{name}.md"
         if path.exists():
             table = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-            command = f"python benchmarks/interval_coverage.py runs/results/{name}/checkpoints/last.ckpt"
+            command = f"python benchmarks/interval_coverage.py runs/results/{name}/checkpoints/best.ckpt"
             lines += [f"Intervals of 90 % for {name}:\n", "```bash", command, "```\n", *table, ""]
     return lines
 
