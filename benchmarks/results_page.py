@@ -21,9 +21,8 @@ INTRODUCTION = """\
 Everything here was measured by `benchmarks/results.py` and is stored in `results/`, from which this page is written; no
 figure was typed. Errors stand beside those of saying the same number for every picture, which knows nothing. Square
 brackets are 95 % bootstrap intervals over test pictures: what a figure owes to the choice of pictures. What it owes to
-the training run shows in the seeds. Of each run the checkpoint with the best validation MAE is scored (of blood cells the
-last one), and no test picture had a say in anything. Published figures are in the READMEs of the models, and in the reports that
-`counting-zoo benchmark` writes.
+the training run shows in the seeds. Of each run the checkpoint with the best validation MAE is scored (of blood cells
+the last one). Published figures are in the READMEs of the models, and in the reports of `counting-zoo benchmark`.
 
 ```bash
 python benchmarks/results.py train      # or --only scenes; --jobs 2 trains two at a time, with a thread each
