@@ -84,10 +84,10 @@ def fits() -> list[Fit]:
             Fit(
                 f"region_clip-{seed}", "scenes",
                 f"{QUICK} --config configs/model/region_clip_counter_small.yaml {EASY} --model.boxes examples "
-                f"--data.prompts 5 --trainer.max_epochs 6 {seeded}",
+                f"--data.prompts 5 --trainer.max_epochs 4 {seeded}",
             ),
         ]  # fmt: skip
-    for draw in SEEDS:
+    for draw in SEEDS[:2]:
         for name in ("ebc_small", "density_small"):
             words = f"{PHOTOS} --config configs/model/{name}.yaml {CELLS} --data.split_seed {draw} --data.num_workers 0"
             found.append(Fit(f"cells-{name}-{draw}", "cells", words))
@@ -101,13 +101,6 @@ def fits() -> list[Fit]:
             "last",
         )
     )
-    found.append(
-        Fit(
-            "bccd-limit30", "bccd",
-            f"{both} --model.preprocess '{{resize: height, size: 240}}' --model.limit 30 --model.first_stage 1000 "
-            "--model.optimizer.lr 0.002 --model.optimizer.weight_decay 0.05", "last",
-        )
-    )  # fmt: skip
     return found
 
 

@@ -39,7 +39,7 @@ NOTES = {
         "is scored on the total of a picture."
     ),
     "cells": (
-        "64 pictures to train, 36 to validate, 100 to test; three draws of the first two. The constants are those of "
+        "64 pictures to train, 36 to validate, 100 to test; two draws of the first two. The constants are those of "
         "draw 0."
     ),
     "bccd": "263 pictures of trainval to train, 72 to test; three names in each, nothing but counts learnt from.",
