@@ -43,7 +43,7 @@ NOTES = {
         "draw 0."
     ),
     "bccd": (
-        "263 pictures of trainval to train, 72 to test; three names in each, nothing but counts up to four learnt from. "
+        "263 pictures of trainval to train, 72 to test; three names in each, learnt from counts up to four. "
         'Nearly every picture has five or more red cells, of which that limit knows no more than "more than four"; '
         "the model's README has the same with a higher limit, and the errors of each class."
     ),
