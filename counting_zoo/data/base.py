@@ -339,10 +339,11 @@ class CountingDataModule(L.LightningDataModule):
             tolerate: an unreadable picture becomes an item with ``failed`` instead of an error.
             records: some of the split's pictures; all of them if ``None``.
         """
+        every = self.records(split)  # reads the checksums too, so before the copy
         source = copy(self)  # what loader processes get; those started by spawn could not be given the trainer
         source.trainer = None
         return CountingDataset(
-            self.records(split) if records is None else records,
+            every if records is None else records,
             source.read_verified,
             partial(source._choose_names, split),
             preprocess=preprocess,
