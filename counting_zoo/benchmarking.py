@@ -17,10 +17,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from counting_zoo.callbacks import count_again
 from counting_zoo.cli import plain_message
+from counting_zoo.data.asking import unasked_objects
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import collate
 from counting_zoo.data.fingerprint import fingerprint
-from counting_zoo.data.records import Split, n_objects
+from counting_zoo.data.records import Split
 from counting_zoo.errors import InputError
 from counting_zoo.evaluation.asking import model_sha256
 from counting_zoo.evaluation.benchmark_report import Run, write_benchmark, write_costs
@@ -120,10 +121,11 @@ def benchmark(
     fabric.barrier()
     for model_name, source in models.items():
         model = _model(source, fabric)
+        facts = _model_facts(model, source)
         for data_name, datamodule in data.items():
             where = f"{model_name} on {data_name}"
             try:
-                counted = _counted(model, datamodule, split, out, where, fabric)
+                counted = _counted(model, facts, datamodule, split, out, where, fabric)
             except InputError as error:  # in all processes, or in none
                 skipped.append((model_name, data_name, plain_message(error)))
                 log.warning("%s is left out: %s", where, skipped[-1][-1])
@@ -140,7 +142,7 @@ def benchmark(
                     drawings = _drawings(model, datamodule, split, counted.table, pictures)
                     if costs:
                         measured[where] = _costs(model, datamodule, split, counted.table, used)
-            runs.append(_run(model_name, data_name, model, datamodule, split, counted, drawings, used, source))
+            runs.append(_run(model_name, data_name, model, facts, datamodule, split, counted, drawings, used))
             counted.table.write(out / "counts" / f"{parts_of_names[model_name]}--{parts_of_names[data_name]}.csv")
         del model
     fabric.barrier()
@@ -213,15 +215,21 @@ def _model(source: CountingModule | str | Path, fabric: L.Fabric) -> CountingMod
 
 
 def _counted(
-    model: CountingModule | Path, datamodule: CountingDataModule, split: Split, out: Path, where: str, fabric: L.Fabric
+    model: CountingModule | Path,
+    facts: dict[str, Any],
+    datamodule: CountingDataModule,
+    split: Split,
+    out: Path,
+    where: str,
+    fabric: L.Fabric,
 ) -> CountedSplit:
     if isinstance(model, Path):
         return counts_of_file(model, datamodule, split)
     protocol = [fabric._precision.precision, split, datamodule.prompts, datamodule.asked_names(split),
                 datamodule.outside, datamodule.checksums]  # fmt: skip
     annotation = fingerprint(datamodule.records(split))["sha256"]
-    facts = json.dumps([__version__, model_sha256(model), str(model.interval_calibration), annotation, protocol])
-    parts = out / "parts" / hashlib.sha256(facts.encode()).hexdigest()[:16]
+    key = json.dumps([__version__, facts["sha256"], str(model.interval_calibration), annotation, protocol])
+    parts = out / "parts" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if fabric.is_global_zero:
         parts.mkdir(parents=True, exist_ok=True)
         (parts / "of.json").write_text(json.dumps({"run": where}), encoding="utf-8")
@@ -250,12 +258,12 @@ def _run(
     model_name: str,
     data_name: str,
     model: CountingModule | Path,
+    facts: dict[str, Any],
     datamodule: CountingDataModule,
     split: Split,
     counted: CountedSplit,
     drawings: list[Picture],
     precision: str,
-    source: Any,
 ) -> Run:
     total = model.class_blind if isinstance(model, CountingModule) else all(JOIN in n for n in counted.table.name)
     names = datamodule.asked_names(split)
@@ -267,7 +275,7 @@ def _run(
         data=data_name,
         table=counted.table,
         constants=constants,
-        model_facts=_model_facts(model, source),
+        model_facts=facts,
         data_facts={
             "class": type(datamodule).__name__,
             "split": split,
@@ -316,10 +324,10 @@ def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, spli
     )  # fmt: skip
     if model.class_blind:
         said.append("The model counts without names: it is scored on the sum over the names asked about.")
-        every = np.array([n_objects(record) for record in datamodule.records(split)], np.float64)
-        if (left_out := np.nansum(every - datamodule.asked_counts(split, total=True)[:, 0])) > 0:
+        left_out, every = unasked_objects(datamodule.records(split), datamodule.asked_counts(split, total=True)[:, 0])
+        if left_out > 0:
             said.append(
-                f"{left_out:.0f} of {np.nansum(every):.0f} objects have names that are not asked about: counting them "
+                f"{left_out:.0f} of {every:.0f} objects have names that are not asked about: counting them "
                 "is taken for an error, unless data.merge_classes gives all of them one name."
             )
     if model.vocabulary is not None:

@@ -9,13 +9,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from counting_zoo.class_metrics import ClassCountErrors
 from counting_zoo.counter import Counter
-from counting_zoo.data.records import Split, n_objects, present_names
+from counting_zoo.data.asking import unasked_objects
+from counting_zoo.data.records import Split, present_names
 from counting_zoo.errors import InputError, NamesError
 from counting_zoo.evaluation.intervals import IntervalCalibration, IntervalScores
 from counting_zoo.geometry import Preprocess
@@ -246,11 +246,11 @@ class CountingModule(Counter, TrainingModule):
 
     def _warn_of_names(self, datamodule: Any, split: Split) -> None:
         """A model without names counts every object it sees, so all of them must be asked about."""
-        present = np.array([n_objects(record) for record in datamodule.records(split)], np.float64)
-        left_out = np.nansum(present - datamodule.asked_counts(split, total=True)[:, 0])
+        asked = datamodule.asked_counts(split, total=True)[:, 0]
+        left_out, every = unasked_objects(datamodule.records(split), asked)
         if left_out > 0:
             warnings.warn(
-                f"{type(self).__name__} counts without names, but {left_out:.0f} of {np.nansum(present):.0f} objects "
+                f"{type(self).__name__} counts without names, but {left_out:.0f} of {every:.0f} objects "
                 f"in the {split} pictures have names that are not asked about, so counting them is taken for an error; "
                 "use --data.merge_classes objects to give all of them one name",
                 stacklevel=2,

@@ -42,10 +42,7 @@ def run_describe(arguments: Sequence[str]) -> int:
     """``counting-zoo describe``: what a data set holds; the exit code, 2 if no split can be read."""
     from counting_zoo.data.describe import describe, print_description
 
-    _import_classes()
-    parser = _Parser(prog="counting-zoo describe", description="Print what a data set holds.")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
-    parser.add_subclass_arguments(CountingDataModule, "data", required=True)
+    parser = _data_parser("describe", "Print what a data set holds.")
     made = parser.instantiate(parser.parse_args(list(arguments)))
     made.data.prepare_data()
     found = describe(made.data)
@@ -57,10 +54,7 @@ def run_pack(arguments: Sequence[str]) -> int:
     """``counting-zoo pack``: one data module into one HDF5 file; the exit code."""
     from counting_zoo.data.pack import pack
 
-    _import_classes()
-    parser = _Parser(prog="counting-zoo pack", description="Write a data set into one HDF5 file.")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
-    parser.add_subclass_arguments(CountingDataModule, "data", required=True)
+    parser = _data_parser("pack", "Write a data set into one HDF5 file.")
     parser.add_function_arguments(pack, skip={"datamodule", "path"})
     parser.add_argument("--out", type=str, required=True, help="The HDF5 file to write.")
     config = parser.parse_args(list(arguments))
@@ -105,10 +99,7 @@ def run_calibrate(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     """
     from counting_zoo.calibration import calibrate, write_calibrated
 
-    _import_classes()
-    parser = _Parser(prog="counting-zoo calibrate", description="Give a model intervals, from known counts.")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
-    parser.add_subclass_arguments(CountingDataModule, "data", required=True)
+    parser = _data_parser("calibrate", "Give a model intervals, from known counts.")
     parser.add_function_arguments(calibrate, skip={"model", "datamodule"})
     parser.add_argument("--ckpt_path", type=str, required=True, help="The checkpoint whose model is calibrated.")
     parser.add_argument("--out", type=str, required=True, help="The checkpoint to write.")
@@ -130,10 +121,7 @@ def run_audit(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     from counting_zoo.evaluation.audit import TESTS, audit
     from counting_zoo.evaluation.audit_report import write_audit
 
-    _import_classes()
-    parser = _Parser(prog="counting-zoo audit", description="See whether a model counts what its prompt says.")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
-    parser.add_subclass_arguments(CountingDataModule, "data", required=True)
+    parser = _data_parser("audit", "See whether a model counts what its prompt says.")
     parser.add_argument("--tests", type=str, default=",".join(TESTS), help="Which tests, with commas between them.")
     parser.add_function_arguments(audit, skip={"model", "datamodule", "tests", "parts"})
     parser.add_argument("--ckpt_path", type=str, required=True, help="The checkpoint whose model is asked.")
@@ -174,6 +162,15 @@ def counter_of(path: str, allowed: Sequence[str], **options: Any) -> CountingMod
     if not isinstance(model, CountingModule):
         raise CheckpointError(f"{path!r} is of {type(model).__name__}, which counts nothing")
     return model
+
+
+def _data_parser(command: str, description: str) -> _Parser:
+    """The parser of a command that reads a data module."""
+    _import_classes()
+    parser = _Parser(prog=f"counting-zoo {command}", description=description)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
+    parser.add_subclass_arguments(CountingDataModule, "data", required=True)
+    return parser
 
 
 class _Parser(LightningArgumentParser):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from counting_zoo.data.records import Record, Split, present_names
+from counting_zoo.data.records import Record, Split, n_objects, present_names
 from counting_zoo.errors import InputError
 
 
@@ -70,4 +70,15 @@ def names_of_all(records: Sequence[Record], split: Split, error: Exception) -> l
     return list(lists.pop())
 
 
-__all__ = ["absent_names", "drawn_names", "names_of_all"]
+def unasked_objects(records: Sequence[Record], asked: np.ndarray) -> tuple[float, float]:
+    """How many objects have names that are not asked about, and how many objects there are.
+
+    Args:
+        records: the pictures.
+        asked: ``(N,)`` objects of the names asked about, NaN without annotation.
+    """
+    present = np.array([n_objects(record) for record in records], np.float64)
+    return float(np.nansum(present - asked)), float(np.nansum(present))
+
+
+__all__ = ["absent_names", "drawn_names", "names_of_all", "unasked_objects"]
