@@ -223,6 +223,25 @@ def test_lists_of_names_of_different_lengths(model: CLIPCount) -> None:
         assert [tuple(o.counts.shape) for o in found] == [(1, 1), (1, 2)]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("contrast", ["region", "patch"])
+def test_towers_of_rate_0_stay_as_they_are(contrast: str) -> None:
+    """Statistics of the stem's batch norms too, while prompts and all behind the towers learn."""
+    model = counter(train_vision=True, train_text=True, n_context=0, stem="conv", interaction="film", contrast=contrast,
+                    text_pool="words", tower_lr=0, contrast_epochs=0, contrast_weight_after=1.0)  # fmt: skip
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = model.train().configure_optimizers()["optimizer"]
+    for seed in range(2):
+        batch = tiny_clip.training_batch([NAMES[:2]] * 2, seed=seed)
+        sum(model.training_losses(batch).values()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    learning = ("network.vision.prompts.", "network.vision.norm.", "network.patch_proj.", "network.contrast_proj.",
+                "network.decoder.")  # fmt: skip
+    assert all(name.startswith(learning) for name in changed)
+    assert {name.split(".")[-3 if "prompts" in name else -2] for name in changed} >= {"patch_proj", "contrast_proj"}
+    assert any(name.startswith("network.decoder.") for name in changed)
+
+
 def test_clip_own_weights_learn_slower_where_asked() -> None:
     model = counter(train_vision=True, train_text=True, prompt_width=0, n_context=0, tower_lr=0.25)
     optimizer = model.configure_optimizers()["optimizer"]
@@ -230,6 +249,6 @@ def test_clip_own_weights_learn_slower_where_asked() -> None:
     clip = [*model.network.vision.model.parameters(), *model.network.text.model.parameters()]
     assert {rates[id(p)] for p in clip if p.requires_grad} == {0.25e-4}
     assert {rates[id(p)] for p in model.network.decoder.parameters()} == {1e-4}
-    for wrong in (0.0, -1.0, float("nan")):
+    for wrong in (-1.0, float("nan")):
         with pytest.raises(InputError, match="tower_lr"):
             counter(tower_lr=wrong)

@@ -227,6 +227,42 @@ def test_clip_count_starts_from_it_and_its_checkpoint_stands_alone(exports: dict
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("own", [{}, {"stem": "conv", "prompt_width": 0, "text_pool": "words", "interaction": "film"}])
+def test_clip_count_starts_from_another_one_without_its_head(own: dict[str, Any], tmp_path: Path) -> None:
+    trained = tiny_clip.counter(seed=7, n_context=0 if own else 2, **own)
+    file = str(save(trained, tmp_path / "trained.ckpt"))
+    counter = small_counter(pretrained_encoder=file, **own) if own else tiny_clip.counter(
+        tokens=False, seed=50, pretrained_encoder=file
+    )  # fmt: skip
+    x = torch.rand(1, 3, 32, 32)
+    found, expected = (model.network.embed(x, [NAMES[:2]]) for model in (counter, trained))
+    assert torch.equal(found.patches, expected.patches)
+    assert torch.equal(found.contrast, expected.contrast)
+    assert torch.equal(found.text, expected.text)
+    assert not torch.equal(counter(x, [NAMES[:2]]).counts, trained(x, [NAMES[:2]]).counts)  # a head of its own
+    Path(file).unlink()
+    save(counter, tmp_path / "counter.ckpt")
+    assert torch.equal(load(tmp_path / "counter.ckpt")(x, [NAMES[:2]]).counts, counter(x, [NAMES[:2]]).counts)
+
+
+def test_another_counter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    file = str(save(tiny_clip.counter(), tmp_path / "trained.ckpt"))
+    heads = tiny_clip.config()
+    heads["vision_config"] |= {"num_attention_heads": 1}
+    for other in (tiny_clip.config(layers=3), heads):
+        with pytest.raises(WeightsError, match="another architecture"):
+            tiny_clip.counter(other, tokens=False, pretrained_encoder=file)
+    with pytest.raises(InputError, match="text_pool 'eot'"):
+        small_counter(pretrained_encoder=file, text_pool="official")
+    for own in ({"prompt_width": 3}, {"prompt_width": 0}, {"n_context": 0}, {"contrast": "none"}):
+        with pytest.raises(WeightsError, match=r"trained\.ckpt' does not fit the model's"):
+            tiny_clip.counter(tokens=False, pretrained_encoder=file, **own)
+    elsewhere = str(save(student("stem"), tmp_path / "pretraining.ckpt"))
+    with pytest.raises(WeightsError, match="expected one of CLIPCount"):
+        tiny_clip.counter(tokens=False, pretrained_encoder=elsewhere)
+
+
+@torch.no_grad()
 def test_clip_count_with_a_stem_takes_the_projection_too(exports: dict[str, Path]) -> None:
     model, x = student("stem"), torch.rand(1, 3, 32, 32)
     options: dict[str, Any] = {"stem": "conv", "text_pool": "words", "prompt_width": 0, "prompt_depth": 0}

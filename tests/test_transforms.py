@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+import cv2
 import jsonargparse
 import numpy as np
 import pytest
@@ -188,7 +189,9 @@ def test_affine_drops_exactly_what_leaves(seed: int, height: int, width: int) ->
 
 
 PIPELINES: dict[str, Augmentation] = {
-    "plain": PlainAugmentation(crop=24, vflip=True, rot90=True, scale=(0.5, 2.0), brightness=0.2, offset=8),
+    "plain": PlainAugmentation(
+        crop=24, vflip=True, rot90=True, scale=(0.5, 2.0), brightness=0.2, offset=8, saturation=0.5
+    ),
     "plain, oblong crop": PlainAugmentation(crop=(16, 28), rot90=True),
     "plain, whole": PlainAugmentation(rot90=True, scale=(0.5, 1.5)),
     "mosaic": CLIPCountAugmentation(crop=32, mosaic=1, augment=0),
@@ -268,6 +271,22 @@ def test_brightness_is_the_stated_line() -> None:
     assert 0.84 < min(seen) < 0.95 < 1.05 < max(seen) < 1.16
 
 
+def test_saturation_moves_colours_to_and_from_their_grey() -> None:
+    colours = np.array([[[200, 60, 60], [90, 90, 90], [40, 120, 90]]], np.uint8)
+    sample = replace(dotted(1, 3, []), image=colours)
+    grey = cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY)[..., None].astype(float)
+    factors = []
+    for seed in range(40):
+        after = PlainAugmentation(flip=False, saturation=0.8)(sample, np.random.default_rng(seed)).image.astype(float)
+        factor = (after[0, 0, 0] - grey[0, 0, 0]) / (200 - grey[0, 0, 0])
+        if after.max() < 255 and after.min() > 0:  # none is cut off
+            assert np.abs(after - (grey + factor * (colours - grey))).max() < 1.5
+            factors.append(factor)
+        assert np.array_equal(after[0, 1], colours[0, 1])  # grey stays
+    assert min(factors) < 0.35
+    assert max(factors) > 1.1
+
+
 def test_mosaic_shows_a_dot_at_every_point() -> None:
     sample = dotted(200, 260, [(x, y) for x in range(8, 260, 25) for y in range(8, 200, 25)])
     sample = replace(sample, image=np.maximum(sample.image, 0))
@@ -342,6 +361,7 @@ def test_pipelines_survive_pickling_with_their_workers() -> None:
         (lambda: PlainAugmentation(crop=0), "augmentation.crop is 0"),
         (lambda: PlainAugmentation(scale=(2, 1)), "augmentation.scale"),
         (lambda: PlainAugmentation(brightness=3), "augmentation.brightness is 3"),
+        (lambda: PlainAugmentation(saturation=-0.1), "augmentation.saturation is -0.1"),
         (lambda: CLIPCountAugmentation(crop=8), "augmentation.crop is 8"),
         (lambda: CLIPCountAugmentation(mosaic=0.8, augment=0.3), "augmentation.mosaic is 0.8"),
         (lambda: CLIPCountAugmentation(scale=(0, 1)), "augmentation.scale"),

@@ -56,6 +56,9 @@ class PlainAugmentation(Augmentation):
         scale: range of the factor by which the picture is enlarged before the crop.
         brightness: pixel values are multiplied by a factor from 1 - brightness to 1 + brightness.
         offset: and shifted by up to this many of 255 grey levels.
+        saturation: colours are drawn to the grey of the same brightness, or away from it, by a factor from
+            1 - saturation to 1 + saturation. With little colour left, shapes are learned from their outlines and not
+            from the colours that they happen to have in training.
 
     Raises:
         InputError: a value is out of range.
@@ -70,6 +73,7 @@ class PlainAugmentation(Augmentation):
         scale: tuple[float, float] = (1.0, 1.0),
         brightness: float = 0.0,
         offset: float = 0.0,
+        saturation: float = 0.0,
     ) -> None:
         self.crop = (crop, crop) if isinstance(crop, int) else crop
         if self.crop is not None and min(self.crop) < 1:
@@ -81,12 +85,15 @@ class PlainAugmentation(Augmentation):
                 f"augmentation.brightness is {brightness} and augmentation.offset {offset}; "
                 "expected a brightness of 0 to 1 and an offset of at least 0"
             )
+        if not 0 <= saturation <= 1:
+            raise InputError(f"augmentation.saturation is {saturation}; expected 0 to 1")
         self.flip = flip
         self.vflip = vflip
         self.rot90 = rot90
         self.scale = scale
         self.brightness = brightness
         self.offset = offset
+        self.saturation = saturation
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if sample.croppable:
@@ -99,6 +106,10 @@ class PlainAugmentation(Augmentation):
             shift = rng.uniform(-self.offset, self.offset)
             table = np.clip(np.rint(np.arange(256) * factor + shift), 0, 255).astype(np.uint8)
             sample = replace(sample, image=cv2.LUT(sample.image, table))
+        if self.saturation:
+            factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
+            grey = cv2.cvtColor(cv2.cvtColor(sample.image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+            sample = replace(sample, image=cv2.addWeighted(sample.image, factor, grey, 1 - factor, 0))
         return sample
 
     def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:

@@ -90,10 +90,7 @@ def write_pretrained(
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise InputError(f"pretrained encoders are written as .safetensors; {str(path)!r} has another ending")
-    state: dict[str, Tensor] = {}
-    for module in (encoder, text):
-        own = module.state_dict()
-        state |= {theirs: own[ours] for theirs, ours in _named(module)}
+    state = clip_state(encoder, text)
     state["logit_scale"] = torch.tensor(1 / temperature).log()
     weights = {
         key: (value.to(dtype) if value.is_floating_point() else value).cpu().contiguous()
@@ -110,6 +107,12 @@ def write_pretrained(
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+def clip_state(*modules: nn.Module) -> dict[str, Tensor]:
+    """What is a CLIP's of region encoders, ``DenseViT`` and other towers, under the names of transformers."""
+    owns = [(module, module.state_dict()) for module in modules]
+    return {theirs: own[ours] for module, own in owns for theirs, ours in _named(module)}
 
 
 def small_file() -> Path:
@@ -236,4 +239,13 @@ def _load(module: nn.Module, given: dict[str, Tensor], source: str, tower: str) 
     module.load_state_dict(all_own | {ours: given[theirs] for theirs, ours in names.items() if theirs in given})
 
 
-__all__ = ["SMALL", "PretrainedCLIP", "load_text", "load_vision", "read_pretrained", "small_file", "write_pretrained"]
+__all__ = [
+    "SMALL",
+    "PretrainedCLIP",
+    "clip_state",
+    "load_text",
+    "load_vision",
+    "read_pretrained",
+    "small_file",
+    "write_pretrained",
+]

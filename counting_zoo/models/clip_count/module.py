@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, WeightsError
 from counting_zoo.models.clip_count.loss import (
     DensityMask,
     density_mse,
@@ -18,13 +18,19 @@ from counting_zoo.models.clip_count.loss import (
 )
 from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction
 from counting_zoo.models.clip_count.positives import positive_patches, positive_patches_of_density
+from counting_zoo.models.clip_count.starting import start_from_clip, start_from_counter
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, tokenizer_of
-from counting_zoo.nn.pretrained import PretrainedCLIP, load_text, load_vision, read_pretrained
+from counting_zoo.nn.pretrained import read_pretrained
 from counting_zoo.nn.text import TextPool, TextTower
 from counting_zoo.nn.vision import PromptIndexing, Stem
 from counting_zoo.ops import points_to_density
 from counting_zoo.text_guided import TextGuidedModule
 from counting_zoo.types import Batch, CountOutput
+
+_TOWERS = (
+    "network.vision.model", "network.vision.stem", "network.vision.lateral", "network.vision.fuse",
+    "network.text.model", "network.text.projection",
+)  # fmt: skip
 
 
 class CLIPCount(TextGuidedModule):
@@ -37,9 +43,10 @@ class CLIPCount(TextGuidedModule):
         clip: CLIP weights: hub name, folder, or a config mapping for random weights.
         pretrained_encoder: a file that ``RegionCLIPPretraining.export`` wrote, or ``small`` for the zoo's own small
             CLIP: both towers start from it in place of ``clip``'s weights, and so does the projection of patches where
-            a ``conv`` stem makes them the same.
-        tower_lr: what the learning rate is multiplied by in CLIP's own weights, where these train: below 1 they keep
-            more of what they knew of names that training does not show.
+            a ``conv`` stem makes them the same. Or the checkpoint (``.ckpt``) of a CLIPCount of the same shape, for
+            towers and projections that have learned to count, under a head that begins anew.
+        tower_lr: what the learning rate is multiplied by in CLIP's own weights (a ``conv`` stem's among them), where
+            these train: below 1 they keep more of what they knew of names that training does not show, with 0 all.
         tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from the
             class names of its training data.
         prompt_template: ``{}`` is replaced by the name asked about; the same in training, test and prediction.
@@ -105,8 +112,8 @@ class CLIPCount(TextGuidedModule):
         super().__init__(window=window, **kwargs)
         if "{}" not in prompt_template:
             raise InputError(f"prompt_template is {prompt_template!r}; expected a text with {{}} for the name")
-        if not 0 < tower_lr < math.inf:
-            raise InputError(f"tower_lr is {tower_lr}; expected above 0, such as 0.1; train_vision: false freezes")
+        if not 0 <= tower_lr < math.inf:
+            raise InputError(f"tower_lr is {tower_lr}; expected at least 0, such as 0.1, or 0 for towers that stay")
         self.tower_lr = tower_lr
         if contrast not in ("patch", "region", "none"):
             raise InputError(f"contrast is {contrast!r}; expected 'patch', 'region' or 'none'")
@@ -138,7 +145,10 @@ class CLIPCount(TextGuidedModule):
         if tokenizer is not None or (isinstance(clip, str) and pretrained_encoder is None):
             self.set_tokenizer(tokenizer or str(clip))
         if pretrained_encoder is not None:
-            self._start_from(read_pretrained(pretrained_encoder), clip)
+            self._start_from(pretrained_encoder, clip)
+        if tower_lr == 0:
+            for name, p in self.named_parameters():
+                p.requires_grad_(p.requires_grad and not name.startswith(_TOWERS))
         self.prompt_template = prompt_template
         self.contrast, self.contrast_epochs = contrast, contrast_epochs if contrast != "none" else 0
         self.contrast_weight, self.contrast_weight_after = contrast_weight, contrast_weight_after
@@ -147,16 +157,28 @@ class CLIPCount(TextGuidedModule):
         self.density_mask, self.count_weight = density_mask, count_weight
         self.train_classes: list[str] = []
 
-    @torch.no_grad()
-    def _start_from(self, pretrained: PretrainedCLIP, clip: CLIPSource) -> None:
+    def _start_from(self, pretrained_encoder: str, clip: CLIPSource) -> None:
         self.hparams["pretrained_encoder"] = None  # the checkpoint has the weights
-        load_vision(self.network.vision, pretrained)
-        load_text(self.network.text, pretrained, tokenizer_of(clip))
-        if self.network.vision.stem is not None:
-            for layer in (self.network.patch_proj, self.network.contrast_proj):
-                if layer is not None:
-                    layer.weight.copy_(pretrained.state["visual_projection.weight"])
-                    layer.bias.zero_()
+        if not pretrained_encoder.endswith(".ckpt"):
+            start_from_clip(self.network, read_pretrained(pretrained_encoder), tokenizer_of(clip))
+            return
+        from counting_zoo.loading import load
+
+        counter = load(pretrained_encoder)
+        if not isinstance(counter, CLIPCount):
+            raise WeightsError(
+                f"pretrained_encoder={pretrained_encoder!r} is a checkpoint of {type(counter).__name__}; expected one "
+                "of CLIPCount, or a CLIP that 'counting-zoo export-encoder' wrote"
+            )
+        start_from_counter(self.network, counter.network, counter.hparams, pretrained_encoder)
+
+    def train(self, mode: bool = True) -> CLIPCount:
+        super().train(mode)
+        if self.tower_lr == 0:  # batch norms that stay as they are
+            for module in self.network.vision.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
 
     @property
     def cell(self) -> int:
@@ -276,9 +298,7 @@ class CLIPCount(TextGuidedModule):
         return isinstance(self.network.interaction, nn.Identity)
 
     def lr_factor(self, name: str) -> float:
-        towers = ("network.vision.model", "network.vision.stem", "network.vision.lateral", "network.vision.fuse",
-                  "network.text.model", "network.text.projection")  # fmt: skip
-        return self.tower_lr if name.startswith(towers) else 1.0
+        return self.tower_lr if name.startswith(_TOWERS) else 1.0
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW (reference: run.py)."""
