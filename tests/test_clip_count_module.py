@@ -27,6 +27,7 @@ TRAINABLE = {
     "plain": {"interaction": "plain", "depth": 2},
     "none": {"interaction": "none"},
     "film": {"interaction": "film"},
+    "similarity": {"interaction": "similarity"},
     "region": {"contrast": "region"},
     "region after": {"contrast": "region", "contrast_weight_after": 1.0, "count_weight": 0.1},
     "no contrast": {"contrast": "none"},

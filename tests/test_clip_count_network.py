@@ -9,12 +9,13 @@ import pytest
 import tiny_clip
 import torch
 from tiny_clip import NAMES, counter, pictures, relative
+from torch.nn.functional import cosine_similarity
 
 from counting_zoo import CLIPCount
 from counting_zoo.errors import InputError
-from counting_zoo.models.clip_count.heads import position_table
+from counting_zoo.models.clip_count.heads import SimilarityHead, cosines, position_table
 
-INTERACTIONS = ["hierarchical", "plain", "none", "film"]
+INTERACTIONS = ["hierarchical", "plain", "none", "film", "similarity"]
 VARIANTS = [
     {"interaction": interaction, "text_keys": keys, "depth": 2}
     for interaction in INTERACTIONS
@@ -115,14 +116,41 @@ def test_any_patch_and_window(patch: int, image: int, window: int, interaction: 
 
 
 @torch.no_grad()
-def test_film_density_lies_on_the_encoders_grid() -> None:
-    model = counter(tiny_clip.config(image=64), window=128, interaction="film")
+@pytest.mark.parametrize("interaction", ["film", "similarity"])
+def test_density_of_text_heads_lies_on_the_encoders_grid(interaction: str) -> None:
+    model = counter(tiny_clip.config(image=64), window=128, interaction=interaction)
     assert model.cell == 32
     assert model(pictures(1, 128, 256), [["pears"]]).density.shape == (1, 1, 4, 8)
-    conv = counter(tiny_clip.config(image=64), window=64, interaction="film", stem="conv", prompt_width=0)
+    conv = counter(tiny_clip.config(image=64), window=64, interaction=interaction, stem="conv", prompt_width=0)
     assert conv.cell == 8
     with pytest.raises(InputError, match=r"window 102 and input_size 64.*multiple of 4"):
-        _ = counter(tiny_clip.config(image=64), window=102, interaction="film").cell
+        _ = counter(tiny_clip.config(image=64), window=102, interaction=interaction).cell
+
+
+@torch.no_grad()
+def test_similarity_head_reads_the_text_through_cosines_alone() -> None:
+    """How long a text's feature is, and what cells that are alike to two texts look like, changes nothing."""
+    head = SimilarityHead(16, groups=4)
+    patches, contrast, text = torch.randn(2, 16, 5, 6), torch.randn(2, 16, 5, 6), torch.randn(2, 3, 16)
+    head.key.bias.zero_()
+    expected = head(patches, contrast, text)
+    assert expected.shape == (2, 3, 5, 6)
+    assert relative(head(patches, contrast, text * torch.tensor([0.1, 3.0, 20.0])[:, None]), expected) < 1e-5
+    head.similarity_scale.zero_()
+    blind = head(patches, contrast, text)
+    assert relative(blind, blind[:, :1].expand(-1, 3, -1, -1)) < 1e-6
+    assert relative(expected, blind) > 1e-2
+    with pytest.raises(InputError, match=r"projection_dim is 20, .*multiple of 8"):
+        SimilarityHead(20)
+
+
+def test_cosines_of_groups_are_those_of_their_channels() -> None:
+    features, text = torch.randn(2, 12, 3, 4), torch.randn(2, 5, 12)
+    found = cosines(features, text, 3)
+    for g in range(3):
+        part = slice(4 * g, 4 * g + 4)
+        expected = cosine_similarity(features[:, None, part], text[:, :, part, None, None], dim=2)
+        assert relative(found[:, :, g], expected) < 1e-5
 
 
 @torch.no_grad()

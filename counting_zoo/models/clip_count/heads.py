@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate
+from torch.nn.functional import gelu, interpolate, normalize
 
 from counting_zoo.errors import InputError
 from counting_zoo.nn.attention import MLP, DropPath, SelfAttention, TextAttention, TextBias
@@ -184,13 +184,29 @@ class PlainDecoder(nn.Module):
         return self.out(self.stages[1](x)).unflatten(0, (b, k))[:, :, 0]
 
 
-class FiLMHead(nn.Module):
-    """Density from features scaled and shifted by the text, beside their similarity to it.
+class TextHead(nn.Module):
+    """Density at the encoder's grid from patches and how similar they are to each text.
 
     Late fusion: a further prompt costs one small head, so training asks for several names in each picture.
 
     Shape:
-        features ``(B, D, h, w)``, text ``(B, K, D)``, similarity ``(B, K, h, w)`` -> logits ``(B, K, h, w)``.
+        patches and contrast features ``(B, D, h, w)``, text ``(B, K, D)`` -> logits ``(B, K, h, w)``.
+    """
+
+    mix: nn.Conv2d
+    out: nn.Conv2d
+
+    def _decode(self, x: Tensor) -> Tensor:
+        """``(B, K, inside, h, w)`` -> logits."""
+        b, k = x.shape[:2]
+        x = self.mix(x.flatten(0, 1).contiguous(memory_format=torch.channels_last)).relu()
+        return self.out(x).unflatten(0, (b, k))[:, :, 0]
+
+
+class FiLMHead(TextHead):
+    """Patches are scaled and shifted by the text, beside their similarity to it.
+
+    It learns fast, but how much of an object counts may come to depend on its name, and so be off for new names.
     """
 
     def __init__(self, dim: int, hidden: int = 64) -> None:
@@ -200,16 +216,60 @@ class FiLMHead(nn.Module):
         self.mix = nn.Conv2d(dim + 1, hidden, 1)
         self.out = nn.Conv2d(hidden, 1, 3, padding=1)
 
-    def forward(self, features: Tensor, text: Tensor, similarity: Tensor) -> Tensor:
-        b, k, _ = text.shape
+    def forward(self, patches: Tensor, contrast: Tensor, text: Tensor) -> Tensor:
         gain, shift = self.modulation(text)[..., None, None].chunk(2, 2)  # (B, K, D, 1, 1)
-        x = features[:, None] * (1 + gain) + shift
-        x = torch.cat([x, (similarity * self.similarity_scale)[:, :, None].to(x.dtype)], 2).flatten(0, 1)
-        x = self.mix(x.contiguous(memory_format=torch.channels_last).relu()).relu()
-        return self.out(x).unflatten(0, (b, k))[:, :, 0]
+        x = patches[:, None] * (1 + gain) + shift
+        similarity = cosines(contrast, text, 1) * self.similarity_scale
+        return self._decode(torch.cat([x, similarity.to(x.dtype)], 2).relu())
+
+
+class SimilarityHead(TextHead):
+    """The text enters through similarities alone, so an object counts the same under every name that it matches.
+
+    Args:
+        dim: width of patches and text.
+        groups: beside the cosine of the whole, those of this many learned parts: one may come to tell colours, one
+            shapes.
+        hidden: channels in between.
+    """
+
+    def __init__(self, dim: int, groups: int = 8, hidden: int = 64) -> None:
+        super().__init__()
+        if dim % groups:
+            raise InputError(
+                f"the CLIP's projection_dim is {dim}, and interaction 'similarity' compares {groups} parts of features; "
+                f"expected a multiple of {groups}"
+            )
+        self.groups = groups
+        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.similarity_scale = nn.Parameter(torch.full((groups + 1,), 5.0))
+        self.mix = nn.Conv2d(dim + groups + 1, hidden, 1)
+        self.out = nn.Conv2d(hidden, 1, 3, padding=1)
+
+    def forward(self, patches: Tensor, contrast: Tensor, text: Tensor) -> Tensor:
+        query = self.query(contrast.movedim(1, -1)).movedim(-1, 1)
+        parts = [cosines(contrast, text, 1), cosines(query, self.key(text), self.groups)]
+        similarity = torch.cat(parts, 2) * self.similarity_scale[:, None, None]
+        x = patches.relu()[:, None].expand(-1, text.shape[1], -1, -1, -1)
+        return self._decode(torch.cat([x, similarity.to(x.dtype)], 2))
+
+
+def cosines(features: Tensor, text: Tensor, groups: int) -> Tensor:
+    """Cosine of every cell with every text, in ``groups`` equal parts of the channels.
+
+    Args:
+        features: ``(B, D, h, w)``.
+        text: ``(B, K, D)``.
+        groups: a divisor of D.
+
+    Returns:
+        ``(B, K, groups, h, w)``.
+    """
+    cells = normalize(features.unflatten(1, (groups, -1)), dim=2)
+    return torch.einsum("bgdhw,bkgd->bkghw", cells, normalize(text.unflatten(-1, (groups, -1)), dim=-1))
 
 
 __all__ = [
     "ConvStage", "FiLMHead", "HierarchicalDecoder", "HierarchicalInteraction", "InteractionBlock", "PlainDecoder",
-    "PlainInteraction", "position_table",
+    "PlainInteraction", "SimilarityHead", "TextHead", "cosines", "position_table",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, normalize, softplus
+from torch.nn.functional import interpolate, softplus
 
 from counting_zoo.errors import InputError
 from counting_zoo.models.clip_count.heads import (
@@ -16,6 +16,8 @@ from counting_zoo.models.clip_count.heads import (
     HierarchicalInteraction,
     PlainDecoder,
     PlainInteraction,
+    SimilarityHead,
+    TextHead,
 )
 from counting_zoo.nn.text import TextPool, TextTower
 from counting_zoo.nn.vision import DenseViT, PromptIndexing, Stem
@@ -24,7 +26,7 @@ from counting_zoo.types import CountOutput
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
-Interaction = Literal["hierarchical", "plain", "none", "film"]
+Interaction = Literal["hierarchical", "plain", "none", "film", "similarity"]
 Activation = Literal["sigmoid", "relu", "softplus", "none"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -78,7 +80,8 @@ class CLIPCountNet(nn.Module):
         n_context, text_pool: see :class:`~counting_zoo.nn.text.TextTower`.
         text_keys: what patches attend to: the ``pooled`` text feature (the paper) or all its ``tokens``.
         interaction: ``hierarchical`` (the paper), ``plain`` (one scale, ``depth`` blocks), ``none`` (the text is
-            added once), or ``film`` (text-modulated features and their similarity to the text, at the encoder's grid).
+            added once), ``film`` (text-modulated features and their similarity to the text, at the encoder's grid), or
+            ``similarity`` (features and their similarities to the text, at the encoder's grid).
         depth: blocks of ``plain``.
         heads: attention heads of the interaction. The released checkpoint has 4, the reference's default is 8.
         activation: of the density. ``sigmoid`` is the reference's and caps a window at (its pixels / scale) objects.
@@ -150,16 +153,20 @@ class CLIPCountNet(nn.Module):
             self.decoder = PlainDecoder(dim)
         elif interaction == "film":
             self.interaction, self.decoder = nn.Identity(), FiLMHead(dim)
+        elif interaction == "similarity":
+            self.interaction, self.decoder = nn.Identity(), SimilarityHead(dim)
         else:
-            raise InputError(f"interaction is {interaction!r}; expected 'hierarchical', 'plain', 'none' or 'film'")
-        if activation == "softplus" and interaction != "film":
+            raise InputError(
+                f"interaction is {interaction!r}; expected 'hierarchical', 'plain', 'none', 'film' or 'similarity'"
+            )
+        if activation == "softplus" and not isinstance(self.decoder, TextHead):
             # A fresh softplus would count over a thousand objects in an empty window.
             nn.init.constant_(self.decoder.get_parameter("out.bias"), -5.0)
 
     @property
     def cell(self) -> int:
         """Pixels of the preprocessed picture along one side of a density cell."""
-        if not isinstance(self.decoder, FiLMHead):
+        if not isinstance(self.decoder, TextHead):
             return 1
         cells = self.input_size // self.vision.stride
         if self.window % cells:
@@ -199,11 +206,8 @@ class CLIPCountNet(nn.Module):
         """Density of pictures of ``size`` (H, W) from their embeddings."""
         patches, text = embeddings.patches, embeddings.text
         grid = (patches.shape[-2], patches.shape[-1])
-        if isinstance(self.decoder, FiLMHead):
-            similarity = torch.einsum(
-                "bdhw,bkd->bkhw", normalize(embeddings.contrast, dim=1), normalize(text, dim=-1)
-            )  # (B, K, gh, gw)
-            logits = self.decoder(patches, text, similarity)
+        if isinstance(self.decoder, TextHead):
+            logits = self.decoder(patches, embeddings.contrast, text)
         else:
             maps = self.interaction(patches, text, embeddings.tokens)
             logits = self.decoder(maps)  # (B, K, h, w)
