@@ -144,6 +144,16 @@ def test_similarity_head_reads_the_text_through_cosines_alone() -> None:
         SimilarityHead(20)
 
 
+def test_similarity_head_sees_eight_cells_around() -> None:
+    """As far as its convolutions of dilation 1, 2 and 4 and the last one reach: objects are larger than a cell."""
+    torch.manual_seed(0)
+    patches = torch.randn(1, 16, 21, 21, requires_grad=True)
+    SimilarityHead(16)(patches, torch.randn(1, 16, 21, 21), torch.randn(1, 1, 16))[0, 0, 10, 10].backward()
+    reached = patches.grad.abs().sum(1)[0] > 0  # type: ignore[union-attr]
+    rows = reached.any(1).nonzero()[:, 0]
+    assert (int(rows.min()), int(rows.max())) == (2, 18)
+
+
 def test_cosines_of_groups_are_those_of_their_channels() -> None:
     features, text = torch.randn(2, 12, 3, 4), torch.randn(2, 5, 12)
     found = cosines(features, text, 3)

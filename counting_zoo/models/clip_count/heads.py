@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -200,7 +201,10 @@ class TextHead(nn.Module):
         """``(B, K, inside, h, w)`` -> logits."""
         b, k = x.shape[:2]
         x = self.mix(x.flatten(0, 1).contiguous(memory_format=torch.channels_last)).relu()
-        return self.out(x).unflatten(0, (b, k))[:, :, 0]
+        return self.out(self._between(x)).unflatten(0, (b, k))[:, :, 0]
+
+    def _between(self, x: Tensor) -> Tensor:
+        return x
 
 
 class FiLMHead(TextHead):
@@ -226,24 +230,32 @@ class FiLMHead(TextHead):
 class SimilarityHead(TextHead):
     """The text enters through similarities alone, so an object counts the same under every name that it matches.
 
+    Convolutions that see a dozen cells around each then make one object of each blob of similar cells, as they have
+    learned from the names of training.
+
     Args:
         dim: width of patches and text.
         groups: beside the cosine of the whole, those of this many learned parts: one may come to tell colours, one
             shapes.
         hidden: channels in between.
+        dilations: of the convolutions, each of which is a residual.
     """
 
-    def __init__(self, dim: int, groups: int = 8, hidden: int = 64) -> None:
+    def __init__(self, dim: int, groups: int = 8, hidden: int = 64, dilations: Sequence[int] = (1, 2, 4)) -> None:
         super().__init__()
         if dim % groups:
             raise InputError(
-                f"the CLIP's projection_dim is {dim}, and interaction 'similarity' compares {groups} parts of features; "
+                f"the CLIP's projection_dim is {dim}, and interaction 'similarity' compares {groups} parts; "
                 f"expected a multiple of {groups}"
             )
         self.groups = groups
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.similarity_scale = nn.Parameter(torch.full((groups + 1,), 5.0))
         self.mix = nn.Conv2d(dim + groups + 1, hidden, 1)
+        self.spread = nn.ModuleList([nn.Conv2d(hidden, hidden, 3, padding=n, dilation=n) for n in dilations])
+        for conv in self.spread:
+            nn.init.kaiming_normal_(conv.weight, a=3**0.5)  # type: ignore[arg-type]
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         self.out = nn.Conv2d(hidden, 1, 3, padding=1)
 
     def forward(self, patches: Tensor, contrast: Tensor, text: Tensor) -> Tensor:
@@ -252,6 +264,11 @@ class SimilarityHead(TextHead):
         similarity = torch.cat(parts, 2) * self.similarity_scale[:, None, None]
         x = patches.relu()[:, None].expand(-1, text.shape[1], -1, -1, -1)
         return self._decode(torch.cat([x, similarity.to(x.dtype)], 2))
+
+    def _between(self, x: Tensor) -> Tensor:
+        for conv in self.spread:
+            x = x + conv(x).relu()
+        return x
 
 
 def cosines(features: Tensor, text: Tensor, groups: int) -> Tensor:
