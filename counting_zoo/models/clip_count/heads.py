@@ -252,10 +252,11 @@ class SimilarityHead(TextHead):
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.similarity_scale = nn.Parameter(torch.full((groups + 1,), 5.0))
         self.mix = nn.Conv2d(dim + groups + 1, hidden, 1)
-        self.spread = nn.ModuleList([nn.Conv2d(hidden, hidden, 3, padding=n, dilation=n) for n in dilations])
-        for conv in self.spread:
-            nn.init.kaiming_normal_(conv.weight, a=3**0.5)  # type: ignore[arg-type]
+        convs = [nn.Conv2d(hidden, hidden, 3, padding=n, dilation=n) for n in dilations]
+        for conv in convs:
+            nn.init.kaiming_normal_(conv.weight, a=3**0.5)  # half of what relu asks for: residuals begin small
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.spread = nn.ModuleList(convs)
         self.out = nn.Conv2d(hidden, 1, 3, padding=1)
 
     def forward(self, patches: Tensor, contrast: Tensor, text: Tensor) -> Tensor:
