@@ -230,7 +230,7 @@ class FiLMHead(TextHead):
 class SimilarityHead(TextHead):
     """The text enters through similarities alone, so an object counts the same under every name that it matches.
 
-    Convolutions that see a dozen cells around each then make one object of each blob of similar cells, as they have
+    Convolutions that see eight cells around each then make one object of each blob of similar cells, as they have
     learned from the names of training.
 
     Args:

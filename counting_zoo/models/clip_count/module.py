@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from counting_zoo.errors import InputError, WeightsError
+from counting_zoo.models.clip_count.heads import TextHead
 from counting_zoo.models.clip_count.loss import (
     DensityMask,
     density_mse,
@@ -295,7 +296,7 @@ class CLIPCount(TextGuidedModule):
 
     @property
     def _density_uses_contrast(self) -> bool:
-        return isinstance(self.network.interaction, nn.Identity)
+        return isinstance(self.network.decoder, TextHead)
 
     def lr_factor(self, name: str) -> float:
         return self.tower_lr if name.startswith(_TOWERS) else 1.0

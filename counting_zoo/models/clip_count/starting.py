@@ -52,16 +52,21 @@ def start_from_counter(network: CLIPCountNet, other: CLIPCountNet, settings: Map
     kept |= {} if tokenizer is None else {"tokenizer": tokenizer.to_json()}
     towers = PretrainedCLIP(source, clip_state(other.vision, other.text), kept)
     load_vision(network.vision, towers)
-    load_text(network.text, towers)
+    load_text(network.text, towers)  # these two say best what differs in the towers; below comes what is no CLIP's
     for part in ("vision", "text", "patch_proj", "contrast_proj"):
         own, given = getattr(network, part), getattr(other, part)
-        try:
-            if own is not None or given is not None:
-                own.load_state_dict(given.state_dict())
-        except (RuntimeError, AttributeError) as error:
+        if own is None and given is None:
+            continue
+        cure = "Give both the same prompt_width, prompt_depth, n_context and contrast"
+        if own is None or given is None:
             raise WeightsError(
-                f"{part} of pretrained_encoder={source!r} does not fit the model's: {error}. Give both the same "
-                "prompt_width, prompt_depth, n_context and contrast"
+                f"{part} of pretrained_encoder={source!r} does not fit the model's: only one of them has it. {cure}"
+            )
+        try:
+            own.load_state_dict(given.state_dict())
+        except RuntimeError as error:
+            raise WeightsError(
+                f"{part} of pretrained_encoder={source!r} does not fit the model's: {error}. {cure}"
             ) from error
 
 
