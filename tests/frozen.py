@@ -372,7 +372,13 @@ def predicted(checkpoint: Path, source: tuple[str, ...], place: Path) -> dict[st
     """The tables of the command ``predict``."""
     out = place / "predictions"
     shutil.rmtree(out, ignore_errors=True)
-    flags = ["--predictions.pictures=false", f"--predictions.dir={out}", "--ckpt_path", str(checkpoint)]
+    flags = [
+        "--predictions.pictures=false",
+        "--predictions.densities=false",
+        f"--predictions.dir={out}",
+        "--ckpt_path",
+        str(checkpoint),
+    ]
     run("predict", *tiny.trainer(callbacks=[]), *source, *flags)
     found: dict[str, Any] = {
         "counts": read_counts(out / "counts.csv"), "points": read_places(out / "points.csv", ("x", "y")),
