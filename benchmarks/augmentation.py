@@ -4,7 +4,7 @@
 
 On one core, from a decoded uint8 picture to a float crop of 448 pixels, with 1,000 points, the square's side uniform in
 448 to 896 pixels. Both sides draw the same squares; neither changes colours, but in the last column, which is all that
-:class:`~counting_zoo.data.crowd_augmentation.CrowdAugmentation` does. Decoding, of a JPEG, is the same for both.
+:class:`~counting_zoo.data.transforms.CrowdAugmentation` does. Decoding, of a JPEG, is the same for both.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from counting_zoo.data.crowd_augmentation import CrowdAugmentation
 from counting_zoo.data.records import Sample
+from counting_zoo.data.transforms import CrowdAugmentation
 from counting_zoo.images import decode_image
 
 CROP, SCALE = 448, (1.0, 2.0)

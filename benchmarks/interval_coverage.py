@@ -20,11 +20,11 @@ import numpy as np
 
 import counting_zoo
 from counting_zoo import SyntheticScenes
-from counting_zoo.calibration import calibrate
 from counting_zoo.data.records import Record, Split
+from counting_zoo.evaluation.calibrate import calibrate
 from counting_zoo.evaluation.counting import count_split
-from counting_zoo.evaluation.statistics import interval_coverage
 from counting_zoo.images import decode_image
+from counting_zoo.metrics.statistics import interval_coverage
 
 Corruption = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -50,9 +50,11 @@ def dark(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 CORRUPTIONS: dict[str, Corruption] = {
-    "blur, sigma 1.5 pixels": blur, "noise, sd 25 of 255": noise, "JPEG, quality 15": jpeg,
+    "blur, sigma 1.5 pixels": blur,
+    "noise, sd 25 of 255": noise,
+    "JPEG, quality 15": jpeg,
     "dark, 40 % of the light": dark,
-}  # fmt: skip
+}
 
 
 class CorruptedScenes(SyntheticScenes):

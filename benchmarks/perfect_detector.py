@@ -32,12 +32,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from counting_zoo import FSC147, SyntheticScenes
-from counting_zoo.data.progress import progress
 from counting_zoo.data.records import Record
-from counting_zoo.metrics import count_errors
-from counting_zoo.models.region_clip.detection_loss import around, typical_sides
-from counting_zoo.models.region_clip.detections import detect
-from counting_zoo.models.region_clip.network import detected
+from counting_zoo.io import progress
+from counting_zoo.metrics.counts import count_errors
+from counting_zoo.models.region_clip.loss import around, typical_sides
+from counting_zoo.models.region_clip.network import detect, detected
 
 IOU_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 LIMITS = (100, 300)
@@ -68,9 +67,13 @@ class Perfect:
     def count(self, iou_threshold: float, limit: int | None = None) -> Tensor:
         """``(K,)`` what is left of it behind the pipeline."""
         found = detect(
-            self.boxes, one_hot(self.labels, self.n_names).float(), size=self.size, threshold=0.5,
-            iou_threshold=iou_threshold, limit=limit,
-        )  # fmt: skip
+            self.boxes,
+            one_hot(self.labels, self.n_names).float(),
+            size=self.size,
+            threshold=0.5,
+            iou_threshold=iou_threshold,
+            limit=limit,
+        )
         output = detected(found.boxes, found.scores, found.labels, self.size, self.n_names, False)
         return output.counts[0]
 

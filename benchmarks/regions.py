@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from counting_zoo.regions import box_iou, nms, roi_align
+from counting_zoo.geometry import box_iou
+from counting_zoo.nn.regions import nms, roi_align
 
 SIZE, STRIDE, IOU = (50, 76), 16, 0.5
 

@@ -25,7 +25,7 @@ import torch
 
 from counting_zoo import CountingDataModule, SyntheticScenes, benchmark
 from counting_zoo.evaluation.benchmark_report import read_results
-from counting_zoo.training_cli import made_from_config
+from counting_zoo.lightning_cli import made_from_config
 
 HERE = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
@@ -68,25 +68,29 @@ def fits() -> list[Fit]:
         seeded = f"--seed_everything {seed} --data.seed {seed} --data.num_workers 0"
         found += [
             Fit(
-                f"clip_count-{seed}", "scenes",
+                f"clip_count-{seed}",
+                "scenes",
                 f"{QUICK} --config configs/model/clip_count_small.yaml {EASY} --model.pretrained_encoder small "
                 f"--model.contrast_epochs 0 --data.prompts 3 --trainer.max_epochs 20 {seeded}",
             ),
             Fit(
-                f"ebc-{seed}", "scenes",
+                f"ebc-{seed}",
+                "scenes",
                 f"{QUICK} --config configs/model/ebc_small.yaml {EASY} --data.merge_classes objects "
                 f"--trainer.max_epochs 6 {seeded}",
             ),
             Fit(
-                f"lower_count-{seed}", "scenes",
+                f"lower_count-{seed}",
+                "scenes",
                 f"{QUICK} --config configs/model/lower_count_small.yaml {LOW} --trainer.max_epochs 14 {seeded}",
             ),
             Fit(
-                f"region_clip-{seed}", "scenes",
+                f"region_clip-{seed}",
+                "scenes",
                 f"{QUICK} --config configs/model/region_clip_counter_small.yaml {EASY} --model.boxes examples "
                 f"--data.prompts 5 --trainer.max_epochs 4 {seeded}",
             ),
-        ]  # fmt: skip
+        ]
     for draw in SEEDS[:2]:
         for name in ("ebc_small", "density_small"):
             words = f"{PHOTOS} --config configs/model/{name}.yaml {CELLS} --data.split_seed {draw} --data.num_workers 0"
@@ -124,8 +128,11 @@ def _train(fit: Fit, data: Path, threads: str) -> str:
         command = f"{fit.command(data)} --trainer.enable_progress_bar false"
         code = subprocess.run(
             ["bash", "-c", f"{Path(sys.executable).parent}/{command}"],
-            cwd=HERE, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": threads},
-        ).returncode  # fmt: skip
+            cwd=HERE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        ).returncode
     if code:
         return f"{fit.name}: ended with {code}, see {folder / 'log.txt'}"
     seconds.write_text(f"{time.perf_counter() - start:.0f}")

@@ -24,9 +24,12 @@ from counting_zoo.nn.pretrained import SMALL, small_file
 from counting_zoo.quickstart import bfloat16_instructions, config
 
 COLUMNS = {
-    "test/mae": "MAE", "test/rmse": "RMSE", "test/absent_ratio": "absent",
-    "test/hard_absent_ratio": "look-alike absent", "seconds": "fit with its start and one validation, s",
-}  # fmt: skip
+    "test/mae": "MAE",
+    "test/rmse": "RMSE",
+    "test/absent_ratio": "absent",
+    "test/hard_absent_ratio": "look-alike absent",
+    "seconds": "fit with its start and one validation, s",
+}
 
 
 def fingerprint(source: str | None, more: list[str]) -> str:
@@ -68,13 +71,32 @@ def run(start: str, source: str | None, seed: int, options: argparse.Namespace) 
     first = round(0.3 * options.epochs) if source is None else 0
     SyntheticScenes(preset=options.preset).prepare_data()  # rendering is no part of what is timed
     begun = time.perf_counter()
-    command([
-        "fit", "--config", str(config("trainer/quick.yaml")), "--config", str(config("model/clip_count_small.yaml")),
-        *data, *logger("fit"), "--seed_everything", str(seed), "--data.seed", str(seed),
-        "--model.pretrained_encoder", source or "null", "--model.contrast_epochs", str(first),
-        "--trainer.max_epochs", str(options.epochs), "--trainer.check_val_every_n_epoch", str(options.epochs),
-        "--trainer.precision", "bf16-mixed" if bfloat16_instructions() else "32-true", *options.more,
-    ])  # fmt: skip
+    command(
+        [
+            "fit",
+            "--config",
+            str(config("trainer/quick.yaml")),
+            "--config",
+            str(config("model/clip_count_small.yaml")),
+            *data,
+            *logger("fit"),
+            "--seed_everything",
+            str(seed),
+            "--data.seed",
+            str(seed),
+            "--model.pretrained_encoder",
+            source or "null",
+            "--model.contrast_epochs",
+            str(first),
+            "--trainer.max_epochs",
+            str(options.epochs),
+            "--trainer.check_val_every_n_epoch",
+            str(options.epochs),
+            "--trainer.precision",
+            "bf16-mixed" if bfloat16_instructions() else "32-true",
+            *options.more,
+        ]
+    )
     seconds = time.perf_counter() - begun
     last = folder / "fit" / "checkpoints" / "last.ckpt"
     command(["test", "--ckpt_path", str(last), *data, *logger("test")])

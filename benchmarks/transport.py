@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from counting_zoo.models.clip_ebc.transport import transport_loss
+from counting_zoo.models.clip_ebc.loss import transport_loss
 
 SIDE, CELL = 448, 8  # pixels
 EPSILON, ITERATIONS, TOLERANCE, TINY = 10.0, 100, 1e-9, 1e-16

@@ -13,7 +13,7 @@ from counting_zoo.version import __version__
 _HOME = {
     "Batch": "counting_zoo.types",
     "CountOutput": "counting_zoo.types",
-    "Prediction": "counting_zoo.types",
+    "Prediction": "counting_zoo.prediction",
     "Preprocess": "counting_zoo.geometry",
     "CountingModule": "counting_zoo.module",
     "CountingDataModule": "counting_zoo.data.base",
@@ -25,20 +25,20 @@ _HOME = {
     "RegionCLIPPretraining": "counting_zoo.models.region_clip",
     "SyntheticScenes": "counting_zoo.data.synthetic",
     "FSC147": "counting_zoo.data.fsc147",
-    "CARPK": "counting_zoo.data.carpk",
-    "ShanghaiTech": "counting_zoo.data.shanghaitech",
-    "UCFQNRF": "counting_zoo.data.ucf_qnrf",
-    "NWPUCrowd": "counting_zoo.data.nwpu_crowd",
-    "JHUCrowd": "counting_zoo.data.jhu_crowd",
-    "VOCCounts": "counting_zoo.data.voc",
-    "COCOCounts": "counting_zoo.data.coco",
+    "CARPK": "counting_zoo.data.detection",
+    "ShanghaiTech": "counting_zoo.data.crowds",
+    "UCFQNRF": "counting_zoo.data.crowds",
+    "NWPUCrowd": "counting_zoo.data.crowds",
+    "JHUCrowd": "counting_zoo.data.crowds",
+    "VOCCounts": "counting_zoo.data.detection",
+    "COCOCounts": "counting_zoo.data.detection",
     "ImageFolder": "counting_zoo.data.folder",
-    "CaptionedPictures": "counting_zoo.data.captions",
+    "CaptionedPictures": "counting_zoo.data.folder",
     "PackedCounts": "counting_zoo.data.pack",
     "pack": "counting_zoo.data.pack",
     "audit": "counting_zoo.evaluation.audit",
-    "benchmark": "counting_zoo.benchmarking",
-    "calibrate": "counting_zoo.calibration",
+    "benchmark": "counting_zoo.evaluation.benchmark",
+    "calibrate": "counting_zoo.evaluation.calibrate",
     "export": "counting_zoo.exporting",
     "load": "counting_zoo.loading",
     "load_official": "counting_zoo.loading",
@@ -46,22 +46,16 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from counting_zoo.benchmarking import benchmark
-    from counting_zoo.calibration import calibrate
     from counting_zoo.data.base import CountingDataModule
-    from counting_zoo.data.captions import CaptionedPictures
-    from counting_zoo.data.carpk import CARPK
-    from counting_zoo.data.coco import COCOCounts
-    from counting_zoo.data.folder import ImageFolder
+    from counting_zoo.data.crowds import UCFQNRF, JHUCrowd, NWPUCrowd, ShanghaiTech
+    from counting_zoo.data.detection import CARPK, COCOCounts, VOCCounts
+    from counting_zoo.data.folder import CaptionedPictures, ImageFolder
     from counting_zoo.data.fsc147 import FSC147
-    from counting_zoo.data.jhu_crowd import JHUCrowd
-    from counting_zoo.data.nwpu_crowd import NWPUCrowd
     from counting_zoo.data.pack import PackedCounts, pack
-    from counting_zoo.data.shanghaitech import ShanghaiTech
     from counting_zoo.data.synthetic import SyntheticScenes
-    from counting_zoo.data.ucf_qnrf import UCFQNRF
-    from counting_zoo.data.voc import VOCCounts
     from counting_zoo.evaluation.audit import audit
+    from counting_zoo.evaluation.benchmark import benchmark
+    from counting_zoo.evaluation.calibrate import calibrate
     from counting_zoo.exporting import export
     from counting_zoo.geometry import Preprocess
     from counting_zoo.loading import load, load_official, save
@@ -70,7 +64,8 @@ if TYPE_CHECKING:
     from counting_zoo.models.lower_count import LowerCount
     from counting_zoo.models.region_clip import RegionCLIPCounter, RegionCLIPPretraining
     from counting_zoo.module import CountingModule
-    from counting_zoo.types import Batch, CountOutput, Prediction
+    from counting_zoo.prediction import Prediction
+    from counting_zoo.types import Batch, CountOutput
 
 
 def __getattr__(name: str) -> Any:

@@ -14,13 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from counting_zoo.errors import ImageError, InputError
-from counting_zoo.evaluation.class_tables import ClassRow, CountRow, class_rows
-from counting_zoo.evaluation.prediction_files import PartWriter, merge_parts
-from counting_zoo.evaluation.report import Picture, read_curve, write_report
-from counting_zoo.evaluation.tables import replacing, write_table
-from counting_zoo.module import CountingModule
-from counting_zoo.prompts import wrong_prompts
-from counting_zoo.types import Batch, Prediction
+from counting_zoo.evaluation.counting import count_again
+from counting_zoo.evaluation.predictions import PartWriter, merge_parts
+from counting_zoo.evaluation.report import ClassRow, CountRow, Picture, class_rows, read_curve, write_report
+from counting_zoo.io import replacing, write_table
+from counting_zoo.module import CountingModule, wrong_prompts
+from counting_zoo.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class PredictionWriter(L.Callback):
     And ``boxes.csv``, where the model detects. Every process writes its part as it goes; at the end the first one
     joins them, ordered by picture and each picture once, so that the files do not depend on the number of processes.
     Files appear complete or not at all. On several machines ``dir`` must lie on a disk they share. See
-    :mod:`counting_zoo.evaluation.prediction_files` for columns.
+    :mod:`counting_zoo.evaluation.predictions` for columns.
 
     Args:
         dir: the folder; files of an earlier run in it are replaced.
@@ -63,9 +62,14 @@ class PredictionWriter(L.Callback):
         self._part = PartWriter(self.dir, trainer.global_rank, densities=self.densities, max_pictures=limit)
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert self._part is not None  # opened in on_predict_start
         for image_id, reason in batch.get("failed", []):
             log.error("%s could not be read and has no prediction: %s", image_id, reason)
@@ -120,9 +124,14 @@ class DensityPictures(L.Callback):
         self._drawn = 0
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs:
             return
         assert isinstance(pl_module, CountingModule)
@@ -164,9 +173,14 @@ class TestReport(L.Callback):
         self._batches = {batch: chosen.count(batch) for batch in chosen}
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert isinstance(pl_module, CountingModule)
         self._names.update(zip(batch["image_id"], batch["classes"], strict=True))
         if not trainer.is_global_zero:
@@ -247,17 +261,6 @@ class TestReport(L.Callback):
         return class_rows(self._rows, constants)
 
 
-@torch.no_grad()
-def count_again(module: CountingModule, batch: Batch, index: int, names: list[str]) -> Prediction:
-    """One picture of an evaluation batch, counted once more, with what drawing needs."""
-    image = batch["image"][index]
-    size = (int(image.shape[-2]), int(image.shape[-1]))
-    stored = batch["original_size"][index] if "original_size" in batch else size
-    output = module.count_batch([image], [names], image_ids=[batch["image_id"][index]], sizes=[stored])
-    assert isinstance(output, list)  # as for every list of pictures
-    return module.to_prediction(output[0], names, size, batch["image_id"][index], image)
-
-
 def _absent_name(module: CountingModule, trainer: L.Trainer, batch: Batch, index: int) -> str | None:
     """A name that is not in the picture, for models that read names."""
     datamodule = getattr(trainer, "datamodule", None)
@@ -285,6 +288,3 @@ def _show(trainer: L.Trainer, tag: str, drawing: np.ndarray, caption: str) -> No
     path = Path(folder or trainer.default_root_dir) / "pictures" / name
     with replacing(path) as temporary:
         temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR))[1].tobytes())
-
-
-__all__ = ["DensityPictures", "PredictionWriter", "TestReport", "count_again"]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from counting_zoo.config_safety import ALLOW_FLAG, restrict_imports, take_allowed_packages
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, plain_message
 from counting_zoo.version import __version__
 
 RUNS = ("fit", "validate", "test", "predict")
+
 
 HELP = f"""\
 usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all options
@@ -88,14 +88,6 @@ def main(args: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
 
 
-def plain_message(error: Exception) -> str:
-    """The message alone; data loader workers wrap a whole traceback around it."""
-    text = str(error)
-    if not re.match(r"Caught \w+ in ", text):
-        return text
-    return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-
-
 def _foreseen(error: BaseException | None) -> InputError | FloatingPointError | None:
     """The zoo's own error, also where the parser has wrapped it in one of its own."""
     while error is not None and not isinstance(error, InputError | FloatingPointError):
@@ -106,7 +98,7 @@ def _foreseen(error: BaseException | None) -> InputError | FloatingPointError | 
 def _run(command: str, arguments: list[str]) -> int:
     arguments, extra = take_allowed_packages(arguments)
     restrict_imports(extra)
-    from counting_zoo.training_cli import run
+    from counting_zoo.lightning_cli import run
 
     return run(command, arguments)
 
@@ -120,7 +112,7 @@ def _quickstart(arguments: list[str]) -> int:
 def _describe(arguments: list[str]) -> int:
     arguments, extra = take_allowed_packages(arguments)
     restrict_imports(extra)
-    from counting_zoo.training_cli import run_describe
+    from counting_zoo.lightning_cli import run_describe
 
     return run_describe(arguments)
 
@@ -128,7 +120,7 @@ def _describe(arguments: list[str]) -> int:
 def _pack(arguments: list[str]) -> int:
     arguments, extra = take_allowed_packages(arguments)
     restrict_imports(extra)
-    from counting_zoo.training_cli import run_pack
+    from counting_zoo.lightning_cli import run_pack
 
     return run_pack(arguments)
 
@@ -136,7 +128,7 @@ def _pack(arguments: list[str]) -> int:
 def _audit(arguments: list[str]) -> int:
     arguments, extra = take_allowed_packages(arguments)
     restrict_imports(extra)
-    from counting_zoo.training_cli import run_audit
+    from counting_zoo.lightning_cli import run_audit
 
     return run_audit(arguments, extra)
 
@@ -144,15 +136,15 @@ def _audit(arguments: list[str]) -> int:
 def _benchmark(arguments: list[str]) -> int:
     arguments, extra = take_allowed_packages(arguments)
     restrict_imports(extra)
-    from counting_zoo.benchmark_cli import run
+    from counting_zoo.lightning_cli import run_benchmark
 
-    return run(arguments, extra)
+    return run_benchmark(arguments, extra)
 
 
 def _calibrate(arguments: list[str]) -> int:
     arguments, extra = take_allowed_packages(arguments)
     restrict_imports(extra)
-    from counting_zoo.training_cli import run_calibrate
+    from counting_zoo.lightning_cli import run_calibrate
 
     return run_calibrate(arguments, extra)
 
@@ -231,6 +223,3 @@ def _read_mapping(path: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-__all__ = ["main", "plain_message"]

@@ -27,7 +27,10 @@ ALLOWED = (
 )
 """Import paths that a configuration may name, each with everything below it."""
 
+
 ALLOW_FLAG, ALLOW_VARIABLE = "--allow_packages", "COUNTING_ZOO_ALLOW"
+
+
 CURE = (
     f"If the package is yours and you trust it, allow it on the command line with {ALLOW_FLAG} name[,name] "
     f"or in the environment with {ALLOW_VARIABLE}=name[,name]; a YAML file cannot allow it."
@@ -76,6 +79,3 @@ def take_allowed_packages(arguments: list[str]) -> tuple[list[str], list[str]]:
             raise InputError(f"{ALLOW_FLAG} has no value; expected package names, such as {ALLOW_FLAG} mypackage")
         values.append(value)
     return rest, [name.strip() for value in values for name in value.split(",") if name.strip()]
-
-
-__all__ = ["ALLOWED", "ALLOW_FLAG", "ALLOW_VARIABLE", "CURE", "restrict_imports", "take_allowed_packages"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class InputError(ValueError):
     """A setting, annotation or argument that cannot be used as it is."""
@@ -27,4 +29,9 @@ class WeightsError(InputError):
     """Pretrained weights that are missing, offline, or do not fit."""
 
 
-__all__ = ["CheckpointError", "ImageError", "InputError", "NamesError", "SupervisionError", "WeightsError"]
+def plain_message(error: Exception) -> str:
+    """The message alone; data loader workers wrap a whole traceback around it."""
+    text = str(error)
+    if not re.match(r"Caught \w+ in ", text):
+        return text
+    return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()

@@ -16,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from counting_zoo.errors import InputError
-from counting_zoo.evaluation.tables import replacing
+from counting_zoo.io import replacing
 from counting_zoo.module import CountingModule
 from counting_zoo.version import __version__
 
 SUFFIXES = (".pt2", ".onnx")
+
+
 RECIPE = "counting_zoo.json"
 """Name of the recipe inside a ``.pt2`` file, and of the metadata in an ONNX file."""
+
+
 UNIT = 32
 """Sides of pictures are multiples of this in a graph."""
 
@@ -142,9 +146,15 @@ def _write_onnx(program: Any, path: Path, recipe: str) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, contextlib.redirect_stdout(io.StringIO()):
         made = Path(folder) / "graph.onnx"
         torch.onnx.export(
-            program, (), made, input_names=["image"], output_names=["density"], dynamo=True, external_data=False,
+            program,
+            (),
+            made,
+            input_names=["image"],
+            output_names=["density"],
+            dynamo=True,
+            external_data=False,
             verbose=False,
-        )  # fmt: skip
+        )
         graph = onnx.load(made)
         graph.metadata_props.add(key=RECIPE, value=recipe)
         onnx.save(graph, made)
@@ -156,6 +166,3 @@ def _run_onnx(path: Path, picture: Tensor) -> Tensor:
 
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["density"], {"image": picture.numpy()})[0])
-
-
-__all__ = ["RECIPE", "export"]

@@ -14,6 +14,8 @@ from torch.nn.functional import interpolate
 from counting_zoo.errors import InputError
 
 Interpolation = Literal["bilinear", "bicubic"]
+
+
 Rule = Literal["none", "short", "long", "height", "warp"]
 
 
@@ -174,4 +176,28 @@ def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
     return scale_points(boxes.reshape(-1, 2), old, new).reshape(-1, 4)
 
 
-__all__ = ["Preprocess", "resize_image", "scale_boxes", "scale_points"]
+def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of every box with every other; 0 where both are empty.
+
+    Args:
+        boxes: ``(N, 4)`` x1, y1, x2, y2.
+        others: ``(M, 4)``.
+
+    Returns:
+        ``(N, M)`` float32, or float64 if the boxes are.
+
+    Example:
+        >>> box_iou(torch.tensor([[0, 0, 2, 2]]), torch.tensor([[1, 0, 3, 2], [5, 5, 6, 6]]))
+        tensor([[0.3333, 0.0000]])
+    """
+    for value in (boxes, others):
+        if value.ndim != 2 or value.shape[1] != 4:
+            raise InputError(f"boxes are {tuple(value.shape)}; expected (N, 4) of x1, y1, x2, y2")
+    dtype = torch.float64 if torch.float64 in (boxes.dtype, others.dtype) else torch.float32
+    boxes, others = boxes.to(dtype), others.to(dtype)
+    area, other_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, others))
+    low = torch.maximum(boxes[:, None, :2], others[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    shared = (high - low).clamp(min=0).prod(2)
+    union = area[:, None] + other_area - shared
+    return torch.where(union > 0, shared / union, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _codecs
+import hashlib
 import importlib
 import json
 import pickle
@@ -16,16 +17,25 @@ import torch
 from torch import Tensor
 
 from counting_zoo.errors import CheckpointError, InputError
-from counting_zoo.module import CountingModule
-from counting_zoo.training import TrainingModule
+from counting_zoo.geometry import Preprocess
+from counting_zoo.module import Counter, CountingModule, TrainingModule
 
 # Scores beside the weights of the references' resume files; none of these runs anything.
 _MULTIARRAY: Any = importlib.import_module("numpy._core.multiarray")
+
+
 _PLAIN_NUMPY: list[Any] = [
-    _MULTIARRAY.scalar, (_MULTIARRAY.scalar, "numpy.core.multiarray.scalar"),
-    _MULTIARRAY._reconstruct, (_MULTIARRAY._reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray,
-    np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, _codecs.encode,
-]  # fmt: skip
+    _MULTIARRAY.scalar,
+    (_MULTIARRAY.scalar, "numpy.core.multiarray.scalar"),
+    _MULTIARRAY._reconstruct,
+    (_MULTIARRAY._reconstruct, "numpy.core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    _codecs.encode,
+]
 
 
 #: The models that :func:`load_official` reads weights of.
@@ -251,4 +261,25 @@ def _lightning_version() -> str:
     return lightning.__version__
 
 
-__all__ = ["load", "load_official", "model_class", "read_checkpoint", "save"]
+_PLAIN = (type(None), str, int, float, list, tuple, dict, Preprocess)
+
+
+def model_sha256(model: Counter) -> str:
+    """A hash of a model's weights and settings, by which finished work is known again.
+
+    Settings are taken as they are now: whoever gives ``model.window`` another value counts with another model. What
+    else a checkpoint would keep, such as the tokenizer, is part of it.
+    """
+    own = vars(model)
+    settings = {
+        name: str(own[name] if name in own and isinstance(own[name], _PLAIN) else value)
+        for name, value in sorted(getattr(model, "hparams", {}).items())
+    }
+    kind = type(model)
+    recipe: Any = getattr(model, "recipe", dict)
+    named = json.dumps([f"{kind.__module__}.{kind.__qualname__}", settings, recipe()], sort_keys=True, default=str)
+    digest = hashlib.sha256(named.encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -53,18 +53,45 @@ def run(arguments: list[str]) -> int:
 
     step(
         "train on 48 kinds of object",
-        ["fit", "--config", str(config("trainer/quick.yaml")), "--config", str(config("model/clip_count_small.yaml")),
-         "--model.pretrained_encoder", "small", "--model.contrast_epochs", "0", *data, *logger("train"),
-         "--seed_everything", str(options.seed), "--data.seed", str(options.seed),
-         "--trainer.max_epochs", str(epochs), "--trainer.precision", "bf16-mixed" if fast else "32-true",
-         "--trainer.check_val_every_n_epoch", "1" if epochs % 2 else "2"],  # the last epoch is always validated
-    )  # fmt: skip
+        [
+            "fit",
+            "--config",
+            str(config("trainer/quick.yaml")),
+            "--config",
+            str(config("model/clip_count_small.yaml")),
+            "--model.pretrained_encoder",
+            "small",
+            "--model.contrast_epochs",
+            "0",
+            *data,
+            *logger("train"),
+            "--seed_everything",
+            str(options.seed),
+            "--data.seed",
+            str(options.seed),
+            "--trainer.max_epochs",
+            str(epochs),
+            "--trainer.precision",
+            "bf16-mixed" if fast else "32-true",
+            "--trainer.check_val_every_n_epoch",
+            "1" if epochs % 2 else "2",
+        ],  # the last epoch is always validated
+    )
     best = out / "train" / "checkpoints" / "best.ckpt"
     step(
         f"test on 12 others: {UNSEEN}",
-        ["test", "--ckpt_path", str(best), *data, *logger("test"), "--trainer.accelerator", "cpu",
-         "--trainer.enable_progress_bar", "false"],
-    )  # fmt: skip
+        [
+            "test",
+            "--ckpt_path",
+            str(best),
+            *data,
+            *logger("test"),
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.enable_progress_bar",
+            "false",
+        ],
+    )
     scenes = SyntheticScenes(sizes=options.sizes)
     names = scenes.class_names("test")
     photos = out / "photos"
@@ -75,10 +102,26 @@ def run(arguments: list[str]) -> int:
         shutil.copy(record.path, photos / record.path.name)
     step(
         f"predict a folder of 12 pictures, {len(names)} names in each",
-        ["predict", "--ckpt_path", str(best), "--data", "ImageFolder", "--data.root", str(photos), "--data.classes",
-         json.dumps(names), "--predictions.dir", str(out / "predictions"), "--trainer.accelerator", "cpu",
-         "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"],
-    )  # fmt: skip
+        [
+            "predict",
+            "--ckpt_path",
+            str(best),
+            "--data",
+            "ImageFolder",
+            "--data.root",
+            str(photos),
+            "--data.classes",
+            json.dumps(names),
+            "--predictions.dir",
+            str(out / "predictions"),
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.logger",
+            "false",
+            "--trainer.enable_progress_bar",
+            "false",
+        ],
+    )
     print(f"\nreport: {out / 'test' / 'report.html'}\ncounts: {out / 'predictions' / 'counts.csv'}\nmodel:  {best}")
     return 0
 
@@ -103,6 +146,3 @@ def bfloat16_instructions() -> bool:
 
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any("bf16" in str(name) and value for name, value in capabilities.items())
-
-
-__all__ = ["bfloat16_instructions", "config", "run"]

@@ -23,9 +23,13 @@ class WarmupHoldDecay(LRScheduler):
     interval = "step"
 
     def __init__(
-        self, optimizer: Optimizer, total_steps: int | None = None, warmup: int = 100, hold: float = 0.6,
+        self,
+        optimizer: Optimizer,
+        total_steps: int | None = None,
+        warmup: int = 100,
+        hold: float = 0.6,
         final: float = 0.02,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.total_steps, self.warmup, self.hold, self.final = total_steps, warmup, hold, final
         super().__init__(optimizer)
 
@@ -58,9 +62,14 @@ class WarmupCosineRestarts(LRScheduler):
     interval = "epoch"
 
     def __init__(
-        self, optimizer: Optimizer, warmup: int = 50, warmup_lr: float = 1e-6, first: int = 5, factor: int = 2,
+        self,
+        optimizer: Optimizer,
+        warmup: int = 50,
+        warmup_lr: float = 1e-6,
+        first: int = 5,
+        factor: int = 2,
         final: float = 1e-7,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.warmup, self.warmup_lr, self.first, self.factor, self.final = warmup, warmup_lr, first, factor, final
         super().__init__(optimizer)
 
@@ -91,9 +100,13 @@ class WarmupSteps(LRScheduler):
     interval = "step"
 
     def __init__(
-        self, optimizer: Optimizer, warmup: int = 1000, start: float = 1e-3,
-        falls: tuple[int, ...] = (300_000, 525_000), factor: float = 0.1,
-    ) -> None:  # fmt: skip
+        self,
+        optimizer: Optimizer,
+        warmup: int = 1000,
+        start: float = 1e-3,
+        falls: tuple[int, ...] = (300_000, 525_000),
+        factor: float = 0.1,
+    ) -> None:
         self.warmup, self.start, self.falls, self.factor = warmup, start, tuple(falls), factor
         super().__init__(optimizer)
 
@@ -104,6 +117,3 @@ class WarmupSteps(LRScheduler):
 
     def get_lr(self) -> list[Any]:
         return [base * self.share(self.last_epoch) for base in self.base_lrs]
-
-
-__all__ = ["WarmupCosineRestarts", "WarmupHoldDecay", "WarmupSteps"]

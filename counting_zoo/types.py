@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NotRequired, Self, TypedDict
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
 class Batch(TypedDict):
@@ -68,70 +68,3 @@ class SpreadOutput(CountOutput):
     """
 
     variance: Tensor
-
-
-@dataclass
-class Prediction:
-    """The counts of one picture, with where they come from.
-
-    Args:
-        counts: ``(K,)`` float32, one count for each name.
-        names: the K names asked about.
-        density: ``(K, h, w)`` float32 objects per cell over the whole picture; sums to ``counts``.
-        points: K tensors ``(N_k, 2)``: x, y of density peaks in pixels of the picture given.
-        boxes: K tensors ``(M_k, 4)``: x1, y1, x2, y2 in pixels of the picture given where the model detects, else
-            ``None``; ``points`` are their centres then.
-        scores: K tensors ``(M_k,)``, one for each box, where the model gives them.
-        interval: ``(K, 2)`` lower and upper bound, both inside, of the true count, where the model is calibrated
-            (:func:`counting_zoo.calibrate`), else ``None``.
-        image_id: the file name, or what the caller called the picture.
-        image: uint8 RGB picture ``(h, w, 3)`` as the model saw it, kept for :meth:`plot`; ``None`` where it was not.
-        size: ``(H, W)`` of the picture given, whose pixels ``points`` and ``boxes`` are in.
-        extent: height and width of the picture in density cells, where its last cells may reach beyond it; ``None``
-            where the density covers exactly the picture.
-    """
-
-    counts: Tensor
-    names: list[str]
-    density: Tensor
-    points: list[Tensor] = field(default_factory=list)
-    boxes: list[Tensor] | None = None
-    scores: list[Tensor] | None = None
-    interval: Tensor | None = None
-    image_id: str = ""
-    image: np.ndarray | None = None
-    size: tuple[int, int] | None = None
-    extent: tuple[float, float] | None = None
-
-    def __getitem__(self, name: str) -> float:
-        """The count of one name.
-
-        Raises:
-            KeyError: the name was not asked about; lists those that were.
-        """
-        if name not in self.names:
-            raise KeyError(f"{name!r} was not asked about in this prediction; names: {self.names}")
-        return float(self.counts[self.names.index(name)])
-
-    def overlay(self, name: str | None = None) -> np.ndarray:
-        """``(H, W, 3)`` uint8 RGB: the picture with density and points, or boxes, and the count of one name.
-
-        Args:
-            name: which of the names; the first one if ``None``.
-        """
-        from counting_zoo.pictures import draw_prediction
-
-        return draw_prediction(self, self.names[0] if name is None else name)
-
-    def plot(self, ax: Any = None) -> Any:
-        """Draw one panel for each name with matplotlib (extra ``viz``) and return the axes.
-
-        Args:
-            ax: one matplotlib axes for each name; made when ``None``.
-        """
-        from counting_zoo.pictures import plot_prediction
-
-        return plot_prediction(self, ax)
-
-
-__all__ = ["Batch", "CountOutput", "Prediction", "SpreadOutput"]

@@ -165,18 +165,32 @@ LOWER_COUNT: dict[str, dict[str, Any]] = {
 def low_counts() -> None:
     """One step of Lower-Count on the same eight pictures, in one process and in two, of which one has no low count."""
     # Without batch norm, which sees the pictures of its own process.
-    small: dict[str, Any] = {"encoder": "small", "width": 4, "reduction": 8, "branch_norm": "none", "first_stage": 0,
-                             "preprocess": {"resize": "none"}, "backbone_lr": 1.0}  # fmt: skip
+    small: dict[str, Any] = {
+        "encoder": "small",
+        "width": 4,
+        "reduction": 8,
+        "branch_norm": "none",
+        "first_stage": 0,
+        "preprocess": {"resize": "none"},
+        "backbone_lr": 1.0,
+    }
     for name, options in LOWER_COUNT.items():
         for world in (1, 2):
             torch.manual_seed(0)
             model = Recorded(**small | options, optimizer=partial(torch.optim.SGD, lr=1.0))
             model.name = f"{name}_{world}"
             run = L.Trainer(
-                accelerator="cpu", devices=world, strategy="ddp_fork" if world > 1 else "auto", max_epochs=1,
-                logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-                use_distributed_sampler=False, callbacks=[ModelCheckpoint(".", model.name)],
-            )  # fmt: skip
+                accelerator="cpu",
+                devices=world,
+                strategy="ddp_fork" if world > 1 else "auto",
+                max_epochs=1,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=0,
+                use_distributed_sampler=False,
+                callbacks=[ModelCheckpoint(".", model.name)],
+            )
             run.fit(model, Baskets(num_workers=0, prompts="all", duplicates="ignore"))
 
 
@@ -218,8 +232,15 @@ LABELS: dict[str, dict[str, Any]] = {
 
 def pretraining() -> None:
     """One step of RegionCLIP's pretraining on the same eight pictures; in two processes one sees no box."""
-    small: dict[str, Any] = {"regions": "boxes", "concepts": "classes", "distractors": ["forks"], "templates": ["{}"],
-                             "threshold": 0.0, "temperature": 0.2, "n_regions": 5}  # fmt: skip
+    small: dict[str, Any] = {
+        "regions": "boxes",
+        "concepts": "classes",
+        "distractors": ["forks"],
+        "templates": ["{}"],
+        "threshold": 0.0,
+        "temperature": 0.2,
+        "n_regions": 5,
+    }
     for name, options in LABELS.items():
         for gather in ("all", "image_text", "none"):
             for world in (1, 2):
@@ -229,10 +250,17 @@ def pretraining() -> None:
                 )  # type: ignore[arg-type]
                 model.name = f"{name}_{gather}_{world}"
                 run = L.Trainer(
-                    accelerator="cpu", devices=world, strategy="ddp_fork" if world > 1 else "auto", max_epochs=1,
-                    logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-                    use_distributed_sampler=False, callbacks=[ModelCheckpoint(".", model.name)],
-                )  # fmt: skip
+                    accelerator="cpu",
+                    devices=world,
+                    strategy="ddp_fork" if world > 1 else "auto",
+                    max_epochs=1,
+                    logger=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    limit_val_batches=0,
+                    use_distributed_sampler=False,
+                    callbacks=[ModelCheckpoint(".", model.name)],
+                )
                 run.fit(model, Boxed(num_workers=0, prompts="all", duplicates="ignore"))
 
 
@@ -249,7 +277,11 @@ def detectors() -> None:
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
     parts = {
-        "short": short, "long": long, "blocks": blocks, "low_counts": low_counts, "pretraining": pretraining,
+        "short": short,
+        "long": long,
+        "blocks": blocks,
+        "low_counts": low_counts,
+        "pretraining": pretraining,
         "detectors": detectors,
-    }  # fmt: skip
+    }
     parts[sys.argv[2]]()

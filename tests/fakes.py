@@ -231,12 +231,16 @@ def coco(root: Path, year: int = 2014, pictures: str = "") -> dict[str, list[dic
             images.append({"id": n, "file_name": f"{stem}.jpg", "height": 48, "width": 64})
             truth[name] = [
                 {
-                    "id": 1000 * n + i, "image_id": n, "category_id": list(COCO_IDS.values())[(n + i) % 4],
-                    "bbox": [round(float(x), 2), round(float(y), 2), 8.5, 6.25], "iscrowd": 0, "area": 53.1,
+                    "id": 1000 * n + i,
+                    "image_id": n,
+                    "category_id": list(COCO_IDS.values())[(n + i) % 4],
+                    "bbox": [round(float(x), 2), round(float(y), 2), 8.5, 6.25],
+                    "iscrowd": 0,
+                    "area": 53.1,
                     "segmentation": [[float(x), float(y), float(x) + 8, float(y), float(x), float(y) + 6]],
                 }
                 for i, (x, y) in enumerate(corners)
-            ]  # fmt: skip
+            ]
         # mixed as in the release, where neighbours in the list are of different pictures
         rows = [one for i in range(4) for name in truth for one in truth[name][i : i + 1] if f"{split}{year}" in name]
         order = np.random.default_rng(year).permutation(len(rows))

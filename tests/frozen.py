@@ -54,11 +54,15 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 #: RegionCLIPPretraining, by the name of its checkpoint.
 PRETRAINING: dict[str, dict[str, Any]] = {
     "region_clip_pretraining_stem": {
-        "stem": "conv", "labels": "boxes", "regions": "boxes", "train_text": True, "text_pool": "words",
+        "stem": "conv",
+        "labels": "boxes",
+        "regions": "boxes",
+        "train_text": True,
+        "text_pool": "words",
         "temperature": 0.07,
     },
     "region_clip_pretraining_teacher": {"regions": "random", "threshold": 0.0, "temperature": 0.1},
-}  # fmt: skip
+}
 #: Of detectors whose own training is too short for any box to count.
 THRESHOLDS = {"region_clip_counter_resnet": 0.0003}
 #: Written by Lightning's own ModelCheckpoint, with the state of the optimizer, to go on from.
@@ -242,19 +246,38 @@ def data(name: str, root: Path) -> dict[str, Any]:
 #: Augmentations, by the data they are applied to.
 AUGMENTED: dict[str, tuple[str, dict[str, Any]]] = {
     "crop_flip": ("scenes_easy", {"augmentation": tiny.CROP}),
-    "scenes": ("scenes_easy", {"augmentation": {
-        "class_path": "PlainAugmentation",
-        "init_args": {"flip": True, "rot90": True, "brightness": 0.15, "offset": 8}}}),
+    "scenes": (
+        "scenes_easy",
+        {
+            "augmentation": {
+                "class_path": "PlainAugmentation",
+                "init_args": {"flip": True, "rot90": True, "brightness": 0.15, "offset": 8},
+            }
+        },
+    ),
     "several_names": ("scenes_easy", {"augmentation": tiny.CROP, "prompts": 3}),
-    "low": ("scenes_low", {"augmentation": {
-        "class_path": "PlainAugmentation", "init_args": {"flip": True, "vflip": True, "rot90": True}}}),
-    "scale": ("carpk", {"augmentation": {
-        "class_path": "PlainAugmentation",
-        "init_args": {"crop": 32, "flip": True, "scale": [0.75, 1.25], "brightness": 0.2}}}),
+    "low": (
+        "scenes_low",
+        {
+            "augmentation": {
+                "class_path": "PlainAugmentation",
+                "init_args": {"flip": True, "vflip": True, "rot90": True},
+            }
+        },
+    ),
+    "scale": (
+        "carpk",
+        {
+            "augmentation": {
+                "class_path": "PlainAugmentation",
+                "init_args": {"crop": 32, "flip": True, "scale": [0.75, 1.25], "brightness": 0.2},
+            }
+        },
+    ),
     "mosaic": ("fsc147", {"augmentation": tiny.MOSAIC}),
     "crowd": ("shanghaitech_a", {"augmentation": {"class_path": "CrowdAugmentation", "init_args": {"crop": 32}}}),
     "captions": ("captions", {"augmentation": tiny.CROP}),
-}  # fmt: skip
+}
 
 
 def augmented(root: Path) -> dict[str, Any]:
@@ -302,10 +325,18 @@ class _Steps(L.Callback):
 
 def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     return L.Trainer(
-        accelerator="cpu", devices=1, num_sanity_val_steps=0, log_every_n_steps=1, enable_model_summary=False,
-        enable_progress_bar=False, logger=False, callbacks=list(callbacks), use_distributed_sampler=False,
-        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks), **options,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        logger=False,
+        callbacks=list(callbacks),
+        use_distributed_sampler=False,
+        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
+        **options,
+    )
 
 
 def training(model: Any, datamodule: Any, *, ckpt_path: Path | None = None, epochs: int = 1) -> dict[str, Any]:
@@ -338,13 +369,15 @@ def counted(prediction: Any) -> dict[str, Any]:
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "CLIPCount": {"official_tiles": {"window": 32, "stride": 16, "blend": "official", "pad": "official"}},
     "LowerCount": {
-        "ungated": {"gated": False}, "rounded": {"gated": False, "round_counts": True, "clamp_counts": True},
+        "ungated": {"gated": False},
+        "rounded": {"gated": False, "round_counts": True, "clamp_counts": True},
     },
     "RegionCLIPCounter": {
         "softmax": {"score": "softmax", "negatives": ["green rings"], "threshold": 0.1},
-        "soft": {"suppression": "soft"}, "best": {"assign": "best"},
+        "soft": {"suppression": "soft"},
+        "best": {"assign": "best"},
     },
-}  # fmt: skip
+}
 
 
 def counts(checkpoint: Path, names: list[str]) -> dict[str, Any]:
@@ -381,8 +414,9 @@ def predicted(checkpoint: Path, source: tuple[str, ...], place: Path) -> dict[st
     ]
     run("predict", *tiny.trainer(callbacks=[]), *source, *flags)
     found: dict[str, Any] = {
-        "counts": read_counts(out / "counts.csv"), "points": read_places(out / "points.csv", ("x", "y")),
-    }  # fmt: skip
+        "counts": read_counts(out / "counts.csv"),
+        "points": read_places(out / "points.csv", ("x", "y")),
+    }
     if (out / "boxes.csv").exists():
         found["boxes"] = read_places(out / "boxes.csv", ("x1", "y1", "x2", "y2", "score"))
     return found
@@ -452,8 +486,11 @@ def calibrated(root: Path) -> dict[str, Any]:
     """Intervals of counts."""
     found: dict[str, Any] = {}
     for name, width in (
-        ("clip_count_film", "residual"), ("ebc_bins", "residual"), ("ebc_bins", "bins"), ("ebc_zip", "bins")
-    ):  # fmt: skip
+        ("clip_count_film", "residual"),
+        ("ebc_bins", "residual"),
+        ("ebc_bins", "bins"),
+        ("ebc_zip", "bins"),
+    ):
         model, place = counting_zoo.load(unpacked(name, root)), root / "calibrated" / f"{name}_{width}"
         datamodule = folder_module(root)
         counting_zoo.calibrate(model, datamodule, split="val", level=0.6, width=width)
@@ -499,9 +536,13 @@ def scenes(preset: str, root: Path) -> dict[str, Any]:
     """Scenes of another seed than the configurations', split by pictures where the preset can be."""
     split_by = "class" if preset == "common" else "picture"
     made = counting_zoo.SyntheticScenes(
-        root / f"{preset}_{split_by}", preset=preset, split_by=split_by, sizes={"train": 1, "val": 2, "test": 1},
-        scene_seed=3, num_workers=0,
-    )  # fmt: skip
+        root / f"{preset}_{split_by}",
+        preset=preset,
+        split_by=split_by,
+        sizes={"train": 1, "val": 2, "test": 1},
+        scene_seed=3,
+        num_workers=0,
+    )
     made.prepare_data()
     made.setup("fit")
     made.setup("test")

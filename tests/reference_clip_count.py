@@ -138,5 +138,10 @@ def clip_count(
     x = resize(stage(x, s, f"{decoder}.convs.3.0", f"{decoder}.convs.3.1"), image.shape[-1])
     x = F.conv2d(x, s[f"{decoder}.final_conv.0.weight"], s[f"{decoder}.final_conv.0.bias"])
     density = x.sigmoid()[:, 0]
-    return {"text": text, "patches": patches, "contrast": contrast, "density": density,
-            "count": density.sum((1, 2)) / 60}  # fmt: skip
+    return {
+        "text": text,
+        "patches": patches,
+        "contrast": contrast,
+        "density": density,
+        "count": density.sum((1, 2)) / 60,
+    }

@@ -20,9 +20,9 @@ from tiny_zoo import TinyCounter, TinyPictures
 from counting_zoo import VOCCounts
 from counting_zoo.callbacks import DensityPictures, PredictionWriter, TestReport
 from counting_zoo.errors import ImageError, InputError
-from counting_zoo.evaluation.prediction_files import BOX_COLUMNS, COUNT_COLUMNS, PartWriter, merge_parts
-from counting_zoo.evaluation.tables import replacing, safe_cell, write_table
-from counting_zoo.types import Prediction
+from counting_zoo.evaluation.predictions import BOX_COLUMNS, COUNT_COLUMNS, PartWriter, merge_parts
+from counting_zoo.io import replacing, safe_cell, write_table
+from counting_zoo.prediction import Prediction
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -156,10 +156,15 @@ def detected(image_id: str, n: int, scored: bool = True) -> Prediction:
     """``n`` boxes of the first name and one of the second."""
     boxes = [torch.arange(4.0 * n).reshape(-1, 4) + len(image_id) / 3, torch.tensor([[0.1, 0.2, 30.5, 1e-7]])]
     return Prediction(
-        torch.tensor([float(n), 1.0]), ["a", "=b"], torch.zeros(2, 1, 1), points=[b[:, :2] for b in boxes],
-        boxes=boxes, scores=[torch.linspace(0.9, 0.1, n), torch.tensor([0.3])] if scored else None, image_id=image_id,
+        torch.tensor([float(n), 1.0]),
+        ["a", "=b"],
+        torch.zeros(2, 1, 1),
+        points=[b[:, :2] for b in boxes],
+        boxes=boxes,
+        scores=[torch.linspace(0.9, 0.1, n), torch.tensor([0.3])] if scored else None,
+        image_id=image_id,
         size=(40, 40),
-    )  # fmt: skip
+    )
 
 
 def write_parts(folder: Path, *parts: list[Prediction]) -> None:
@@ -180,8 +185,12 @@ def test_boxes_of_one_process_and_of_two(tmp_path: Path) -> None:
     rows = table(tmp_path / "1" / "boxes.csv")
     assert tuple(rows[0]) == BOX_COLUMNS
     assert [(row["image"], row["name"]) for row in rows] == [
-        *[("'=a.jpg", "a")] * 3, ("'=a.jpg", "'=b"), *[("b.jpg", "a")] * 2, ("b.jpg", "'=b"), ("none.jpg", "'=b"),
-    ]  # fmt: skip
+        *[("'=a.jpg", "a")] * 3,
+        ("'=a.jpg", "'=b"),
+        *[("b.jpg", "a")] * 2,
+        ("b.jpg", "'=b"),
+        ("none.jpg", "'=b"),
+    ]
     for image, n in (("'=a.jpg", 3), ("b.jpg", 2)):
         mine = [row for row in rows if (row["image"], row["name"]) == (image, "a")]
         made = detected(image.removeprefix("'"), n)
@@ -204,8 +213,19 @@ def test_boxes_without_scores_and_none_at_all(tmp_path: Path) -> None:
 
 
 def test_every_picture_gets_a_file_of_its_own(tmp_path: Path) -> None:
-    nasty = ["a/b.jpg", "a_b.jpg", "A_B.jpg", "../../etc/passwd", "/etc/passwd", "x" * 300, "苹果 1.png", "", "..",
-             "a_b.png", "=1+1.jpg"]  # fmt: skip
+    nasty = [
+        "a/b.jpg",
+        "a_b.jpg",
+        "A_B.jpg",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "x" * 300,
+        "苹果 1.png",
+        "",
+        "..",
+        "a_b.png",
+        "=1+1.jpg",
+    ]
     part = PartWriter(tmp_path, 0, densities=True, max_pictures=None)
     for image_id in nasty:
         part.add(prediction(image_id))
@@ -282,8 +302,15 @@ def test_density_pictures_are_capped_and_written_where_the_logger_takes_none(
 ) -> None:
     callback = DensityPictures(every_n_epochs=2, max_pictures=3)
     logger = CSVLogger(tmp_path)
-    made = trainer(tmp_path, callback, logger=logger, max_epochs=3, num_sanity_val_steps=2, log_every_n_steps=1,
-                   enable_checkpointing=False)  # fmt: skip
+    made = trainer(
+        tmp_path,
+        callback,
+        logger=logger,
+        max_epochs=3,
+        num_sanity_val_steps=2,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+    )
     made.fit(model, TinyPictures())
     found = sorted(path.name for path in (Path(logger.log_dir) / "pictures").iterdir())
     assert found == [f"{i:02d}_epoch{epoch:04d}.png" for i in range(3) for epoch in (0, 2)]
@@ -295,8 +322,14 @@ def test_density_pictures_go_to_tensorboard(tmp_path: Path, model: TinyCounter) 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path)
-    made = trainer(tmp_path, DensityPictures(max_pictures=2), logger=[CSVLogger(tmp_path), logger], max_epochs=1,
-                   log_every_n_steps=1, enable_checkpointing=False)  # fmt: skip
+    made = trainer(
+        tmp_path,
+        DensityPictures(max_pictures=2),
+        logger=[CSVLogger(tmp_path), logger],
+        max_epochs=1,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+    )
     made.fit(model, TinyPictures())
     events = EventAccumulator(logger.log_dir)
     events.Reload()

@@ -12,9 +12,9 @@ import yaml
 from tiny_zoo import TinyCounter
 
 import counting_zoo
-from counting_zoo.cli import main, plain_message
-from counting_zoo.errors import ImageError
-from counting_zoo.training_cli import CountingCLI
+from counting_zoo.cli import main
+from counting_zoo.errors import ImageError, plain_message
+from counting_zoo.lightning_cli import CountingCLI
 
 ALLOW = ["--allow_packages", "tiny_zoo"]
 MODEL = ["--model", "tiny_zoo.TinyCounter"]

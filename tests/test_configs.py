@@ -87,9 +87,14 @@ def test_data_parses_for_every_command(path: Path, capsys: pytest.CaptureFixture
 
 def test_short_names_and_the_last_word_wins(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(
-        capsys, "fit", *words(MODELS[-1]), "--data=SyntheticScenes", "--data.preset=low", "--data.preset=full",
+        capsys,
+        "fit",
+        *words(MODELS[-1]),
+        "--data=SyntheticScenes",
+        "--data.preset=low",
+        "--data.preset=full",
         "--model=CLIPCount",
-    )  # fmt: skip
+    )
     assert shown["model"]["class_path"] == "counting_zoo.CLIPCount"
     assert shown["data"]["class_path"].endswith("SyntheticScenes")
     assert shown["data"]["init_args"]["preset"] == "full"

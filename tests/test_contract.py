@@ -90,11 +90,18 @@ class Library:
     @staticmethod
     def _trainer(callback: L.Callback) -> L.Trainer:
         return L.Trainer(
-            accelerator="cpu", devices=1, max_epochs=1, num_sanity_val_steps=0, log_every_n_steps=1,
-            enable_model_summary=False, enable_progress_bar=False,
-            enable_checkpointing=isinstance(callback, ModelCheckpoint), default_root_dir="runs",
-            logger=CSVLogger("runs", name="", version="a"), callbacks=[callback],
-        )  # fmt: skip
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            enable_checkpointing=isinstance(callback, ModelCheckpoint),
+            default_root_dir="runs",
+            logger=CSVLogger("runs", name="", version="a"),
+            callbacks=[callback],
+        )
 
 
 @pytest.mark.parametrize("data_name", DATA_NAMES)

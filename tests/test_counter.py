@@ -9,10 +9,11 @@ import torch
 from tiny_zoo import BlockCounter
 from torch import Tensor
 
-from counting_zoo.callbacks import count_again
 from counting_zoo.errors import InputError
+from counting_zoo.evaluation.counting import count_again
 from counting_zoo.ops import sum_blocks
-from counting_zoo.types import Batch, Prediction
+from counting_zoo.prediction import Prediction
+from counting_zoo.types import Batch
 
 
 def batch_of(*sizes: tuple[int, int]) -> Batch:

@@ -194,8 +194,9 @@ def test_pretraining_that_gathers_all_does_not_depend_on_processes(pretraining: 
 def test_pretraining_that_gathers_less(pretraining: Path, labels: str) -> None:
     """``image_text`` has pictures and captions of all processes and regions of its own, ``none`` nothing of others."""
     whole = torch.load(pretraining / f"terms/{labels}_all_1_0.pt")
-    ranks = {g: [torch.load(pretraining / f"terms/{labels}_{g}_2_{r}.pt") for r in (0, 1)]
-             for g in ("image_text", "none")}  # fmt: skip
+    ranks = {
+        g: [torch.load(pretraining / f"terms/{labels}_{g}_2_{r}.pt") for r in (0, 1)] for g in ("image_text", "none")
+    }
     for i, (gathered, alone) in enumerate(zip(*ranks.values(), strict=True)):
         assert gathered["image_text"] == pytest.approx(whole["image_text"], rel=1e-5)
         assert alone["image_text"] != pytest.approx(whole["image_text"], rel=1e-3)

@@ -16,7 +16,7 @@ from counting_zoo.cli import main
 from counting_zoo.errors import InputError
 from counting_zoo.exporting import RECIPE, export
 from counting_zoo.loading import save
-from counting_zoo.nn.tokenizer import word_tokenizer
+from counting_zoo.nn.text import word_tokenizer
 
 EBC_SMALL = {"encoder": "small", "width": 4, "representatives": "middle"}
 NAMES = ["red figs", "dates"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import GOLDEN
 
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess, resize_image, scale_boxes, scale_points
@@ -113,7 +113,7 @@ def test_bytes_are_resized_as_floats_are(size: tuple[int, int], antialias: bool)
 
 # -- the reference's rules for crowds ---------------------------------------------------------------------------------
 
-VECTORS = torch.load(Path(__file__).parent / "golden" / "clip_ebc_vectors.pt", weights_only=True)
+VECTORS = torch.load(GOLDEN / "clip_ebc_vectors.pt", weights_only=True)
 
 
 @pytest.mark.parametrize(("case", "expected"), VECTORS["calc_size"])

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from counting_zoo import CLIPCount, load, load_official, save
-from counting_zoo.nn.tokenizer import word_tokenizer
+from counting_zoo.nn.text import word_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,14 +27,22 @@ pytestmark = [
 VIT_B_16 = {
     "projection_dim": 512,
     "vision_config": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "image_size": 224, "patch_size": 16, "projection_dim": 512,
-    },
-    "text_config": {
-        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
         "projection_dim": 512,
     },
-}  # fmt: skip
+    "text_config": {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "projection_dim": 512,
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +58,15 @@ def _exact() -> Any:
 
 def run(root: Path, **options: Any) -> L.Trainer:
     quiet = {
-        "accelerator": "gpu", "devices": 1, "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": root,
-    }  # fmt: skip
+        "accelerator": "gpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": root,
+    }
     return L.Trainer(**{**quiet, **options})
 
 

@@ -26,8 +26,7 @@ from counting_zoo.data.transforms import Augmentation, CLIPCountAugmentation, Pl
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.module import CountingModule
-from counting_zoo.ops import points_to_counts, points_to_density, resize_density
-from counting_zoo.peaks import peak_points
+from counting_zoo.ops import peak_points, points_to_counts, points_to_density, resize_density
 from counting_zoo.types import Batch
 
 AUGMENTATIONS: dict[str, Augmentation | None] = {
@@ -48,7 +47,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CountingDataM
     root, made = tmp_path_factory.mktemp("data"), {}
     sources = {path.stem: (path.stem, tiny.write_data(path.stem, root / path.stem)) for path in DATA}
     sources["counts_only"] = ("folder", tiny.write_counts_folder(root / "counts_only"))
-    from counting_zoo.training_cli import _import_classes
+    from counting_zoo.lightning_cli import _import_classes
 
     _import_classes()
     for name, (config, options) in sources.items():
@@ -76,9 +75,13 @@ def test_counts_are_labels(name: str, how: str, modules: dict[str, CountingDataM
             module.prompts = prompts if prompts != 2 or len(module.class_names("train")) > 1 else "target"
             for training in (True, False):
                 dataset = CountingDataset(
-                    records, module.read_bytes, lambda r, rng: module._choose_names("train", r, rng),
-                    preprocess=Preprocess(**rule), augmentation=AUGMENTATIONS[how], training=training,
-                )  # fmt: skip
+                    records,
+                    module.read_bytes,
+                    lambda r, rng: module._choose_names("train", r, rng),
+                    preprocess=Preprocess(**rule),
+                    augmentation=AUGMENTATIONS[how],
+                    training=training,
+                )
                 for index in range(min(2, len(records))):
                     _check_item(dataset[(index, 17 * i + index)], training=training, counted=name not in tiny.UNCOUNTED)
 
@@ -111,10 +114,14 @@ def _check_item(item: dict[str, Any], *, training: bool, counted: bool) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    height=SIZES, width=SIZES, n=st.integers(0, 40), stride=st.sampled_from([1, 2, 8, 16]),
-    sigma=st.sampled_from([0.0, 0.7, 1.0, 4.0]), splat=st.sampled_from(["nearest", "bilinear"]),
+    height=SIZES,
+    width=SIZES,
+    n=st.integers(0, 40),
+    stride=st.sampled_from([1, 2, 8, 16]),
+    sigma=st.sampled_from([0.0, 0.7, 1.0, 4.0]),
+    splat=st.sampled_from(["nearest", "bilinear"]),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_targets_sum_to_points(
     height: int, width: int, n: int, stride: int, sigma: float, splat: Any, seed: int
 ) -> None:
@@ -140,9 +147,12 @@ def test_clip_counts_target(options: dict[str, Any]) -> None:
     model = tiny_clip_count(**options)
     points = torch.tensor([[0.0, 0.0], [64.0, 48.0], [64.0, 48.0], [31.5, 7.25], [31.5, 7.25]])
     batch: Batch = {
-        "image": torch.zeros(1, 3, 48, 64), "classes": [["a", "b"]], "image_id": ["x"],
-        "points": [points], "labels": [torch.tensor([0, 0, 0, 1, 1])],
-    }  # fmt: skip
+        "image": torch.zeros(1, 3, 48, 64),
+        "classes": [["a", "b"]],
+        "image_id": ["x"],
+        "points": [points],
+        "labels": [torch.tensor([0, 0, 0, 1, 1])],
+    }
     density = model(batch["image"], batch["classes"]).density  # type: ignore[arg-type]
     target = model._target(batch, (48, 64), density.shape[-2:])
     assert target.shape == density.shape
@@ -198,10 +208,13 @@ def dotted(height: int, width: int, seed: int) -> Tensor:
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3),
-    cells=st.integers(1, 8), cell=st.sampled_from([1, 2, 7, 8]), step=st.integers(1, 8),
-    blend=st.sampled_from(["average", "official"]), pad=st.sampled_from(["minimal", "official"]),
+    cells=st.integers(1, 8),
+    cell=st.sampled_from([1, 2, 7, 8]),
+    step=st.integers(1, 8),
+    blend=st.sampled_from(["average", "official"]),
+    pad=st.sampled_from(["minimal", "official"]),
     batch=st.integers(1, 16),
-)  # fmt: skip
+)
 def test_tiles_of_an_ideal_model_are_exact(
     sizes: list[tuple[int, int]], cells: int, cell: int, step: int, blend: Any, pad: Any, batch: int
 ) -> None:
@@ -282,8 +295,16 @@ def test_written_densities_sum_to_written_counts(tmp_path: Path, monkeypatch: py
     from counting_zoo import save
 
     save(tiny_clip_count(interaction="film", window=32, stride=16), "model.ckpt")
-    run("predict", *trainer(callbacks=[]), "--data=ImageFolder", "--data.root=photos", "--data.num_workers=0",
-        "--data.classes=[a, b]", "--ckpt_path=model.ckpt", "--predictions.dir=out")  # fmt: skip
+    run(
+        "predict",
+        *trainer(callbacks=[]),
+        "--data=ImageFolder",
+        "--data.root=photos",
+        "--data.num_workers=0",
+        "--data.classes=[a, b]",
+        "--ckpt_path=model.ckpt",
+        "--predictions.dir=out",
+    )
     with (tmp_path / "out" / "counts.csv").open() as table, h5py.File(tmp_path / "out" / "densities.h5") as file:
         rows = list(csv.DictReader(table))
         assert len(rows) == 6

@@ -26,9 +26,13 @@ from counting_zoo.loading import model_class, read_checkpoint
 
 def test_save_and_load_give_the_same_bits_in_a_fresh_process(tmp_path: Path) -> None:
     model = counter(
-        window=64, stride=32, preprocess=counting_zoo.Preprocess("short", 64), prompt_template="many {}",
-        interaction="film", default_classes=["forks"],
-    )  # fmt: skip
+        window=64,
+        stride=32,
+        preprocess=counting_zoo.Preprocess("short", 64),
+        prompt_template="many {}",
+        interaction="film",
+        default_classes=["forks"],
+    )
     image = (pictures(1, 70, 90)[0] * 255).to(torch.uint8)
     expected = model.count(image, NAMES)
     save(model, tmp_path / "model.ckpt")
@@ -236,8 +240,11 @@ def test_aliases_of_clip(expected: Tensor, aliases: tuple[str, ...]) -> None:
     own, clip = split(official_state())
     for alias in aliases:
         visual = alias.endswith("vit.")
-        own |= {alias + (k.removeprefix("visual.") if visual else k): v for k, v in clip.items()
-                if not visual or k.startswith("visual.")}  # fmt: skip
+        own |= {
+            alias + (k.removeprefix("visual.") if visual else k): v
+            for k, v in clip.items()
+            if not visual or k.startswith("visual.")
+        }
     assert torch.equal(official(own), expected)
 
 
@@ -267,9 +274,14 @@ def test_fixed_positions_are_compared(expected: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["fim_blocks.1.selfattn.qkv.weight", "density_decoder.convs.2.1.bias", "img_encoder.visual_prompt",
-     "text_encoder.learnable_context", "patch_feat_proj_contrast.bias"],
-)  # fmt: skip
+    [
+        "fim_blocks.1.selfattn.qkv.weight",
+        "density_decoder.convs.2.1.bias",
+        "img_encoder.visual_prompt",
+        "text_encoder.learnable_context",
+        "patch_feat_proj_contrast.bias",
+    ],
+)
 def test_missing_keys_are_listed(key: str) -> None:
     state = official_state()
     del state[key]
@@ -352,8 +364,17 @@ def test_converted_model_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
 
 def test_every_weight_of_the_reference_is_taken() -> None:
     """Each tensor that is not knowingly dropped is found again in the loaded model."""
-    dropped = ("decoder_ln_pre", "decoder_norm", "fim_blocks.0.conv0", ".norm1.", ".attn.wq", ".attn.wk", "logit_scale",
-               "visual.ln_post", "visual.proj")  # fmt: skip
+    dropped = (
+        "decoder_ln_pre",
+        "decoder_norm",
+        "fim_blocks.0.conv0",
+        ".norm1.",
+        ".attn.wq",
+        ".attn.wk",
+        "logit_scale",
+        "visual.ln_post",
+        "visual.proj",
+    )
     state = official_state()
     loaded = load_official("clip_count", state, SETTINGS, tokenizer=tokenize).state_dict()
     taken = {float(v.double().sum()) for v in loaded.values()}

@@ -17,13 +17,13 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from places import TESTS
 from tiny_zoo import BlockCounter
 
 from counting_zoo import save
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 
-TESTS = Path(__file__).resolve().parent
 MEASURES = """
 import json, sys, torch
 torch.set_num_threads(1)
@@ -39,8 +39,11 @@ def measured(folder: Path, code: str) -> dict[str, Any]:
     ending = "\nprint(json.dumps(result | {'peak': memory('VmHWM')}))"
     done = subprocess.run(
         [sys.executable, "-c", MEASURES + code + ending],
-        cwd=folder, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -48,10 +51,20 @@ def measured(folder: Path, code: str) -> dict[str, Any]:
 def predict(*words: str) -> str:
     """Code of ``counting-zoo predict`` on the folder ``photos`` with the checkpoint ``model.ckpt``."""
     arguments = [
-        "predict", "--allow_packages", "tiny_zoo", "--ckpt_path=model.ckpt", "--data=ImageFolder", "--data.root=photos",
-        "--data.classes=[dots]", "--data.num_workers=0", "--predictions.dir=out", "--trainer.accelerator=cpu",
-        "--trainer.logger=false", "--trainer.enable_progress_bar=false", *words,
-    ]  # fmt: skip
+        "predict",
+        "--allow_packages",
+        "tiny_zoo",
+        "--ckpt_path=model.ckpt",
+        "--data=ImageFolder",
+        "--data.root=photos",
+        "--data.classes=[dots]",
+        "--data.num_workers=0",
+        "--predictions.dir=out",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        *words,
+    ]
     return f"from counting_zoo.cli import main\nresult = {{'exit': main({arguments})}}"
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from counting_zoo import CLIPCount, load, save
 from counting_zoo.errors import CheckpointError, InputError, SupervisionError
-from counting_zoo.prompts import wrong_prompts
+from counting_zoo.module import wrong_prompts
 from counting_zoo.schedules import WarmupHoldDecay
 from counting_zoo.types import Batch
 
@@ -49,10 +49,15 @@ class Batches(L.LightningDataModule):
 
 def trainer(root: Path, **options: Any) -> L.Trainer:
     quiet = {
-        "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
         "default_root_dir": root,
-    }  # fmt: skip
+    }
     return L.Trainer(**{**quiet, **options})
 
 
@@ -241,8 +246,11 @@ def test_warmup_hold_decay() -> None:
 def test_wrong_prompts_are_absent_hard_and_anothers() -> None:
     names = ["red cups", "blue cups", "red forks", "spoons"]
     batch: Batch = {
-        "image": [], "classes": [["red cups"]], "image_id": ["7.jpg"], "present": [["red cups", "red forks"]],
-    }  # fmt: skip
+        "image": [],
+        "classes": [["red cups"]],
+        "image_id": ["7.jpg"],
+        "present": [["red cups", "red forks"]],
+    }
     (found,) = wrong_prompts(batch, names) or []
     absent, hard, other = found
     assert absent in ("blue cups", "spoons")
@@ -256,9 +264,11 @@ def test_a_picture_without_wrong_names_does_not_silence_the_others() -> None:
     """Its own name stands in, so that what is asked of one picture does not depend on its batch."""
     names = ["red cups", "blue cups", "red forks", "spoons"]
     batch: Batch = {
-        "image": [], "classes": [["red cups"], ["spoons"]], "image_id": ["7.jpg", "8.jpg"],
+        "image": [],
+        "classes": [["red cups"], ["spoons"]],
+        "image_id": ["7.jpg", "8.jpg"],
         "present": [names, ["spoons"]],
-    }  # fmt: skip
+    }
     crowded, plain = wrong_prompts(batch, names) or []
     assert crowded[:2] == ["red cups", "red cups"]
     assert crowded[2] in names[1:]

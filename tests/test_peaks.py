@@ -7,8 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from counting_zoo.ops import points_to_density
-from counting_zoo.peaks import local_peaks, peak_points
+from counting_zoo.ops import local_peaks, peak_points, points_to_density
 
 
 @pytest.mark.parametrize("radius", [1, 2])

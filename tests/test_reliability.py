@@ -87,8 +87,11 @@ def rows(path: str) -> list[dict[str, str]]:
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
 JPEG = cv2.imencode(".jpg", PICTURE)[1].tobytes()
 BROKEN = {
-    "F1 truncated": JPEG[: len(JPEG) // 2], "F1 nearly whole": JPEG[:-40], "F3 text": b"not a picture", "F4 empty": b"",
-}  # fmt: skip
+    "F1 truncated": JPEG[: len(JPEG) // 2],
+    "F1 nearly whole": JPEG[:-40],
+    "F3 text": b"not a picture",
+    "F4 empty": b"",
+}
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -130,10 +133,15 @@ def test_every_orientation_counts_alike(checkpoint: Path) -> None:
     """F5: the same picture stored in eight orientations has the same count and peaks, from the file and in a batch."""
     upright = cv2.GaussianBlur(PICTURE, (0, 0), 3)
     turned = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: upright[::-1, ::-1].swapaxes(0, 1),
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
         8: np.rot90(upright, -1),
-    }  # fmt: skip
+    }
     Path("data").mkdir()
     for orientation, stored in turned.items():
         quality = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111]
@@ -157,10 +165,15 @@ def test_odd_pictures(either: Path) -> None:
     Path("data").mkdir()
     grey = cv2.cvtColor(PICTURE, cv2.COLOR_BGR2GRAY)
     pictures = {
-        "grey": grey, "as colour": cv2.merge([grey] * 3), "alpha": np.dstack([PICTURE, grey]),
-        "colour": PICTURE, "deep": PICTURE.astype(np.uint16) * 257, "one": PICTURE[:1, :1],
-        "long": PICTURE[:2].repeat(9, 1), "small": PICTURE[:9, :7],
-    }  # fmt: skip
+        "grey": grey,
+        "as colour": cv2.merge([grey] * 3),
+        "alpha": np.dstack([PICTURE, grey]),
+        "colour": PICTURE,
+        "deep": PICTURE.astype(np.uint16) * 257,
+        "one": PICTURE[:1, :1],
+        "long": PICTURE[:2].repeat(9, 1),
+        "small": PICTURE[:9, :7],
+    }
     for name, picture in pictures.items():
         assert cv2.imwrite(f"data/{name}.png", picture)
     assert run("predict", *predict_words(either)) == 0
@@ -193,10 +206,12 @@ def test_blank_pictures(content: str, either: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "terms"),
     [
-        ("clip_count", {"contrast", "density"}), ("clip_count_small", {"contrast", "density"}),
-        ("region_clip_counter", {"heat", "size", "text"}), ("region_clip_counter_small", {"heat", "size", "text"}),
+        ("clip_count", {"contrast", "density"}),
+        ("clip_count_small", {"contrast", "density"}),
+        ("region_clip_counter", {"heat", "size", "text"}),
+        ("region_clip_counter_small", {"heat", "size", "text"}),
     ],
-)  # fmt: skip
+)
 def test_pictures_without_objects(name: str, terms: set[str], empty: str) -> None:
     """F8, F9: fit and test in every stage with finite losses and metrics; NAE leaves such pictures out."""
     table = {f"{i}.png": [("", "")] if empty == "all" or i % 2 else [(5, 5)] for i in range(8)}
@@ -215,9 +230,13 @@ def test_pictures_without_objects(name: str, terms: set[str], empty: str) -> Non
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (("nan", 5), "nan"), (("inf", 5), "inf"), (("-4", 5), "-4"), (("left", 5), "left"), ((5, 400), "400"),
+        (("nan", 5), "nan"),
+        (("inf", 5), "inf"),
+        (("-4", 5), "-4"),
+        (("left", 5), "left"),
+        ((5, 400), "400"),
     ],
-)  # fmt: skip
+)
 def test_bad_coordinates(row: tuple[Any, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """F12, F13: named with file and value before training starts; nothing is trained."""
     fakes.folder(Path("data"), {name: [*places, row] for name, places in POINTS.items()})
@@ -241,8 +260,12 @@ def test_clamped_points_are_reported(recwarn: pytest.WarningsRecorder) -> None:
 def test_counts_that_disagree_with_points(capsys: pytest.CaptureFixture[str]) -> None:
     """F15"""
     fakes.folder(Path("data"), POINTS)  # type: ignore[arg-type]
-    fakes.folder(Path("data"), {name: [("figs", len(p) + 1)] for name, p in POINTS.items()},
-                 header="image,label,count", name="counts.csv")  # fmt: skip
+    fakes.folder(
+        Path("data"),
+        {name: [("figs", len(p) + 1)] for name, p in POINTS.items()},
+        header="image,label,count",
+        name="counts.csv",
+    )
     assert run("fit", *FITTING, *folder_words()) == 2
     error = capsys.readouterr().err
     assert ".png" in error
@@ -252,8 +275,12 @@ def test_counts_that_disagree_with_points(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("damage", ["truncated", "rotten"])
 def test_damaged_packs(damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     """F18: through the command line."""
-    scenes = ["--data=SyntheticScenes", "--data.root=scenes", "--data.num_workers=0",
-              '--data.sizes={"train": 4, "val": 2, "test": 2}']  # fmt: skip
+    scenes = [
+        "--data=SyntheticScenes",
+        "--data.root=scenes",
+        "--data.num_workers=0",
+        '--data.sizes={"train": 4, "val": 2, "test": 2}',
+    ]
     assert run("pack", *scenes, "--out=scenes.h5") == 0
     content = bytearray(Path("scenes.h5").read_bytes())
     if damage == "truncated":

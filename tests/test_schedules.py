@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from places import GOLDEN
 
 from counting_zoo.schedules import WarmupCosineRestarts, WarmupHoldDecay, WarmupSteps
 
-VECTORS = torch.load(Path(__file__).parent / "golden" / "clip_ebc_vectors.pt", weights_only=True)
+VECTORS = torch.load(GOLDEN / "clip_ebc_vectors.pt", weights_only=True)
 
 
 def optimizer(lr: float) -> torch.optim.Optimizer:
@@ -55,8 +54,15 @@ def test_warm_up_and_falls_are_the_references() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.002)
     schedule = WarmupSteps(optimizer)
     rates = {step: 0.002 * schedule.share(step) for step in (0, 1, 500, 1000, 299_999, 300_000, 525_000)}
-    expected = {0: 2e-6, 1: 2e-6 + 1.998e-6, 500: 2e-6 + 0.999e-3, 1000: 2e-3, 299_999: 2e-3, 300_000: 2e-4,
-                525_000: 2e-5}  # fmt: skip
+    expected = {
+        0: 2e-6,
+        1: 2e-6 + 1.998e-6,
+        500: 2e-6 + 0.999e-3,
+        1000: 2e-3,
+        299_999: 2e-3,
+        300_000: 2e-4,
+        525_000: 2e-5,
+    }
     assert rates == pytest.approx(expected)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-6)
     optimizer.step()

@@ -42,12 +42,22 @@ def resnet_config() -> dict[str, Any]:
 #: What shrinks each model YAML; a new one without an entry fails the contract test, which says so.
 SHRUNK: dict[str, dict[str, Any]] = {
     "clip_count": {
-        "clip": clip_config(), "window": 32, "stride": 16, "preprocess": {"resize": "short", "size": 32},
-        "prompt_width": 2, "prompt_depth": 2, "contrast_epochs": 1, "window_batch_size": 64,
+        "clip": clip_config(),
+        "window": 32,
+        "stride": 16,
+        "preprocess": {"resize": "short", "size": 32},
+        "prompt_width": 2,
+        "prompt_depth": 2,
+        "contrast_epochs": 1,
+        "window_batch_size": 64,
     },
     "clip_count_small": {
-        "clip": clip_config(), "window": 32, "input_size": 32, "preprocess": {"resize": "short", "size": 32},
-        "contrast_epochs": 1, "window_batch_size": 64,
+        "clip": clip_config(),
+        "window": 32,
+        "input_size": 32,
+        "preprocess": {"resize": "short", "size": 32},
+        "contrast_epochs": 1,
+        "window_batch_size": 64,
     },
     "clip_ebc": {"clip": clip_config(), "visual_prompts": 2, "window": 32, "stride": 32, "count_loss": "dm"},
     "clip_ebc_resnet50": {"clip": resnet_config(), "window": 64, "count_loss": "mae"},
@@ -55,18 +65,32 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "ebc_small": {"width": 8, "window": 64},
     "density_small": {"width": 8, "window": 64},
     "lower_count": {
-        "encoder": {"model_type": "resnet", "depths": [1, 1, 1], "layer_type": "basic", "embedding_size": 8,
-                    "hidden_sizes": [8, 8, 16]},
-        "pretrained": None, "reduction": 16, "preprocess": {"resize": "warp", "size": 64}, "first_stage": 0,
+        "encoder": {
+            "model_type": "resnet",
+            "depths": [1, 1, 1],
+            "layer_type": "basic",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 16],
+        },
+        "pretrained": None,
+        "reduction": 16,
+        "preprocess": {"resize": "warp", "size": 64},
+        "first_stage": 0,
     },
     "lower_count_small": {"width": 8, "preprocess": {"resize": "warp", "size": 64}, "first_stage": 1},
     "region_clip_counter": {
-        "clip": resnet_config(), "width": 8, "n_regions": 8, "preprocess": {"resize": "short", "size": 64},
+        "clip": resnet_config(),
+        "width": 8,
+        "n_regions": 8,
+        "preprocess": {"resize": "short", "size": 64},
     },
     "region_clip_counter_small": {
-        "clip": clip_config(), "pretrained_encoder": None, "width": 8, "n_regions": 8,
+        "clip": clip_config(),
+        "pretrained_encoder": None,
+        "width": 8,
+        "n_regions": 8,
     },
-}  # fmt: skip
+}
 
 #: The checkpoint to go on from, as in configs/trainer.
 LAST = {"filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False}
@@ -125,8 +149,10 @@ def write_counts_folder(root: Path) -> dict[str, Any]:
 
 def words(prefix: str, options: dict[str, Any]) -> list[str]:
     """Options as words of the command line."""
-    return [f"--{prefix}.{key}={json.dumps(value) if not isinstance(value, str) else value}"
-            for key, value in options.items()]  # fmt: skip
+    return [
+        f"--{prefix}.{key}={json.dumps(value) if not isinstance(value, str) else value}"
+        for key, value in options.items()
+    ]
 
 
 def model(name: str, **options: Any) -> list[str]:
@@ -146,15 +172,22 @@ def trainer(**options: Any) -> list[str]:
     quiet = {"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
     best = {"monitor": "val/mae", "filename": "best"}
     chosen = [{"class_path": "ModelCheckpoint", "init_args": arguments} for arguments in (best, LAST)]
-    options = quiet | {"enable_progress_bar": False, "logger": [{"class_path": "CSVLogger", "init_args":
-                       {"save_dir": "runs", "name": "", "version": "a"}}], "callbacks": chosen} | options  # fmt: skip
+    options = (
+        quiet
+        | {
+            "enable_progress_bar": False,
+            "logger": [{"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "", "version": "a"}}],
+            "callbacks": chosen,
+        }
+        | options
+    )
     return ["--config", str(CONFIGS / "trainer" / "cpu.yaml"), *words("trainer", options)]
 
 
 @cache
 def _parsed(kind: str, *arguments: str) -> tuple[Any, Any]:
     """The parser of one option and what it made of the words; reading them takes longer than building a tiny model."""
-    from counting_zoo.training_cli import _import_classes
+    from counting_zoo.lightning_cli import _import_classes
 
     _import_classes()
     parser = ArgumentParser(exit_on_error=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from counting_zoo import CLIPCount
 from counting_zoo.nn.clip import random_clip
-from counting_zoo.nn.tokenizer import word_tokenizer
+from counting_zoo.nn.text import word_tokenizer
 from counting_zoo.types import Batch
 
 NAMES = ["red apples", "green apples", "pears", "sea shells", "forks", "spoons"]
@@ -64,9 +64,13 @@ def training_batch(names: list[list[str]], side: int = 32, seed: int = 0, *, emp
         labels.append(torch.arange(n) % len(asked))
     counts = torch.stack([torch.bincount(own, minlength=len(names[0])) for own in labels]).float()
     return {
-        "image": pictures(len(names), side, side, seed), "classes": names, "points": points, "labels": labels,
-        "counts": counts, "image_id": [f"{i}.png" for i in range(len(names))],
-    }  # fmt: skip
+        "image": pictures(len(names), side, side, seed),
+        "classes": names,
+        "points": points,
+        "labels": labels,
+        "counts": counts,
+        "image_id": [f"{i}.png" for i in range(len(names))],
+    }
 
 
 def relative(found: Any, expected: Any) -> float:
@@ -108,27 +112,43 @@ def fill(name: str, shape: tuple[int, ...], salt: str = "") -> Tensor:
 
 
 def clip_shapes(
-    *, dim: int = 128, width: int = 64, text_width: int = 64, layers: int = 3, text_layers: int = 2, patch: int = 16,
-    grid: int = 2, vocab: int = 40, context: int = 12,
-) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    *,
+    dim: int = 128,
+    width: int = 64,
+    text_width: int = 64,
+    layers: int = 3,
+    text_layers: int = 2,
+    patch: int = 16,
+    grid: int = 2,
+    vocab: int = 40,
+    context: int = 12,
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of OpenAI's CLIP ViT."""
     shapes: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (context, text_width), "text_projection": (text_width, dim), "logit_scale": (),
-        "token_embedding.weight": (vocab, text_width), "visual.class_embedding": (width,),
-        "visual.positional_embedding": (grid * grid + 1, width), "visual.proj": (width, dim),
+        "positional_embedding": (context, text_width),
+        "text_projection": (text_width, dim),
+        "logit_scale": (),
+        "token_embedding.weight": (vocab, text_width),
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": (grid * grid + 1, width),
+        "visual.proj": (width, dim),
         "visual.conv1.weight": (width, 3, patch, patch),
-    }  # fmt: skip
+    }
     norms = [("ln_final", text_width), ("visual.ln_pre", width), ("visual.ln_post", width)]
     for prefix, w, n in (("transformer", text_width, text_layers), ("visual.transformer", width, layers)):
         for i in range(n):
             block = f"{prefix}.resblocks.{i}"
             norms += [(f"{block}.ln_1", w), (f"{block}.ln_2", w)]
             shapes |= {
-                f"{block}.attn.in_proj_weight": (3 * w, w), f"{block}.attn.in_proj_bias": (3 * w,),
-                f"{block}.attn.out_proj.weight": (w, w), f"{block}.attn.out_proj.bias": (w,),
-                f"{block}.mlp.c_fc.weight": (4 * w, w), f"{block}.mlp.c_fc.bias": (4 * w,),
-                f"{block}.mlp.c_proj.weight": (w, 4 * w), f"{block}.mlp.c_proj.bias": (w,),
-            }  # fmt: skip
+                f"{block}.attn.in_proj_weight": (3 * w, w),
+                f"{block}.attn.in_proj_bias": (3 * w,),
+                f"{block}.attn.out_proj.weight": (w, w),
+                f"{block}.attn.out_proj.bias": (w,),
+                f"{block}.mlp.c_fc.weight": (4 * w, w),
+                f"{block}.mlp.c_fc.bias": (4 * w,),
+                f"{block}.mlp.c_proj.weight": (w, 4 * w),
+                f"{block}.mlp.c_proj.bias": (w,),
+            }
     return shapes | {f"{name}.{leaf}": (w,) for name, w in norms for leaf in ("weight", "bias")}
 
 
@@ -170,11 +190,16 @@ def own_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what CLIP-Count adds; ``vpt`` is (depth, width)."""
     weights: dict[str, tuple[int, ...]] = {
-        "img_encoder.vpt_proj": (width, width), "patch_feat_proj": (dim, width), "img_encoder.vpt_norm": (width,),
-        "patch_feat_proj_contrast": (dim, width), "decoder_ln_pre": (dim,), "decoder_norm": (dim,),
-        "density_decoder.final_conv.0": (1, dim // 16, 1, 1), "density_decoder.pyradim_conv.0": (dim // 2, dim, 1, 1),
+        "img_encoder.vpt_proj": (width, width),
+        "patch_feat_proj": (dim, width),
+        "img_encoder.vpt_norm": (width,),
+        "patch_feat_proj_contrast": (dim, width),
+        "decoder_ln_pre": (dim,),
+        "decoder_norm": (dim,),
+        "density_decoder.final_conv.0": (1, dim // 16, 1, 1),
+        "density_decoder.pyradim_conv.0": (dim // 2, dim, 1, 1),
         "density_decoder.pyradim_conv.1": (dim // 2,),
-    }  # fmt: skip
+    }
     for i in range(2):
         block = f"fim_blocks.{i}"
         weights |= {f"{block}.norm{k}": (dim,) for k in range(3)} | {f"{block}.conv0": (dim, dim, 3, 3)}

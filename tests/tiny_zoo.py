@@ -77,9 +77,16 @@ class TinyPictures(CountingDataModule):
     """
 
     def __init__(
-        self, root: str | None = None, *, n: int = 5, bad: int = 0, num_workers: int = 0, batch_size: int = 2,
-        eval_batch_size: int = 2, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        root: str | None = None,
+        *,
+        n: int = 5,
+        bad: int = 0,
+        num_workers: int = 0,
+        batch_size: int = 2,
+        eval_batch_size: int = 2,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             root, num_workers=num_workers, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs
         )

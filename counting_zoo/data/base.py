@@ -15,17 +15,25 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from counting_zoo.data.asking import drawn_names, names_of_all
-from counting_zoo.data.checks import check_duplicates, check_kinds, check_options, check_records
-from counting_zoo.data.checksums import Checksums
-from counting_zoo.data.dataset import CountingDataset, collate
-from counting_zoo.data.records import Record, Split, ask, croppable, merged, without_annotation
-from counting_zoo.data.sampling import EvaluationSampler, TrainingSampler
+from counting_zoo.data.checks import Checksums, check_duplicates, check_kinds, check_options, check_records
+from counting_zoo.data.dataset import CountingDataset, EvaluationSampler, TrainingSampler, collate
+from counting_zoo.data.records import (
+    Record,
+    Split,
+    ask,
+    croppable,
+    drawn_names,
+    merged,
+    names_of_all,
+    without_annotation,
+)
 from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 
 Prompts = int | Literal["target", "all"]
+
+
 log = logging.getLogger(__name__)
 
 
@@ -83,8 +91,11 @@ class CountingDataModule(L.LightningDataModule):
         check_options(
             {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "num_workers": num_workers},
             {"outside": outside, "missing": missing, "duplicates": duplicates},
-            prompts=prompts, classes=classes, merge_classes=merge_classes, constants=constants,
-        )  # fmt: skip
+            prompts=prompts,
+            classes=classes,
+            merge_classes=merge_classes,
+            constants=constants,
+        )
         self.root = None if root is None else Path(root).expanduser()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -275,8 +286,11 @@ class CountingDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the annotation, so that its errors come before the first step."""
         splits: dict[str, tuple[Split, ...]] = {
-            "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",),
-        }  # fmt: skip
+            "fit": ("train", "val"),
+            "validate": ("val",),
+            "test": ("test",),
+            "predict": ("predict",),
+        }
         for split in splits[stage]:
             check_kinds(self.records(split), f"{type(self).__name__}, {split} split")
         if self.prompts == "all" and stage != "predict":
@@ -400,6 +414,3 @@ class CountingDataModule(L.LightningDataModule):
             except (InputError, OSError) as error:
                 self._every = names_of_all(self.records(split), split, error)
         return self._every
-
-
-__all__ = ["CountingDataModule", "Prompts"]

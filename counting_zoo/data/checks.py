@@ -1,28 +1,353 @@
-"""Checks of a whole split before anything is trained, so that errors come at setup and not hours later."""
+"""Checks of coordinates and of whole splits at setup, and fingerprints and checksums of data."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from counting_zoo.data.points import check_finite, keep_inside
 from counting_zoo.data.records import Record
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.images import image_size
 
+Outside = Literal["error", "clamp", "drop"]
+
+
+OUTSIDE: tuple[Outside, ...] = ("error", "clamp", "drop")
+
+
+_LABELS_OF = {"points": "labels", "boxes": "box_labels", "exemplars": None}
+
+
+def as_points(values: Any, source: str) -> np.ndarray:
+    """Coordinates as a reader finds them, as an array.
+
+    Args:
+        values: anything of the shape ``(N, 2)``: nested lists, an array, strings of numbers; empty is allowed.
+        source: the file and field, for messages.
+
+    Returns:
+        ``(N, 2)`` float32 x, y.
+
+    Raises:
+        InputError: the shape is another one, or a coordinate is no finite number; names the row.
+
+    Example:
+        >>> as_points([["1", 2.5]], "points.csv")
+        array([[1. , 2.5]], dtype=float32)
+    """
+    return _as_rows(values, source, 2, "x, y")
+
+
+def as_boxes(values: Any, source: str) -> np.ndarray:
+    """The same as :func:`as_points` for ``(M, 4)`` boxes x1, y1, x2, y2.
+
+    Raises:
+        InputError: the shape is another one, a coordinate is no finite number, or x2 < x1 or y2 < y1.
+    """
+    boxes = _as_rows(values, source, 4, "x1, y1, x2, y2")
+    flipped = np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(1))
+    if len(flipped):
+        row = flipped[0]
+        raise InputError(
+            f"{source}: box {row} is {_show(boxes[row])} ({len(flipped)} such boxes of {len(boxes)}); expected "
+            "x1, y1, x2, y2 with x1 <= x2 and y1 <= y2. Is it x, y, width, height?"
+        )
+    return boxes
+
+
+def _as_rows(values: Any, source: str, columns: int, what: str) -> np.ndarray:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{source}: {_first_bad_row(values, columns, what)}") from None
+    if array.size == 0 and (array.ndim == 1 or array.shape[-1] in (0, columns)):
+        return np.zeros((0, columns), np.float32)
+    if array.ndim != 2 or array.shape[1] != columns:
+        raise InputError(f"{source}: coordinates of shape {array.shape}; expected (N, {columns}): {what}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is reported
+        array = array.astype(np.float32)
+    check_finite(array, source)
+    return array
+
+
+def _first_bad_row(values: Any, columns: int, what: str) -> str:
+    """Says which row cannot be turned into numbers; only called when one cannot."""
+    if isinstance(values, (list, tuple, np.ndarray)):
+        for row, value in enumerate(values):
+            try:
+                if np.asarray(value, dtype=np.float64).shape != (columns,):
+                    raise ValueError
+            except (TypeError, ValueError):
+                return f"row {row} is {value!r}; expected {columns} numbers ({what})"
+    return f"{values!r:.100} is not a list of {what}"
+
+
+def check_finite(array: np.ndarray, source: str) -> None:
+    """Raise on NaN and infinity.
+
+    Raises:
+        InputError: names the first row that holds one, and how many do.
+    """
+    bad = np.flatnonzero(~np.isfinite(array).all(1))
+    if len(bad):
+        raise InputError(
+            f"{source}: row {bad[0]} is {_show(array[bad[0]])} ({len(bad)} such rows of {len(array)}); "
+            "expected finite numbers, correct or delete these rows"
+        )
+
+
+def keep_inside(record: Record, size: tuple[int, int], outside: str) -> tuple[Record, int]:
+    """Bring a record's points, boxes and exemplars into the closed frame [0, W] x [0, H].
+
+    ``clamp`` moves coordinates to the border. ``drop`` removes points outside with their labels; boxes and exemplars
+    are removed when they lie wholly outside and clipped to the frame otherwise. An object that data describe by a
+    point and a box at the same place in both lists (as many, with the same labels) goes with its point.
+
+    Args:
+        record: the annotation.
+        size: ``(height, width)`` of the picture.
+        outside: ``error``, ``clamp`` or ``drop``.
+
+    Returns:
+        The record, the same object when nothing had to be touched, and the number of points, boxes and exemplars
+        that were moved, clipped or removed.
+
+    Raises:
+        InputError: a coordinate is NaN or infinite; or one lies outside and ``outside`` is ``error``.
+    """
+    if outside not in OUTSIDE:
+        raise InputError(f"data.outside is {outside!r}; expected one of {', '.join(OUTSIDE)}")
+    limits = np.array(size[::-1], np.float32)
+    values = {name: getattr(record, name) for name in _LABELS_OF if getattr(record, name) is not None}
+    outlying, removed = {}, {}
+    for name, rows in values.items():
+        check_finite(rows, f"{record.image_id}: {name}")
+        corners = rows.reshape(len(rows), rows.shape[1] // 2, 2)
+        outlying[name] = ((corners < 0) | (corners > limits)).any((1, 2))
+        removed[name] = ((corners[:, -1] < 0) | (corners[:, 0] > limits)).any(1)
+        if outside == "error" and outlying[name].any():
+            raise _outside_error(record.image_id, name, corners, outlying[name], size)
+    touched = sum(int(rows.sum()) for rows in outlying.values())
+    if not touched:
+        return record, 0
+    if pairs_up(record.points, record.labels, record.boxes, record.box_labels):
+        removed["boxes"] = removed["points"]
+    changes: dict[str, Any] = {}
+    for name, rows in values.items():
+        kept = ~removed[name] if outside == "drop" else np.ones(len(rows), bool)
+        changes[name] = np.clip(rows[kept], 0, np.tile(limits, rows.shape[1] // 2)).astype(np.float32)
+        labels = _LABELS_OF[name]
+        if labels is not None and getattr(record, labels) is not None:
+            changes[labels] = getattr(record, labels)[kept]
+    if record.counts is not None and "labels" in changes:
+        changes["counts"] = np.bincount(changes["labels"], minlength=len(record.classes)).astype(np.float32)
+    return replace(record, **changes), touched
+
+
+def check_inside(record: Record, size: tuple[int, int], outside: str) -> Record:
+    """:func:`keep_inside` with a warning for a picture in which something was touched.
+
+    Raises:
+        InputError: as :func:`keep_inside`.
+    """
+    checked, touched = keep_inside(record, size, outside)
+    if touched:
+        warnings.warn(
+            f"{record.image_id}: {touched} coordinates lie outside its {size[0]} x {size[1]} pixels "
+            f"(data.outside={outside})",
+            stacklevel=2,
+        )
+    return checked
+
+
+def pairs_up(
+    points: np.ndarray | None, labels: np.ndarray | None, boxes: np.ndarray | None, box_labels: np.ndarray | None
+) -> bool:
+    """Whether row i of the points and row i of the boxes are the same object: same labels, each point in its box.
+
+    A hundredth of a pixel is allowed for the rounding of moved coordinates.
+    """
+    if points is None or boxes is None or labels is None or box_labels is None:
+        return False
+    if len(points) != len(boxes) or not np.array_equal(labels, box_labels):
+        return False
+    return bool(((points >= boxes[:, :2] - 0.01) & (points <= boxes[:, 2:] + 0.01)).all())
+
+
+def _outside_error(image_id: str, name: str, corners: np.ndarray, bad: np.ndarray, size: tuple[int, int]) -> InputError:
+    height, width = size
+    first = int(np.flatnonzero(bad)[0])
+    what = {"points": "point", "boxes": "box", "exemplars": "exemplar"}[name]
+    swapped = corners[..., ::-1]
+    hint = ""
+    if ((swapped >= 0) & (swapped <= [width, height])).all():
+        hint = f" With x and y exchanged all {len(corners)} would lie inside: are the columns swapped?"
+    return InputError(
+        f"{image_id}: {what} {first} is {_show(corners[first].ravel())}, outside the picture of {height} x "
+        f"{width} pixels (height x width); {int(bad.sum())} of {len(bad)} {name} are.{hint} "
+        "Correct the annotation, or set data.outside to 'clamp' or 'drop'"
+    )
+
+
+def _show(values: np.ndarray) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+
+
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")  # a star says that the file was read as binary
+
+
+class Checksums:
+    """The SHA-256 of every picture, from a file as ``sha256sum`` writes it: ``<64 hex digits>  <path>``.
+
+    Paths are relative to the file's folder, so that ``sha256sum --check`` run there agrees with what is done here.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: it is not there, or a line is of another form.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, str] = {}
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"data.checksums: {path} cannot be read ({error}); expected a file as sha256sum writes it"
+            ) from None
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line:
+                continue
+            match = _LINE.fullmatch(line)
+            if match is None:
+                raise InputError(f"{path}, line {number}: {line[:100]!r}; expected a SHA-256, two spaces and a path")
+            self._known[os.path.normpath(match[2])] = match[1].lower()
+
+    def check_listed(self, records: Iterable[Record]) -> None:
+        """Make sure, before a picture is read, that each can be verified.
+
+        Raises:
+            InputError: a picture is not listed.
+        """
+        absent = [record.image_id for record in records if self._name(record) not in self._known]
+        if absent:
+            raise InputError(
+                f"{self.path}: does not list {len(absent)} pictures: {absent[:5]} (it lists {len(self._known)} files); "
+                "add them with sha256sum in the file's folder, or leave data.checksums out"
+            )
+
+    def verify(self, record: Record, data: bytes) -> None:
+        """Compare a picture's bytes, as they were read, with its checksum.
+
+        Raises:
+            ImageError: they differ.
+        """
+        expected, found = self._known[self._name(record)], hashlib.sha256(data).hexdigest()
+        if found != expected:
+            raise ImageError(
+                f"{record.path}: its SHA-256 is {found}, but {self.path} says {expected}; copy the picture again, or "
+                "correct the list if the picture was changed on purpose"
+            )
+
+    def _name(self, record: Record) -> str:
+        """The picture's path as the file lists it; nothing listed where the picture is no file."""
+        return "" if record.path is None else os.path.relpath(record.path, self.path.parent)
+
+
+def write_checksums(path: Path, pictures: Iterable[Path]) -> None:
+    """Write the checksums of pictures below the folder of ``path``, for ``sha256sum --check`` and ``data.checksums``.
+
+    Args:
+        path: the file to write.
+        pictures: in the order they are listed in.
+    """
+    lines = [
+        f"{hashlib.sha256(picture.read_bytes()).hexdigest()}  {picture.relative_to(path.parent).as_posix()}\n"
+        for picture in pictures
+    ]
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+_ARRAYS = (
+    ("points", "<f4"),
+    ("labels", "<i8"),
+    ("boxes", "<f4"),
+    ("box_labels", "<i8"),
+    ("exemplars", "<f4"),
+    ("counts", "<f4"),
+)
+
+
+class Fingerprint(TypedDict):
+    """What :func:`fingerprint` finds."""
+
+    pictures: int
+    objects: float  # points, else boxes, else the sum of image-level counts
+    sha256: str
+
+
+def fingerprint(records: Iterable[Record]) -> Fingerprint:
+    """Numbers and hash of an annotation; the place and the pixels of the pictures do not enter.
+
+    Args:
+        records: in their order, which matters.
+
+    Example:
+        >>> a = Record("1.jpg", classes=["cat"], points=np.float32([[1, 2]]), labels=np.array([0]))
+        >>> fingerprint([a])["objects"], fingerprint([a]) == fingerprint([a, a])
+        (1, False)
+    """
+    digest = hashlib.sha256()
+    pictures, objects = 0, 0.0
+    for record in records:
+        pictures += 1
+        objects += _objects(record)
+        arrays = {name: getattr(record, name) for name, _ in _ARRAYS}
+        shapes = {name: None if value is None else np.shape(value) for name, value in arrays.items()}
+        size = None if record.size is None else [int(side) for side in record.size]
+        digest.update(json.dumps([record.image_id, record.classes, record.captions, size, shapes]).encode())
+        for name, dtype in _ARRAYS:
+            if arrays[name] is not None:
+                digest.update(np.ascontiguousarray(arrays[name], dtype).tobytes())
+    return {
+        "pictures": pictures,
+        "objects": int(objects) if objects == int(objects) else objects,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _objects(record: Record) -> float:
+    for values in (record.points, record.boxes):
+        if values is not None:
+            return len(values)
+    return 0.0 if record.counts is None else float(np.sum(record.counts))
+
+
 _SHOWN = 5  # names listed in a message before "and 17 more"
+
+
 _THREADS = 8  # reading headers waits for the disk
+
+
 _CHOICES = {
-    "outside": ("error", "clamp", "drop"), "missing": ("error", "skip"), "duplicates": ("error", "warn", "ignore"),
-}  # fmt: skip
+    "outside": ("error", "clamp", "drop"),
+    "missing": ("error", "skip"),
+    "duplicates": ("error", "warn", "ignore"),
+}
 
 
 def inside_root(root: str | Path, relative: str | Path, source: str) -> Path:
@@ -97,7 +422,7 @@ def check_records(
     Args:
         records: what a reader found.
         split: its name; in ``predict`` an unreadable picture is left to be reported when its turn comes.
-        outside: what happens to coordinates outside the picture, see :func:`~counting_zoo.data.points.keep_inside`.
+        outside: what happens to coordinates outside the picture, see :func:`~counting_zoo.data.checks.keep_inside`.
         missing: an absent picture is an ``error``, or ``skip``ped with one warning for the split.
         source: the data module, for messages.
 
@@ -323,6 +648,3 @@ def _listed(names: Iterable[str]) -> str:
     names = list(names)
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-__all__ = ["check_duplicates", "check_kinds", "check_options", "check_records", "inside_root"]

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.data.fingerprint import fingerprint
+from counting_zoo.data.checks import fingerprint
 from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import InputError
-from counting_zoo.metrics import constant_rows
+from counting_zoo.metrics.counts import constant_rows
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -33,7 +33,7 @@ class SplitDescription:
             empty without annotation.
         constants: :func:`constant_scores`.
         sha256: of the checked annotation of the pictures that are there, see
-            :func:`~counting_zoo.data.fingerprint.fingerprint`; ``None`` where there is none.
+            :func:`~counting_zoo.data.checks.fingerprint`; ``None`` where there is none.
     """
 
     annotated: int
@@ -53,7 +53,7 @@ def constant_scores(datamodule: CountingDataModule, split: Split) -> dict[str, d
         split: what is scored.
 
     Returns:
-        :func:`~counting_zoo.metrics.count_errors` (``mae``, ``rmse``, ``nae``, ``bias``, ...) by predictor.
+        :func:`~counting_zoo.metrics.counts.count_errors` (``mae``, ``rmse``, ``nae``, ``bias``, ...) by predictor.
 
     Raises:
         InputError: the split cannot be read.
@@ -101,9 +101,13 @@ def print_description(
     for split, value in known.items():
         numbers = [value.counts.get(key) for key in ("min", "median", "mean", "max")]
         about.add_row(
-            split, f"{value.annotated:,}", f"{value.there:,}", f"{value.objects:,}", f"{value.names:,}",
+            split,
+            f"{value.annotated:,}",
+            f"{value.there:,}",
+            f"{value.objects:,}",
+            f"{value.names:,}",
             *map(_number, numbers),
-        )  # fmt: skip
+        )
         for name, scores in value.constants.items():
             rows.add_row(split, name, *(_number(scores.get(key), 2) for key in ("mae", "rmse", "nae")))
     if known:
@@ -157,6 +161,3 @@ def _number(value: float | None, digits: int = 1) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if value == int(value) and digits == 1 else f"{value:,.{digits}f}"
-
-
-__all__ = ["SplitDescription", "constant_scores", "describe", "print_description"]

@@ -1,22 +1,349 @@
-"""Any folder of pictures: for predicting, and with the usual annotation files for training and testing."""
+"""Folders of images: for prediction, and with annotation files for training and testing."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
+import unicodedata
+import warnings
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import cv2
 import numpy as np
 
-from counting_zoo.data.annotation_files import Marks
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.data.dot_pictures import Dot
-from counting_zoo.data.picture_folder import PictureFolder, list_pictures, without_dots
+from counting_zoo.data.checks import inside_root
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.splits import draw, read_splits, take_ranges
+from counting_zoo.data.splits import SPLITS, check_choice, draw, read_splits, take_ranges
+from counting_zoo.data.tables import Captions, Marks, read_captions, read_marks, read_mat_points
 from counting_zoo.errors import InputError
+from counting_zoo.images import IMAGE_SUFFIXES, decode_image, image_size
+
+Dot = Literal["pixel", "blob"]
+
+
+class Dots(NamedTuple):
+    """What a dot picture holds: ``(N, 2)`` float32 x, y, its (height, width), and how many blobs are suspect."""
+
+    points: np.ndarray
+    size: tuple[int, int]
+    n_large: int = 0  # blobs of at least 1.5 times the usual size, where objects may touch
+
+
+def read_dots(path: Path, dot: Dot | None = None) -> Dots:
+    """The objects that a dot picture marks on black.
+
+    A pixel in column x, row y is the point (x + 0.5, y + 0.5). Any value above 0 in any colour is a mark; pixels that
+    are wholly transparent are none.
+
+    Args:
+        path: PNG, BMP, TIFF or lossless WebP of any number of bits and colours.
+        dot: each marked ``pixel`` is an object, neighbours too; or each ``blob`` of pixels that touch, at corners
+            too, is one, at its centroid. ``None`` means ``pixel``, but refuses marks that look like blobs.
+
+    Raises:
+        InputError: the picture is missing, truncated, no picture, lossy, or not black where nothing is marked; or
+            what is marked may be meant either way.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: the dot picture cannot be read ({error}); add it, or correct data.dots") from error
+    if data[:3] == b"\xff\xd8\xff" or data[8:16] == b"WEBPVP8 ":
+        raise InputError(
+            f"{path}: a lossy picture (JPEG or WebP) blurs single pixels into their surroundings, so that dots cannot "
+            "be told from noise; save dot pictures as PNG from the original annotation"
+        )
+    decode_image(data, str(path))  # raises on damage; its 8 bits could round a faint 16-bit dot to black
+    image = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
+    height, width = image.shape[:2]
+    marked = _marked(image.reshape(height, width, -1), path)
+    y, x = np.nonzero(marked)
+    points, n_large = np.stack([x, y], 1).astype(np.float32), 0
+    if dot != "pixel" and len(points):
+        _, _, stats, centres = cv2.connectedComponentsWithStats(marked.astype(np.uint8), connectivity=8)
+        areas = stats[1:, cv2.CC_STAT_AREA]  # the first component is the ground
+        usual = float(np.median(areas))
+        # Single pixels seldom touch: 451 pairs do among the 35,192 dots of the VGG cells.
+        if dot is None and usual >= (3 if len(areas) < 5 else 2):
+            raise InputError(
+                f"{path}: {len(points)} pixels are marked, in {len(areas)} blobs of about {usual:g} pixels; set "
+                "data.dot to 'blob' if each blob is one object, or to 'pixel' if each pixel is one"
+            )
+        if dot == "blob":
+            points = centres[1:].astype(np.float32)
+            n_large = int((areas >= 1.5 * usual).sum())
+    return Dots(points + np.float32(0.5), (height, width), n_large)
+
+
+def _marked(channels: np.ndarray, path: Path) -> np.ndarray:
+    """``(H, W)`` bool: where a dot picture ``(H, W, C)`` says that something is."""
+    n_colours = 1 if channels.shape[2] <= 2 else 3
+    marked = np.asarray(channels[..., :n_colours].any(-1))
+    if channels.shape[2] > n_colours:
+        seen = channels[..., -1] > 0
+        marked &= seen
+        if not marked.any() and seen.any() and not seen.all():
+            raise InputError(
+                f"{path}: {seen.sum()} black pixels on a transparent ground, which may be dots or their background; "
+                "save it as dots on opaque black"
+            )
+    if 2 * marked.sum() > marked.size:
+        raise InputError(
+            f"{path}: {marked.sum()} of {marked.size} pixels are not black; a dot picture is black where there is no "
+            "object: invert it, or correct data.dots if this is no dot picture"
+        )
+    return marked
+
 
 log = logging.getLogger(__name__)
+
+
+ANNOTATION_FILES = (
+    "points.csv",
+    "points.json",
+    "boxes.csv",
+    "boxes.json",
+    "annotations.json",
+    "_annotations.coco.json",
+    "counts.csv",
+    "counts.json",
+)
+
+
+def list_pictures(folder: Path) -> list[str]:
+    """Every picture below a folder, as sorted posix paths relative to it.
+
+    Hidden files are passed over. Linked folders are not entered (they may form a circle) and links that lead out of
+    the folder or nowhere are left out, both with a warning.
+
+    Raises:
+        InputError: the folder is not there.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; expected one with pictures")
+    top, names, links = folder.resolve(), [], []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+        for name in files:
+            path = Path(parent, name)
+            if name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            if path.is_symlink() and not _leads_inside(path, top):
+                links.append(path)
+            else:
+                names.append(path.relative_to(folder).as_posix())
+    if links:
+        shown = ", ".join(map(str, links[:5]))
+        log.warning("%s: %d links are not followed: %s; copy what they point to, if needed", folder, len(links), shown)
+    return sorted(names)
+
+
+def _leads_inside(link: Path, top: Path) -> bool:
+    try:
+        target = link.resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        return False
+    return target.is_relative_to(top) and target.is_file()
+
+
+def without_dots(names: list[str], picture: str | None, dots: str | None, *, keep_others: bool) -> list[str]:
+    """The pictures to predict among the files of a folder; the patterns are those of :class:`PictureFolder`.
+
+    Args:
+        names: paths relative to the folder.
+        picture: pattern of pictures.
+        dots: pattern of dot pictures.
+        keep_others: leave out only dot pictures whose picture is there too, not what fits no pattern.
+
+    Example:
+        >>> without_dots(["a.png", "a_dots.png", "b.jpg"], "{stem}.png", "{stem}_dots.png", keep_others=True)
+        ['a.png', 'b.jpg']
+    """
+    pictures, dotted = _sorted_out(names, picture or "{stem}.*", dots)
+    stems = set(pictures.values())
+    return [name for name in names if dotted.get(name) not in stems] if keep_others else list(pictures)
+
+
+class PictureFolder:
+    """Pictures with the marks that files beside them hold.
+
+    Args:
+        folder: has the pictures in ``images/``, or itself.
+        unnamed: the name of objects that carry none.
+        annotation: the one annotation file, relative to ``folder``; all of the usual names if ``None``.
+        picture: pattern of picture paths relative to ``folder``, with ``{stem}`` and any number of ``*``; all but the
+            dot pictures if ``None``.
+        dots: pattern of the dot picture that belongs to a ``{stem}``. A file that both patterns fit goes to the one
+            with more text of its own.
+        dot: what an object is in a dot picture, see :func:`~counting_zoo.data.folder.read_dots`.
+        classes: the only names that a file of counts may have; any if ``None``.
+
+    Raises:
+        InputError: an annotation file is absent or cannot be understood, or a pattern is none or not one to one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        unnamed: str,
+        annotation: str | None = None,
+        picture: str | None = None,
+        dots: str | None = None,
+        dot: Dot | None = None,
+        classes: list[str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.classes = classes
+        self.dot = dot
+        self.unnamed = unnamed
+        self.images = folder / "images" if (folder / "images").is_dir() else folder
+        listed = list_pictures(folder if picture or dots else self.images)
+        if not picture and not dots and self.images != folder:
+            listed = [f"images/{name}" for name in listed]
+        self._known = {unicodedata.normalize("NFC", name): name for name in listed}
+        self._dots: dict[str, str] = {}
+        self._marks: dict[str, Marks] = {}
+        self.n_large: dict[str, int] = {}
+        """For each dot picture that was read, in how many of its blobs objects may touch."""
+        self.has_files = False
+        if picture or dots:
+            listed = self._pair(listed, picture or "{stem}.*", dots)
+        else:
+            self._read_files(annotation)
+        self.names: list[str] = sorted({*listed, *self._marks})
+        """Every picture that is there or that an annotation names, relative to ``folder``."""
+
+    def marks(self, name: str) -> Marks | None:
+        """What the annotation says of a picture; ``None`` where it does not mention it.
+
+        Raises:
+            InputError: a dot picture or ``.mat`` file is absent or damaged.
+        """
+        if name in self._dots:
+            points, size, self.n_large[name] = read_dots(self.folder / self._dots[name], self.dot)
+            path = self.folder / name
+            if path.is_file() and image_size(path) != size:
+                raise InputError(
+                    f"{self.folder / self._dots[name]}: {size[0]} x {size[1]} pixels (height x width), but {path} "
+                    f"has {image_size(path)[0]} x {image_size(path)[1]}; expected the same"
+                )
+            return Marks(points=points, point_names=[self.unnamed] * len(points))
+        if self.has_files:
+            return self._marks.get(name)
+        path = (self.folder / name).with_suffix(".mat")
+        beside = [path, path.with_name(f"GT_{path.name}")]
+        mat = next((candidate for candidate in beside if candidate.is_file()), None)
+        if mat is None:
+            raise InputError(
+                f"{self.folder / name}: has no annotation; expected one of {', '.join(ANNOTATION_FILES)} in "
+                f"{self.folder}, {path.name} beside the picture, or data.dots"
+            )
+        points = read_mat_points(mat)
+        return Marks(points=points, point_names=[self.unnamed] * len(points))
+
+    def find(self, name: str, source: str) -> str:
+        """The path relative to ``folder`` of a picture that an annotation names.
+
+        Args:
+            name: relative to ``images/`` or to ``folder``, in any Unicode normal form.
+            source: the file that names it, for messages.
+
+        Raises:
+            InputError: the name leads out of the folder.
+        """
+        inside_root(self.folder, name, source)
+        plain = unicodedata.normalize("NFC", Path(name).as_posix())
+        below = f"images/{plain}" if self.images != self.folder else plain
+        path = inside_root(self.folder, below, source)
+        return self._known.get(below) or self._known.get(plain) or path.relative_to(self.folder).as_posix()
+
+    def all_names(self) -> list[str]:
+        """Every name of an object, sorted."""
+        names: set[str] = set()
+        for marks in self._marks.values():
+            names.update(marks.point_names, marks.box_names, marks.counts or {})
+        return sorted(names) or [self.unnamed]
+
+    def _read_files(self, annotation: str | None) -> None:
+        if annotation is not None:
+            paths = [self.folder / annotation]
+            if not paths[0].is_file():
+                raise InputError(f"{paths[0]}: there is no such file; correct data.annotation")
+        else:
+            paths = [self.folder / name for name in ANNOTATION_FILES if (self.folder / name).is_file()]
+        self.has_files = bool(paths)
+        for path in paths:
+            own: set[str] = set()
+            for given, marks in read_marks(path, self.unnamed, self.classes).items():
+                name = self.find(given, str(path))
+                if name in own:
+                    raise InputError(f"{path}: {given!r} is a second spelling of {name!r}; expected one")
+                own.add(name)
+                self._marks[name] = _merged(self._marks.get(name, Marks()), marks, f"{path}: {given}")
+
+    def _pair(self, listed: list[str], picture: str, dots: str | None) -> list[str]:
+        """The pictures among the files; fills in which dot picture belongs to each."""
+        stems, dotted = _sorted_out(listed, picture, dots)
+        if dots is None:
+            self._read_files(None)
+            return list(stems)
+        pictures = _by_stem(stems, self.folder, "data.picture")
+        partners = _by_stem(dotted, self.folder, "data.dots")
+        for stem in {**pictures, **partners}:
+            # What lacks its other half is named all the same, so that it is missed and not passed over.
+            name = pictures.get(stem) or picture.replace("{stem}", stem)
+            self._dots[name] = partners.get(stem) or dots.replace("{stem}", stem)
+        return list(self._dots)
+
+
+def _sorted_out(names: list[str], picture: str, dots: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """The stems of pictures, and those of dot pictures, by name."""
+    pictures = _stems(names, picture, "data.picture")
+    dotted = {} if dots is None else _stems(names, dots, "data.dots")
+    for name in pictures.keys() & dotted.keys():
+        del (pictures if len(dots or "") > len(picture) else dotted)[name]
+    return pictures, dotted
+
+
+def _stems(names: list[str], pattern: str, option: str) -> dict[str, str]:
+    """The names that fit a pattern, each with what stands for ``{stem}`` in it."""
+    if pattern.count("{stem}") != 1:
+        raise InputError(f"{option} is {pattern!r}; expected one {{stem}} in it, such as '{{stem}}cell.png'")
+    if pattern.startswith("/") or ".." in pattern.split("/"):
+        raise InputError(
+            f"{option} is {pattern!r}, which leads out of the folder; make data.root the folder that holds both, and "
+            "begin both patterns there: picture 'images/{stem}.png' with dots 'dots/{stem}.png'"
+        )
+    escaped = re.escape(pattern).replace(re.escape("{stem}"), "(?P<stem>.+)").replace(re.escape("*"), "[^/]*")
+    fits = re.compile(escaped).fullmatch
+    return {name: match["stem"] for name in names if (match := fits(name))}
+
+
+def _by_stem(stems: dict[str, str], folder: Path, option: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, stem in stems.items():
+        if stem in found:
+            raise InputError(f"{folder / found[stem]} and {name} both fit {option}; expected one for {stem!r}")
+        found[stem] = name
+    return found
+
+
+def _merged(first: Marks, second: Marks, where: str) -> Marks:
+    """Both together; two files must not say the same thing."""
+    changes = {}
+    for item in fields(Marks):
+        old, new = getattr(first, item.name), getattr(second, item.name)
+        if item.name in ("points", "boxes", "counts") and old is not None and new is not None:
+            raise InputError(f"{where}: a second file says its {item.name}; name the right one in data.annotation")
+        changes[item.name] = old if new is None or (isinstance(new, list) and not new) else new
+    return replace(first, **changes)
+
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
@@ -118,8 +445,11 @@ class ImageFolder(CountingDataModule):
             log.warning(
                 "%s: %d blobs in the dot pictures of %s have at least 1.5 times the usual size (the first in that of "
                 "%s); each counts as one object, also where several touch",
-                folder, sum(large.values()), split, next(iter(large)),
-            )  # fmt: skip
+                folder,
+                sum(large.values()),
+                split,
+                next(iter(large)),
+            )
         silent = [name for name, found in marks.items() if found is None]
         if silent and self.empty == "error":
             raise InputError(
@@ -194,9 +524,14 @@ class ImageFolder(CountingDataModule):
         if folder not in self._folders:
             unnamed = self.classes[0] if self.classes else "objects"
             self._folders[folder] = PictureFolder(
-                folder, unnamed=unnamed, annotation=self.annotation, picture=self.picture, dots=self.dots, dot=self.dot,
+                folder,
+                unnamed=unnamed,
+                annotation=self.annotation,
+                picture=self.picture,
+                dots=self.dots,
+                dot=self.dot,
                 classes=self.classes,
-            )  # fmt: skip
+            )
         return self._folders[folder]
 
     # -- records --------------------------------------------------------------------------------------------------
@@ -251,4 +586,121 @@ def _indices(names: list[str], classes: list[str]) -> np.ndarray:
     return np.array([index[name] for name in names], np.int64)
 
 
-__all__ = ["ImageFolder"]
+class CaptionedPictures(CountingDataModule):
+    """Pictures with any number of captions each, from COCO's JSON, CSV or TSV.
+
+    - **JSON** in the layout of COCO's ``captions_train2017.json``: ``images`` (``id``, ``file_name``) and
+      ``annotations`` (``image_id``, ``caption``). Chen et al., "Microsoft COCO Captions", arXiv 1504.00325.
+    - **CSV and TSV** with a row for each caption: the columns ``image``, ``filepath`` or ``file``, and ``caption`` or
+      ``title``; others are ignored. A table without a header, such as Conceptual Captions' (a caption, a tab, a path),
+      needs ``columns``: ``[caption, image]``. In a TSV quotes count only around a whole cell.
+
+    There are no names, points or counts, so no counter trains or is tested on this data; all of them predict on it.
+    An augmentation may crop: a caption stays what it is, as CLIP's own training has it.
+
+    Args:
+        root: the folder that the files of captions and the pictures lie in.
+        captions: the file of each split below ``root``, or one file, which is that of ``train``.
+        pictures: the folder below ``root`` that the names of the pictures start from, one for all splits or each its
+            own; ``root`` itself by default.
+        columns: names of the columns of tables without a header.
+        sizes: numbers of pictures (below 1: fractions) to draw for splits from the file of ``train``, which keeps the
+            rest where ``sizes`` does not name it.
+        split_seed: seeds the draw.
+        empty: a picture without a caption that is not empty is an ``error``, or ``skip``ped and reported.
+        predict_root: a folder or picture to predict; the pictures of ``test`` if ``None``.
+        options: those of :class:`CountingDataModule`.
+
+    Raises:
+        InputError: an option is none of its choices, or two options say what one split is.
+    """
+
+    layout: ClassVar[str] = """\
+  root/
+    annotations/captions_train2017.json, captions_val2017.json   or captions.csv, captions.tsv (data.captions)
+    train2017/000000000009.jpg ..., val2017/...                   (data.pictures)"""
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        captions: dict[str, str] | str = "captions.csv",
+        pictures: dict[str, str] | str = ".",
+        columns: list[str] | None = None,
+        sizes: dict[str, float] | None = None,
+        split_seed: int = 0,
+        empty: Literal["error", "skip"] = "error",
+        predict_root: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(root, **options)
+        check_choice("empty", empty, ("error", "skip"))
+        self.captions = {"train": captions} if isinstance(captions, str) else captions
+        self.pictures = dict.fromkeys(SPLITS, pictures) if isinstance(pictures, str) else pictures
+        for option, given in (("captions", self.captions), ("pictures", self.pictures), ("sizes", sizes or {})):
+            if unknown := [name for name in given if name not in SPLITS]:
+                raise InputError(f"data.{option} names the splits {unknown}; expected train, val and test only")
+        if both := [name for name in sizes or {} if name in self.captions and name != "train"]:
+            raise InputError(f"data.captions and data.sizes both say what {both} is; leave it out of one of them")
+        if unplaced := [name for name in self.captions if name not in self.pictures]:
+            raise InputError(f"data.pictures does not say where those of {unplaced} are; add a folder for each")
+        self.columns = columns
+        self.sizes = sizes
+        self.split_seed = split_seed
+        self.empty = empty
+        self.predict_root = None if predict_root is None else Path(predict_root).expanduser()
+        self._files: dict[str, tuple[Captions, list[str]]] = {}
+
+    def read_split(self, split: Split) -> list[Record]:
+        """Every picture of a split with its captions; ``predict`` takes ``predict_root``, or the test split."""
+        if split == "predict":
+            if self.predict_root is not None:
+                return _pictures_of(self.predict_root)
+            split = "test"
+        root = self.find_root()
+        source, names = self._members(root, split)
+        found, _ = self._file(root, source)
+        folder = self.pictures[source]
+        records = []
+        for name in names:
+            path = inside_root(root, Path(folder, name), f"{found.path}, {found.places[name]}")
+            records.append(Record(path.relative_to(root).as_posix(), path, captions=list(found.texts[name])))
+        return records
+
+    def _members(self, root: Path, split: str) -> tuple[str, list[str]]:
+        """The split whose file names the pictures of a split, and which of them these are."""
+        drawn = self.sizes or {}
+        if split in self.captions and (split != "train" or not drawn):
+            return split, self._file(root, split)[1]
+        if "train" not in self.captions or (split != "train" and split not in drawn):
+            raise InputError(
+                f"CaptionedPictures: nothing says which pictures are {split} (data.captions has "
+                f"{sorted(self.captions)}, data.sizes {sorted(drawn)}); name its file in data.captions, such as "
+                f"{{{split}: captions_{split}.json}}, or draw it from train by data.sizes, such as {{{split}: 0.1}}"
+                + ("; to predict other pictures set data.predict_root" if split == "test" else "")
+            )
+        names = self._file(root, "train")[1]
+        dealt = draw(names, drawn, self.split_seed)
+        taken = {name for found in dealt.values() for name in found}
+        return "train", dealt[split] if split in dealt else [name for name in names if name not in taken]
+
+    def _file(self, root: Path, split: str) -> tuple[Captions, list[str]]:
+        """What the file of a split says, and its pictures that have captions; read once."""
+        name = self.captions[split]
+        if name not in self._files:
+            found = read_captions(inside_root(root, name, "data.captions"), self.columns)
+            bare = [picture for picture, texts in found.texts.items() if not texts]
+            if bare:
+                shown = ", ".join(f"{picture} ({found.places[picture]})" for picture in bare[:5])
+                message = f"{found.path}: {len(bare)} of {len(found.texts)} pictures have no caption: {shown}"
+                if self.empty == "error":
+                    raise InputError(f"{message}. Give them one, or set data.empty to 'skip'")
+                warnings.warn(f"{message}; skipped (data.empty=skip)", stacklevel=2)
+            self._files[name] = found, [picture for picture, texts in found.texts.items() if texts]
+        return self._files[name]
+
+
+def _pictures_of(place: Path) -> list[Record]:
+    if place.is_file():
+        return [Record(place.name, place)]
+    return [Record(name, place / name) for name in list_pictures(place)]

@@ -8,20 +8,27 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from counting_zoo.data.annotation_files import read_json
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.data.checks import inside_root
-from counting_zoo.data.points import as_boxes, as_points
+from counting_zoo.data.checks import as_boxes, as_points, inside_root
 from counting_zoo.data.records import Record, Split
+from counting_zoo.data.tables import read_json
 from counting_zoo.errors import InputError
 
 log = logging.getLogger(__name__)
 
+
 FSCSplit = Literal["train", "val", "test", "val_coco", "test_coco"]
 
+
 ANNOTATIONS = ("annotation_FSC147_384.json", "annotation_FSC_147_384.json")
+
+
 CLASS_FILES = ("ImageClasses_FSC147.txt", "ImageClasses_FSC_147.txt")
+
+
 SPLIT_FILES = ("Train_Test_Val_FSC_147.json", "Train_Test_Val_FSC147.json")
+
+
 TEXT_FILES = ("FSC-147-D.json", "FSC_147_D.json")
 
 
@@ -170,6 +177,3 @@ class FSC147(CountingDataModule):
                 return root / name
         found = sorted(path.name for path in root.iterdir() if path.suffix in (".json", ".txt"))
         raise InputError(f"FSC147: {root} has no {' or '.join(names)} (found {found}); expected\n{self.layout}")
-
-
-__all__ = ["FSC147"]

@@ -29,15 +29,20 @@ import h5py
 import numpy as np
 
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.data.fingerprint import fingerprint
-from counting_zoo.data.progress import progress
+from counting_zoo.data.checks import fingerprint
 from counting_zoo.data.records import Record, Split, without_annotation
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.images import decode_image
+from counting_zoo.io import progress
 
 SCHEMA = 1
+
+
 CHUNK_BYTES = 1 << 16  # what is read, and checked, to get at one picture
+
+
 BLOCK_BYTES = 1 << 22  # what is written or read at once where all of it is
+
 
 # What a record may have: its fields, the columns of its values, and the field with their labels.
 _PARTS: dict[str, tuple[int, str | None]] = {
@@ -158,8 +163,11 @@ def _write_pictures(
     flush(1)
     _dataset(file, "image/offset", np.array(offsets, np.int64))
     if failed:
-        warnings.warn(f"{len(failed)} pictures cannot be decoded and were left out: {'; '.join(failed[:5])}"
-                      + (f" and {len(failed) - 5} more" if len(failed) > 5 else ""), stacklevel=3)  # fmt: skip
+        warnings.warn(
+            f"{len(failed)} pictures cannot be decoded and were left out: {'; '.join(failed[:5])}"
+            + (f" and {len(failed) - 5} more" if len(failed) > 5 else ""),
+            stacklevel=3,
+        )
     return packed, digest.hexdigest()
 
 
@@ -345,6 +353,3 @@ def _read_part(file: h5py.File, part: str, labels: str | None) -> dict[str, list
         rows = np.split(file[f"{part}/{stored}"][:], inner)
         arrays[name] = [row.copy() if there else None for row, there in zip(rows, known, strict=True)]
     return arrays
-
-
-__all__ = ["PackedCounts", "pack"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from counting_zoo.data.annotation_files import read_json, read_table
+from counting_zoo.data.tables import read_json, read_table
 from counting_zoo.errors import InputError
 
 SPLITS = ("train", "val", "test")
@@ -108,6 +108,3 @@ def read_splits(path: Path) -> dict[str, list[str]]:
             if owner.setdefault(name, split) != split:
                 raise InputError(f"{path}: {name} is in both {owner[name]} and {split}; each picture has one split")
     return splits
-
-
-__all__ = ["SPLITS", "check_choice", "draw", "read_splits", "take_ranges"]

@@ -1,26 +1,305 @@
-"""The built-in scenes as a data module: coloured shapes with exact annotation, made on first use."""
+"""The built-in scenes as a data module, written to disk in the layout of FSC-147 on first use."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 
-from counting_zoo.data.annotation_files import read_json
 from counting_zoo.data.base import CountingDataModule, Prompts
-from counting_zoo.data.points import as_boxes, as_points
-from counting_zoo.data.presets import PRESETS, EachClassPreset
+from counting_zoo.data.checks import as_boxes, as_points, write_checksums
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.scene_files import (
-    ANNOTATION,
-    CHECKSUMS,
-    PICTURES,
-    SceneSet,
-    SplitBy,
-    cache_folder,
-    ensure_scenes,
-)
+from counting_zoo.data.scenes import PRESETS, Attributes, EachClassPreset, render
+from counting_zoo.data.tables import read_json
+from counting_zoo.errors import InputError
+from counting_zoo.io import progress
+
+SplitBy = Literal["class", "picture"]
+
+
+PICTURES = "images_384_VarV2"  # FSC-147's name for the folder
+
+
+TEST_PICTURES = "test_pictures"  # the test pictures alone, to predict on as a folder
+
+
+ANNOTATION = "scenes.json"  # everything about every object; the other files say what FSC-147's say
+
+
+CHECKSUMS = "SHA256SUMS"
+
+
+FINGERPRINT = "fingerprint.json"
+
+
+FORMAT = 2  # goes up whenever the same parameters give other bytes
+
+
+SIZES = {"train": 1500, "val": 150, "test": 200}
+
+
+JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """Everything that the files of a set of scenes depend on.
+
+    Args:
+        preset: ``easy``, ``low``, ``full`` or ``common``.
+        split_by: ``class`` tests on (shape, colour) pairs never trained on, ``picture`` on new pictures of the classes
+            that training shows; ``None`` takes what the preset is made for.
+        sizes: number of pictures of ``train``, ``val`` and ``test``; those left out keep their default.
+        seed: of the pictures.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    preset: str = "easy"
+    split_by: SplitBy | None = None
+    sizes: dict[str, int] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise InputError(f"data.preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
+        fixed = isinstance(PRESETS[self.preset], EachClassPreset)
+        split_by = self.split_by or ("picture" if fixed else "class")
+        if split_by not in ("class", "picture"):
+            raise InputError(f"data.split_by is {split_by!r}; expected 'class' or 'picture'")
+        if fixed and split_by == "class":
+            raise InputError(
+                f"data.split_by is 'class', but the preset {self.preset!r} has one list of classes for all splits; "
+                "set data.split_by to 'picture', or data.preset to 'easy' or 'full'"
+            )
+        sizes = {**SIZES, **(self.sizes or {})}
+        if set(sizes) != set(SIZES) or not all(isinstance(n, int) and n >= 1 for n in sizes.values()):
+            raise InputError(f"data.sizes is {self.sizes}; expected at least 1 for any of {', '.join(SIZES)}")
+        if self.seed < 0:
+            raise InputError(f"data.scene_seed is {self.seed}; expected at least 0")
+        object.__setattr__(self, "split_by", split_by)
+        object.__setattr__(self, "sizes", sizes)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain data that is equal for two sets exactly if their files are."""
+        parameters = {**asdict(self), "format": FORMAT, "parameters": asdict(PRESETS[self.preset])}
+        return json.loads(json.dumps(parameters))
+
+    @property
+    def folder_name(self) -> str:
+        """The set's folder in the cache, such as ``easy-1c09a5b2f3``."""
+        digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
+        return f"{self.preset}-{digest[:10]}"
+
+    def class_splits(self) -> dict[str, list[Attributes]]:
+        """The classes of each split, also those that no picture happens to show."""
+        splits = PRESETS[self.preset].class_splits()
+        if self.split_by == "class" or isinstance(PRESETS[self.preset], EachClassPreset):
+            return splits
+        return dict.fromkeys(splits, sorted({c for classes in splits.values() for c in classes}))
+
+
+def cache_folder() -> Path:
+    """Where scenes are kept: ``$COUNTING_ZOO_CACHE/scenes``, by default ``~/.cache/counting_zoo/scenes``."""
+    return Path(os.environ.get("COUNTING_ZOO_CACHE") or "~/.cache/counting_zoo").expanduser() / "scenes"
+
+
+def ensure_scenes(scenes: SceneSet, folder: Path, processes: int = 1) -> None:
+    """Write the scenes unless ``folder`` already holds exactly them.
+
+    The folder appears at once and whole, so that several processes may call this together: the first to finish wins
+    and the others use what it wrote.
+
+    Args:
+        scenes: what to write.
+        folder: where to.
+        processes: how many render; the files do not depend on it.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written.
+    """
+    if _holds(scenes, folder):
+        return
+    try:
+        with _appearing(folder) as temporary:
+            _write(scenes, temporary, processes)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the scenes to {folder} ({error}); set data.root or the environment variable "
+            "COUNTING_ZOO_CACHE to a folder that can be written and has room"
+        ) from error
+    _holds(scenes, folder)  # raises if another process put other scenes there
+
+
+def _holds(scenes: SceneSet, folder: Path) -> bool:
+    """Whether the folder has these scenes; ``False`` if there is nothing yet."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        found = json.loads((folder / FINGERPRINT).read_bytes())
+    except (OSError, ValueError):
+        raise InputError(
+            f"{folder} is not empty and has no readable {FINGERPRINT}, so it holds no built-in scenes; "
+            "choose another data.root, or leave it out to use the cache"
+        ) from None
+    expected = scenes.fingerprint
+    if found != expected:
+        if not isinstance(found, dict):
+            found = {}
+        keys = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        differences = "; ".join(f"{key} is {found.get(key)!r:.80}, asked for {expected.get(key)!r:.80}" for key in keys)
+        raise InputError(
+            f"{folder} holds scenes made with other settings ({differences}); delete the folder, choose another "
+            "data.root, or leave it out: every setting has its own folder in the cache"
+        )
+    return True
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` at the end, unless there is one by then."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(folder)  # takes the place of an empty folder, fails on any other
+        except OSError:
+            if not (folder / FINGERPRINT).exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Job:
+    preset: str
+    classes: list[Attributes]
+    seed: int
+    split: str
+    index: int
+    folder: Path
+
+
+def _write(scenes: SceneSet, folder: Path, processes: int) -> None:
+    assert scenes.sizes is not None  # filled in by __post_init__
+    (folder / PICTURES).mkdir()
+    (folder / TEST_PICTURES).mkdir()
+    classes = scenes.class_splits()
+    jobs = [
+        _Job(scenes.preset, classes[split], scenes.seed, split, index, folder)
+        for split, n in scenes.sizes.items()
+        for index in range(n)
+    ]
+    description = f"rendering {scenes.preset} scenes"
+    if processes > 1:
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+            pictures = list(progress(pool.map(_draw, jobs, chunksize=16), len(jobs), description))
+    else:
+        pictures = list(progress(map(_draw, jobs), len(jobs), description))
+    names = {split: [c.name for c in found] for split, found in classes.items()}
+    files = {
+        ANNOTATION: {"class_names": names, "pictures": pictures},
+        "annotation_FSC147_384.json": {p["file"]: _as_fsc147(p) for p in pictures},
+        "Train_Test_Val_FSC_147.json": {
+            split: [p["file"] for p in pictures if p["split"] == split] for split in scenes.sizes
+        },
+        "FSC-147-D.json": {
+            p["file"]: {"data_split": p["split"], "text_description": f"the {p['classes'][0]}"} for p in pictures
+        },
+        "Split_Classes.json": names,
+        FINGERPRINT: scenes.fingerprint,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    lines = "".join(f"{p['file']}\t{p['classes'][0]}\n" for p in pictures)
+    (folder / "ImageClasses_FSC147.txt").write_text(lines, encoding="utf-8")
+    write_checksums(folder / CHECKSUMS, [folder / PICTURES / p["file"] for p in pictures])
+
+
+def _draw(job: _Job) -> dict[str, Any]:
+    """Render and write one picture; returns its annotation."""
+    file = f"{job.split}_{job.index:05d}.jpg"
+    scene = render(PRESETS[job.preset], job.classes, (job.seed, list(SIZES).index(job.split), job.index))
+    _, data = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    path = job.folder / PICTURES / file
+    path.write_bytes(data.tobytes())
+    if job.split == "test":
+        try:
+            os.link(path, job.folder / TEST_PICTURES / file)
+        except OSError:  # a file system without links
+            shutil.copy(path, job.folder / TEST_PICTURES / file)
+    counts = np.bincount(scene.labels, minlength=len(scene.classes)).tolist()
+    return {
+        "file": file,
+        "split": job.split,
+        "size": list(scene.image.shape[:2]),
+        "classes": [c.name for c in scene.classes],
+        "points": _rounded(scene.points),
+        "labels": scene.labels.tolist(),
+        "boxes": _rounded(scene.boxes),
+        "visible": _rounded(scene.visible),
+        "exemplars": _rounded(scene.exemplars),
+        "captions": captions(scene.classes, counts),
+    }
+
+
+def _rounded(values: np.ndarray) -> list[Any]:
+    """To 1/1000 pixel, which shortens the files by half."""
+    return np.asarray(values, np.float64).round(3).tolist()
+
+
+def _as_fsc147(picture: dict[str, Any]) -> dict[str, Any]:
+    """The target's points and exemplars as FSC-147's annotation file has them."""
+    height, width = picture["size"]
+    corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in picture["exemplars"]]
+    points = [point for point, label in zip(picture["points"], picture["labels"], strict=True) if label == 0]
+    return {
+        "H": height,
+        "W": width,
+        "ratio_h": 1.0,
+        "ratio_w": 1.0,
+        "points": points,
+        "box_examples_coordinates": corners,
+    }
+
+
+def captions(classes: list[Attributes], counts: list[int]) -> list[str]:
+    """Three sentences about what is there: with numbers, with vague amounts, with names only.
+
+    Example:
+        >>> captions([Attributes("rings", "yellow", "striped"), Attributes("discs", "red", "plain")], [7, 1])[0]
+        '7 striped yellow rings and 1 red disc'
+        >>> captions([Attributes("rings", "yellow", "striped"), Attributes("discs", "red", "plain")], [27, 3])[1:]
+        ['many striped yellow rings and a few red discs', 'striped yellow rings and red discs']
+    """
+    there = [(c, n) for c, n in zip(classes, counts, strict=True) if n]
+    number = [f"{n} {c.name if n > 1 else c.singular}" for c, n in there]
+    amount = [f"{_amount(n)} {c.name if n > 1 else c.singular}" for c, n in there]
+    return [_joined(number), _joined(amount), _joined([c.name for c, _ in there])]
+
+
+def _amount(n: int) -> str:
+    return "one" if n == 1 else "a few" if n <= 5 else "several" if n <= 20 else "many"
+
+
+def _joined(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 class SyntheticScenes(CountingDataModule):
@@ -130,6 +409,3 @@ class SyntheticScenes(CountingDataModule):
     def _path(self, picture: dict[str, Any]) -> Path:
         assert self.root is not None
         return self.root / PICTURES / picture["file"]
-
-
-__all__ = ["SyntheticScenes"]

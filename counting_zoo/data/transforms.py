@@ -1,24 +1,157 @@
-"""Augmentation of training pictures. How points move along is in :mod:`counting_zoo.data.moves`.
-
-albumentations is used for colour, noise and blur only: its geometry loses points on the border.
-"""
+"""Augmentation of training images: image, points, boxes and exemplars move together."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
+import torch
+from torch.nn.functional import interpolate
 
-from counting_zoo.data import moves
+from counting_zoo.data.checks import pairs_up
 from counting_zoo.data.records import Sample
 from counting_zoo.errors import InputError
+
+
+def flip_horizontal(sample: Sample) -> Sample:
+    """Mirror left and right: x becomes W - x."""
+    return _moved(sample, cv2.flip(sample.image, 1), np.array([[-1, 0, sample.size[1]], [0, 1, 0]]))
+
+
+def flip_vertical(sample: Sample) -> Sample:
+    """Mirror top and bottom: y becomes H - y."""
+    return _moved(sample, cv2.flip(sample.image, 0), np.array([[1, 0, 0], [0, -1, sample.size[0]]]))
+
+
+def rot90(sample: Sample, turns: int) -> Sample:
+    """Turn anticlockwise by ``turns`` quarters, as :func:`numpy.rot90` does."""
+    height, width = sample.size
+    matrix = (
+        [[1, 0, 0], [0, 1, 0]],
+        [[0, 1, 0], [-1, 0, width]],
+        [[-1, 0, width], [0, -1, height]],
+        [[0, -1, height], [1, 0, 0]],
+    )[turns % 4]
+    return _moved(sample, np.ascontiguousarray(np.rot90(sample.image, turns)), np.array(matrix))
+
+
+def crop(sample: Sample, x: int, y: int, width: int, height: int) -> Sample:
+    """Cut out ``[x, x + width) x [y, y + height)``; what lies beyond the right or lower border is black."""
+    start, end = np.array([x, y]), np.array([x + width, y + height])
+    border = np.array(sample.size[::-1])
+    end = np.where(end >= border, np.nextafter(border, np.inf), end)  # the picture's own border belongs to the crop
+    image = sample.image[y : y + height, x : x + width]
+    below, right = height - image.shape[0], width - image.shape[1]
+    if below or right:
+        image = cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+    return _moved(
+        sample,
+        image,
+        np.array([[1, 0, -x], [0, 1, -y]]),
+        lambda points: np.all((points >= start) & (points < end), axis=1),
+    )
+
+
+def averaged_or_linear(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resample a picture: pixels are averaged when both sides shrink, and interpolated linearly otherwise."""
+    shrinks = width <= image.shape[1] and height <= image.shape[0]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def resize(
+    sample: Sample,
+    width: int,
+    height: int,
+    resample: Callable[[np.ndarray, int, int], np.ndarray] = averaged_or_linear,
+) -> Sample:
+    """Resize to ``width`` x ``height``.
+
+    Args:
+        sample: before.
+        width, height: after, in pixels.
+        resample: gives the picture of that width and height.
+    """
+    old_height, old_width = sample.size
+    if (old_height, old_width) == (height, width):
+        return sample
+    image = resample(sample.image, width, height)
+    return _moved(sample, image, np.array([[width / old_width, 0, 0], [0, height / old_height, 0]]))
+
+
+def affine(sample: Sample, matrix: np.ndarray) -> Sample:
+    """Map the picture within its frame by a ``(2, 3)`` matrix of x, y; what comes from outside is black.
+
+    (The reference fills at random with reflections too, which shows objects that no point counts.)
+    """
+    height, width = sample.size
+    # OpenCV's coordinates are pixel centres, half a pixel off the edges used here.
+    centred = matrix.astype(np.float64).copy()
+    centred[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
+    image = cv2.warpAffine(sample.image, centred, (width, height), flags=cv2.INTER_LINEAR)
+
+    def inside(points: np.ndarray) -> np.ndarray:
+        moved = _apply(matrix, points)
+        return np.all((moved >= 0) & (moved <= [width, height]), axis=1)
+
+    return _moved(sample, image, matrix, inside)
+
+
+def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """``(..., 2)`` points under a ``(2, 3)`` matrix, in float64."""
+    moved: np.ndarray = points.astype(np.float64) @ matrix[:, :2].T + matrix[:, 2]
+    return moved
+
+
+def _moved(
+    sample: Sample,
+    image: np.ndarray,
+    matrix: np.ndarray,
+    keep: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Sample:
+    """The sample with another picture and everything annotated moved along.
+
+    Args:
+        sample: before.
+        image: the picture after.
+        matrix: ``(2, 3)``, from coordinates before to coordinates after.
+        keep: tells of ``(N, 2)`` float64 places before which of them stay; all if ``None``.
+    """
+    points, boxes, exemplars = sample.points, sample.boxes, sample.exemplars
+    labels, box_labels = sample.labels, sample.box_labels
+    if keep is not None:
+        kept = keep(points.astype(np.float64))
+        kept_boxes = kept if pairs_up(points, labels, boxes, box_labels) else keep(_centres(boxes))
+        points, labels = points[kept], labels[kept]
+        boxes, box_labels = boxes[kept_boxes], box_labels[kept_boxes]
+        exemplars = exemplars[keep(_centres(exemplars))]
+    frame = np.array(image.shape[1::-1], np.float64)
+    return replace(
+        sample,
+        image=image,
+        points=_apply(matrix, points).astype(np.float32),
+        labels=labels,
+        boxes=_moved_boxes(boxes, matrix, frame),
+        box_labels=box_labels,
+        exemplars=_moved_boxes(exemplars, matrix, frame),
+    )
+
+
+def _centres(boxes: np.ndarray) -> np.ndarray:
+    return boxes.astype(np.float64).reshape(-1, 2, 2).mean(1)
+
+
+def _moved_boxes(boxes: np.ndarray, matrix: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """The upright boxes around moved boxes, clipped to the frame."""
+    corners = _apply(matrix, boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]])  # (M, 4, 2)
+    limits = np.concatenate([corners.min(1), corners.max(1)], 1)
+    return np.clip(limits, 0, np.tile(frame, 2)).astype(np.float32)
 
 
 class Augmentation(ABC):
@@ -136,10 +269,10 @@ class PlainAugmentation(Augmentation):
         factor = rng.uniform(*self.scale)
         if self.crop is None:
             height, width = (max(1, round(side * factor)) for side in sample.size)
-            return moves.resize(sample, width, height)
+            return resize(sample, width, height)
         # Cutting first and resizing the piece is the same as resizing the picture, without the work.
         height, width = (max(1, round(side / factor)) for side in self.crop)
-        return moves.resize(random_crop(sample, rng, height, width), self.crop[1], self.crop[0])
+        return resize(random_crop(sample, rng, height, width), self.crop[1], self.crop[0])
 
 
 class CLIPCountAugmentation(Augmentation):
@@ -207,7 +340,7 @@ class CLIPCountAugmentation(Augmentation):
         augment = branch < self.mosaic + self.augment
         if augment:
             if sample.croppable:
-                sample = moves.affine(sample, self._random_matrix(sample.size, rng))
+                sample = affine(sample, self._random_matrix(sample.size, rng))
             sample = random_flips(sample, rng, horizontal=True, vertical=True)
         if sample.croppable:
             sample = random_crop(sample, rng, self.crop, self.crop)
@@ -267,9 +400,9 @@ def _albumentations() -> Any:
 def random_flips(sample: Sample, rng: np.random.Generator, horizontal: bool, vertical: bool) -> Sample:
     """Mirror left and right, and top and bottom, each with even odds."""
     if horizontal and rng.random() < 0.5:
-        sample = moves.flip_horizontal(sample)
+        sample = flip_horizontal(sample)
     if vertical and rng.random() < 0.5:
-        sample = moves.flip_vertical(sample)
+        sample = flip_vertical(sample)
     return sample
 
 
@@ -277,14 +410,14 @@ def random_turn(sample: Sample, rng: np.random.Generator) -> Sample:
     """Turn by a random number of quarters; by halves where a quarter would change the shape."""
     height, width = sample.size
     turns = int(rng.integers(4))
-    return moves.rot90(sample, turns if height == width else 2 * (turns % 2))
+    return rot90(sample, turns if height == width else 2 * (turns % 2))
 
 
 def random_crop(sample: Sample, rng: np.random.Generator, height: int, width: int) -> Sample:
     """Cut out ``height`` x ``width`` pixels at a random place, padded where the picture is smaller."""
     y = int(rng.integers(max(0, sample.size[0] - height) + 1))
     x = int(rng.integers(max(0, sample.size[1] - width) + 1))
-    return moves.crop(sample, x, y, width, height)
+    return crop(sample, x, y, width, height)
 
 
 def _mosaic(sample: Sample, rng: np.random.Generator, side: int) -> Sample:
@@ -299,9 +432,9 @@ def _mosaic(sample: Sample, rng: np.random.Generator, side: int) -> Sample:
         tiles = []
         for left, width in zip((0, sizes[0]), sizes, strict=True):
             square = min(round(rng.uniform(150, 384) / 384 * side), *sample.size)
-            tile = moves.resize(random_crop(sample, rng, square, square), width + 2 * margin, height + 2 * margin)
+            tile = resize(random_crop(sample, rng, square, square), width + 2 * margin, height + 2 * margin)
             tiles.append(tile.image)
-            core = moves.crop(tile, margin, margin, width, height)
+            core = crop(tile, margin, margin, width, height)
             pieces.append((core, np.array([left, top], np.float32)))
         rows.append(_cross_faded(tiles[0], tiles[1], margin))
     upper, lower = (row.transpose(1, 0, 2) for row in rows)
@@ -325,11 +458,205 @@ def _cross_faded(left: np.ndarray, right: np.ndarray, margin: int) -> np.ndarray
     return np.concatenate([left[:, margin:-overlap], blend, right[:, overlap:-margin]], 1, dtype=np.float32)
 
 
-__all__ = [
-    "Augmentation",
-    "CLIPCountAugmentation",
-    "PlainAugmentation",
-    "random_crop",
-    "random_flips",
-    "random_turn",
-]
+Rule = Literal["correct", "official"]
+
+
+class CrowdAugmentation(Augmentation):
+    """A random square resized to ``crop``, flips, and at times other colours, blur, and salt and pepper.
+
+    The square has ``int(crop * s)`` pixels, s uniform in ``scale``, or the picture's shorter side where that is less;
+    the reference enlarges such a picture until the square fits, which shows the same. It is cut out of the uint8
+    picture before anything is converted, so the time does not depend on the picture's size. A point goes with the
+    square that holds it: squares are half-open, except at the picture's own right and lower border. Counts-only
+    pictures get colours and flips alone.
+
+    Three rules of the reference implementation are kept under the name ``official``: its flip takes a point from x to
+    W - 1 - x (clamped), a pixel too far to the left; its blur is always the same vertical one, with a sigma of
+    ``blur[0]`` along rows and ``blur[1]`` along columns; its salt and pepper falls on each channel on its own, which
+    colours it. One difference stays: values that bicubic resizing takes out of the range are clipped.
+
+    Args:
+        crop: side of the square that comes out.
+        scale: range of the square's side before it is resized, as a multiple of ``crop``; above 1 it shows more.
+        crops: how many samples are taken of each picture, which is decoded once.
+        flip: mirror left and right with even odds.
+        vflip: mirror top and bottom with even odds.
+        rot90: turn by a random number of quarters; these two suit microscopy.
+        jitter: strength of brightness, contrast, saturation and hue jitter; hue in turns of the colour circle.
+        jitter_probability: of the jitter.
+        blur: range of the Gaussian blur's sigma, in pixels.
+        blur_kernel: side of the blur's kernel, an odd number of pixels.
+        blur_probability: of the blur.
+        noise: share of the pixels that become white, and of those that become black.
+        noise_probability: of the noise.
+        flip_rule, blur_rule, noise_rule: ``correct`` or ``official``, see above.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        crop: int = 448,
+        scale: tuple[float, float] = (1.0, 2.0),
+        crops: int = 1,
+        flip: bool = True,
+        vflip: bool = False,
+        rot90: bool = False,
+        jitter: tuple[float, float, float, float] = (0.1, 0.1, 0.1, 0.0),
+        jitter_probability: float = 0.2,
+        blur: tuple[float, float] = (0.1, 5.0),
+        blur_kernel: int = 5,
+        blur_probability: float = 0.2,
+        noise: tuple[float, float] = (1e-3, 1e-3),
+        noise_probability: float = 0.5,
+        flip_rule: Rule = "correct",
+        blur_rule: Rule = "correct",
+        noise_rule: Rule = "correct",
+    ) -> None:
+        rules = ("correct", "official")
+        probability = "a probability of 0 to 1"
+        _check("crop", crop, crop >= 1, "at least 1 pixel")
+        _check("scale", scale, 0 < scale[0] <= scale[1] < float("inf"), "0 < lowest <= highest")
+        _check("crops", crops, crops >= 1, "at least 1 crop of each picture")
+        _check("jitter", jitter, min(jitter) >= 0 and jitter[3] <= 0.5, "four strengths of at least 0, hue up to 0.5")
+        _check("jitter_probability", jitter_probability, 0 <= jitter_probability <= 1, probability)
+        _check("blur", blur, 0 < blur[0] <= blur[1] < float("inf"), "0 < lowest <= highest sigma in pixels")
+        _check("blur_kernel", blur_kernel, blur_kernel >= 1 and blur_kernel % 2 == 1, "an odd number of pixels")
+        _check("blur_probability", blur_probability, 0 <= blur_probability <= 1, probability)
+        _check("noise", noise, min(noise) >= 0 and sum(noise) <= 1, "shares of white and black that sum to 1 at most")
+        _check("noise_probability", noise_probability, 0 <= noise_probability <= 1, probability)
+        _check("flip_rule", flip_rule, flip_rule in rules, "'correct' or 'official'")
+        _check("blur_rule", blur_rule, blur_rule in rules, "'correct' or 'official'")
+        _check("noise_rule", noise_rule, noise_rule in rules, "'correct' or 'official'")
+        self.crop = crop
+        self.scale = scale
+        self.crops = crops
+        self.flip = flip
+        self.vflip = vflip
+        self.rot90 = rot90
+        self.jitter = jitter
+        self.jitter_probability = jitter_probability
+        self.blur = blur
+        self.blur_kernel = blur_kernel
+        self.blur_probability = blur_probability
+        self.noise = noise
+        self.noise_probability = noise_probability
+        self.flip_rule = flip_rule
+        self.blur_rule = blur_rule
+        self.noise_rule = noise_rule
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if sample.croppable:
+            side = min(max(1, int(self.crop * rng.uniform(*self.scale))), *sample.size)
+            sample = resize(random_crop(sample, rng, side, side), self.crop, self.crop, bicubic)
+        if self.flip and rng.random() < 0.5:
+            sample = flip_horizontal(sample) if self.flip_rule == "correct" else official_flip(sample)
+        if self.vflip and rng.random() < 0.5:
+            sample = flip_vertical(sample)
+        if self.rot90:
+            sample = random_turn(sample, rng)
+        return replace(sample, image=self._recoloured(sample.image, rng))
+
+    def _recoloured(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if rng.random() < self.jitter_probability:
+            image = jittered(image, self.jitter, rng)
+        if rng.random() < self.blur_probability:
+            sigmas = self.blur if self.blur_rule == "official" else (rng.uniform(*self.blur),) * 2
+            image = blurred(image, sigmas, self.blur_kernel)
+        if rng.random() < self.noise_probability:
+            image = salted(image, self.noise, rng, per_channel=self.noise_rule == "official")
+        return image
+
+
+def bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resample a uint8 picture by bicubic interpolation, low-pass filtered where it shrinks, clipped to 0..255.
+
+    By torch's kernel for uint8, about five times faster than its kernel for floats and equal to it within a grey level,
+    but that values are clipped after either direction. OpenCV's cubic interpolation has no low-pass filter.
+
+    Args:
+        image: ``(h, w, 3)``.
+        width, height: of the result.
+    """
+    picture = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, h, w), a view
+    resized = interpolate(picture, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def official_flip(sample: Sample) -> Sample:
+    """Mirror left and right with the reference's points: x becomes W - 1 - x, and 0 where that is negative.
+
+    The picture, boxes and exemplars are mirrored as they should be.
+    """
+    mirrored = flip_horizontal(sample)
+    x = np.clip(sample.size[1] - 1 - sample.points[:, 0], 0, None)
+    return replace(mirrored, points=np.stack([x, sample.points[:, 1]], 1))
+
+
+def jittered(image: np.ndarray, strength: tuple[float, float, float, float], rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, saturation and hue changed by random amounts, in random order.
+
+    The first three blend the picture with black, with its mean grey and with its own greyscale: by a factor f drawn
+    from 1 - strength to 1 + strength, a value v becomes ``f * v + (1 - f) * other``.
+
+    Args:
+        image: ``(H, W, 3)`` uint8 RGB.
+        strength: of brightness, contrast, saturation and hue.
+        rng: draws the order and the amounts.
+    """
+    levels = np.arange(256)
+    grey = np.array([0.299, 0.587, 0.114])
+    for kind in rng.permutation(4):
+        if not strength[kind]:
+            continue
+        if kind == 3:
+            hue = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+            hue[..., 0] += np.uint8(round(256 * rng.uniform(-strength[3], strength[3])) % 256)  # wraps around
+            image = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB_FULL)
+            continue
+        factor = rng.uniform(max(0, 1 - strength[kind]), 1 + strength[kind])
+        if kind == 2:
+            image = cv2.transform(image, factor * np.eye(3) + (1 - factor) * grey)  # rows are alike: the same grey
+            continue
+        other = 0 if kind == 0 else grey @ cv2.mean(image)[:3]
+        table = np.rint(factor * levels + (1 - factor) * other)
+        image = cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8))
+    return image
+
+
+def blurred(image: np.ndarray, sigmas: tuple[float, float], kernel: int) -> np.ndarray:
+    """Gaussian blur, reflected at the border.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        sigmas: along rows (x) and along columns (y), in pixels.
+        kernel: its side in pixels; the Gaussian is cut off there.
+    """
+    along_x, along_y = (cv2.getGaussianKernel(kernel, sigma) for sigma in sigmas)
+    return cv2.sepFilter2D(image, -1, along_x, along_y, borderType=cv2.BORDER_REFLECT_101)
+
+
+def salted(
+    image: np.ndarray, share: tuple[float, float], rng: np.random.Generator, *, per_channel: bool = False
+) -> np.ndarray:
+    """Salt and pepper: each pixel becomes white, black, or stays, independently of the others.
+
+    Args:
+        image: ``(H, W, 3)`` uint8; stays as it is.
+        share: probability of white, and of black.
+        rng: draws how many pixels become which, and then their places.
+        per_channel: draw for each channel of a pixel on its own.
+    """
+    noisy = image.copy(order="C")
+    cells = noisy.reshape(-1) if per_channel else noisy.reshape(-1, 3)
+    white, black, _ = rng.multinomial(len(cells), [*share, 1 - sum(share)])
+    chosen = rng.choice(len(cells), white + black, replace=False)
+    cells[chosen[:white]] = 255
+    cells[chosen[white:]] = 0
+    return noisy
+
+
+def _check(name: str, value: Any, right: bool, expected: str) -> None:
+    if not right:
+        raise InputError(f"augmentation.{name} is {value!r}; expected {expected}")

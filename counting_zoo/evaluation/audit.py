@@ -4,26 +4,573 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import math
+import time
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from counting_zoo.counter import Counter
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.data.fingerprint import fingerprint
-from counting_zoo.data.progress import progress
+from counting_zoo.data.checks import fingerprint
+from counting_zoo.data.dataset import CountingDataset
 from counting_zoo.data.records import Record, Split, present_names
-from counting_zoo.errors import InputError
-from counting_zoo.evaluation.asking import Asker, Cost, check_listens, model_sha256
-from counting_zoo.evaluation.audit_prompts import EMPTY, NONSENSE, PARAPHRASES
-from counting_zoo.evaluation.audit_questions import GRIDS, AskedMosaic, AskedPicture, Questions
-from counting_zoo.evaluation.finished import FinishedPictures, picture_key
-from counting_zoo.evaluation.page import Picture
-from counting_zoo.geometry import Preprocess
+from counting_zoo.errors import ImageError, InputError
+from counting_zoo.evaluation.audit_metrics import grid_matches
+from counting_zoo.evaluation.counting import FinishedPictures, picture_key
+from counting_zoo.evaluation.report import Picture
+from counting_zoo.geometry import Preprocess, resize_image, scale_points
+from counting_zoo.io import progress
+from counting_zoo.loading import model_sha256
+from counting_zoo.module import Counter
+from counting_zoo.ops import points_to_grid, resize_density, sum_blocks
+from counting_zoo.types import CountOutput
 from counting_zoo.version import __version__
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """A picture above another one, with the points of both.
+
+    Args:
+        image: ``(3, 2 h, w)`` uint8 with ``w = min`` of the two pictures' heights and ``h = w // 2``; rows 0 to h are
+            the upper picture.
+        points: ``(N, 2)`` float32 x, y: those of the upper picture above row h, then those of the lower one.
+        n_upper: how many of them are the upper picture's.
+    """
+
+    image: Tensor
+    points: Tensor
+    n_upper: int
+
+
+def make_mosaic(upper: Tensor, lower: Tensor, upper_points: Tensor, lower_points: Tensor) -> Mosaic:
+    """Stack two pictures as PrACo does: each is squeezed to twice as wide as high, bicubic with antialiasing.
+
+    Args:
+        upper, lower: ``(3, H, W)`` uint8, of any sizes.
+        upper_points, lower_points: ``(N, 2)`` x, y in the closed interval of either picture.
+
+    Raises:
+        InputError: a picture is less than 2 pixels high.
+
+    Example:
+        >>> mosaic = make_mosaic(*torch.zeros(2, 3, 10, 6).byte(), torch.tensor([[6.0, 10.0]]), torch.zeros(1, 2))
+        >>> tuple(mosaic.image.shape), [[round(v, 3) for v in xy] for xy in mosaic.points.tolist()]
+        ((3, 10, 10), [[10.0, 5.0], [0.0, 5.0]])
+    """
+    side = min(upper.shape[-2], lower.shape[-2])
+    if side < 2:
+        raise InputError(f"pictures of {tuple(upper.shape)} and {tuple(lower.shape)}; a mosaic needs 2 rows of each")
+    size = (side // 2, side)
+    halves = [resize_image(picture, size, antialias=True, interpolation="bicubic") for picture in (upper, lower)]
+    above = scale_points(upper_points, (upper.shape[-2], upper.shape[-1]), size)
+    # A point on the upper picture's last edge would be the lower one's: cells are half-open.
+    seam = float(np.nextafter(np.float32(size[0]), np.float32(0)))
+    above[:, 1] = above[:, 1].clamp(max=seam)
+    below = scale_points(lower_points, (lower.shape[-2], lower.shape[-1]), size)
+    below[:, 1] += size[0]
+    return Mosaic(torch.cat(halves, 1), torch.cat([above, below]), len(above))
+
+
+def choose_partners(
+    image_id: str,
+    target: str,
+    names: Sequence[str],
+    holders: Mapping[str, Sequence[str]],
+    present: Mapping[str, Collection[str]],
+    *,
+    n_classes: int | None = None,
+    seed: int = 0,
+) -> dict[str, str]:
+    """Which picture of each other class goes below a picture: the same on every machine, and whatever else is asked.
+
+    Args:
+        image_id: the upper picture.
+        target: what it will be asked about.
+        names: all classes, those of the negatives.
+        holders: ids of the pictures that show a class, by class.
+        present: the classes that each picture shows, by id; one that shows the target is never below.
+        n_classes: draw that many of the classes for which there is a picture; all if ``None``.
+        seed: of the draws.
+
+    Returns:
+        the lower picture's id by class.
+
+    Example:
+        >>> holders = {"figs": ["a"], "dates": ["b", "c"]}
+        >>> choose_partners("a", "figs", ["figs", "dates"], holders, {"b": ["dates"], "c": ["dates", "figs"]})
+        {'dates': 'b'}
+    """
+    fitting = {
+        name: [other for other in holders.get(name, ()) if other != image_id and target not in present[other]]
+        for name in names
+        if name != target
+    }
+    fitting = {name: others for name, others in fitting.items() if others}
+    rng = np.random.default_rng([seed, zlib.crc32(image_id.encode())])
+    chosen = {name: others[int(rng.integers(len(others)))] for name, others in fitting.items()}
+    if n_classes is None or n_classes >= len(chosen):
+        return chosen
+    kept = {list(chosen)[i] for i in rng.permutation(len(chosen))[:n_classes]}
+    return {name: other for name, other in chosen.items() if name in kept}
+
+
+EMPTY = (".",)
+"""Models refuse a prompt without any character; a full stop is the nearest to it that all of them take."""
+
+
+NONSENSE = ("zxqv wkrp", "snorfling quibbets", "lorem ipsum dolor")
+
+
+PARAPHRASES = (
+    "the {}",
+    "all the {}",
+    "many {}",
+    "several {}",
+    "a photo of {}",
+    "a picture of many {}",
+    "a photo with {} in it",
+    "{} in the picture",
+    "every one of the {}",
+    "count the {}",
+)
+
+
+_IRREGULAR = {
+    "person": "people",
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "mouse": "mice",
+    "goose": "geese",
+    "leaf": "leaves",
+    "loaf": "loaves",
+    "knife": "knives",
+    "shelf": "shelves",
+    "tooth": "teeth",
+    "foot": "feet",
+}
+
+
+_SINGULARS = {plural: singular for singular, plural in _IRREGULAR.items()}
+
+
+_SAME = ("sheep", "fish", "deer", "glass", "grass", "series")
+
+
+_HISSING = ("ches", "shes", "sses", "xes", "zes")
+
+
+def singular(name: str) -> str:
+    """A name with its last word in the singular, by the rules of English and a few exceptions.
+
+    Example:
+        >>> [singular(n) for n in ("red discs", "sea shells", "strawberries", "boxes", "crosses", "people", "sheep")]
+        ['red disc', 'sea shell', 'strawberry', 'box', 'cross', 'person', 'sheep']
+    """
+    head, word = _last_word(name)
+    low = word.lower()
+    if low in _SINGULARS:
+        return head + _SINGULARS[low]
+    if low in _SAME or len(low) < 3 or not low.endswith("s") or low.endswith(("ss", "us")):
+        return name
+    if low.endswith("ies") and len(low) > 4:
+        return head + word[:-3] + "y"
+    return head + (word[:-2] if low.endswith(_HISSING) else word[:-1])
+
+
+def plural(name: str) -> str:
+    """A name with its last word in the plural; one that is in the plural already stays.
+
+    Example:
+        >>> [plural(n) for n in ("red disc", "strawberry", "box", "keys", "person", "red crosses")]
+        ['red discs', 'strawberries', 'boxes', 'keys', 'people', 'red crosses']
+    """
+    if singular(name) != name:
+        return name
+    head, word = _last_word(name)
+    low = word.lower()
+    if low in _IRREGULAR:
+        return head + _IRREGULAR[low]
+    if low in _SAME[:3]:
+        return name
+    if low.endswith("y") and low[-2:-1] not in tuple("aeiou") and len(word) > 1:
+        return head + word[:-1] + "ies"
+    return f"{name}es" if low.endswith(("s", "x", "z", "ch", "sh")) else f"{name}s"
+
+
+def variants(name: str) -> dict[str, list[str]]:
+    """Other ways to ask for a name, by kind; those that are the name itself are left out.
+
+    Example:
+        >>> variants("red discs")["number"], variants("red discs")["case"], len(variants("red discs")["paraphrase"])
+        (['red disc'], ['RED DISCS', 'Red Discs'], 10)
+    """
+    found = {
+        "paraphrase": [template.replace("{}", name) for template in PARAPHRASES],
+        "number": [singular(name), plural(name)],
+        "case": [name.lower(), name.upper(), name.title()],
+    }
+    return {kind: [p for p in dict.fromkeys(prompts) if p != name] for kind, prompts in found.items()}
+
+
+def _last_word(name: str) -> tuple[str, str]:
+    head, space, word = name.rpartition(" ")
+    return head + space, word
+
+
+INDEPENDENT_WITHIN = 1e-3
+"""Counts of a prompt asked alone and among others that differ by more than this part of the larger one, or of 1, come
+from a model in which names compete."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pass for all prompts saves.
+
+    Args:
+        pictures, prompts: how many of each were asked both ways.
+        one_by_one, together: seconds.
+        difference: largest difference of a count between the two, relative to the count or to 1.
+    """
+
+    pictures: int
+    prompts: int
+    one_by_one: float
+    together: float
+    difference: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times longer one pass for each prompt takes."""
+        return self.one_by_one / self.together if self.together > 0 else math.nan
+
+
+def check_listens(model: Counter) -> None:
+    """Refuse a model that cannot be asked about any name.
+
+    Raises:
+        InputError: it does not read prompts, or knows a fixed list of names only.
+    """
+    kind = type(model).__name__
+    if not getattr(model, "text_guided", False):
+        raise InputError(
+            f"{kind} does not read a prompt when it counts, so an audit of prompts says nothing about it; expected a "
+            "text-guided model such as CLIPCount or RegionCLIPCounter"
+        )
+    if model.vocabulary is not None:
+        raise InputError(
+            f"{kind} counts {len(model.vocabulary)} fixed names and takes no other prompt; expected a text-guided "
+            "model such as CLIPCount or RegionCLIPCounter"
+        )
+
+
+class Asker:
+    """Asks prompts about pictures.
+
+    Args:
+        model: in evaluation mode. Its texts are encoded once and remembered by itself.
+        prompts_at_once: most prompts in one pass.
+    """
+
+    def __init__(self, model: Counter, prompts_at_once: int = 64) -> None:
+        self.model = model
+        self.prompts_at_once = prompts_at_once
+        #: Whether the prompts of a picture may go through together; see :meth:`compare`.
+        self.together = True
+
+    def output(self, seen: Tensor, prompts: list[str], image_id: str, stored: tuple[int, int]) -> CountOutput:
+        """One pass: what the model says of ``(3, H, W)`` as it sees it, for all prompts."""
+        outputs = self.model.count_batch([seen], [prompts], image_ids=[image_id], sizes=[stored])
+        assert isinstance(outputs, list)  # as for every list of pictures
+        return outputs[0]
+
+    def counts(self, seen: Tensor, prompts: Sequence[str], image_id: str, stored: tuple[int, int]) -> dict[str, float]:
+        """The count of each prompt.
+
+        Raises:
+            FloatingPointError: one is not finite.
+        """
+        step = self.prompts_at_once if self.together else 1
+        found: dict[str, float] = {}
+        for first in range(0, len(prompts), step):
+            asked = list(prompts[first : first + step])
+            counts = self.model.reported(self.output(seen, asked, image_id, stored).counts)[0].tolist()
+            found.update(zip(asked, counts, strict=True))
+        if not all(math.isfinite(count) for count in found.values()):
+            raise FloatingPointError(f"counts are {found}")
+        return found
+
+    def compare(self, pictures: Sequence[tuple[Tensor, str, tuple[int, int]]], prompts: Sequence[str]) -> Cost:
+        """Ask pictures all prompts in one pass and in one pass for each, and go on with what gives the counts alone.
+
+        Args:
+            pictures: as the model sees them, with their ids and stored sizes.
+            prompts: which are asked.
+        """
+        alone, together, difference = 0.0, 0.0, 0.0
+        self.together = True
+        for seen, image_id, stored in pictures:
+            self.counts(seen, prompts, image_id, stored)  # texts are encoded, and the device is warm
+            start = self._now()
+            at_once = self.counts(seen, prompts, image_id, stored)
+            middle = self._now()
+            one_by_one = {p: self.counts(seen, [p], image_id, stored)[p] for p in prompts}
+            alone, together = alone + self._now() - middle, together + middle - start
+            for prompt, count in one_by_one.items():
+                difference = max(difference, abs(at_once[prompt] - count) / max(1.0, abs(count)))
+        self.together = difference <= INDEPENDENT_WITHIN
+        return Cost(len(pictures), len(prompts), alone, together, difference)
+
+    def _now(self) -> float:
+        if torch.device(self.model.device).type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+GRIDS = (2, 4, 8)
+
+
+BLANKS = {"black": 0, "grey": 128, "white": 255}
+
+
+COSTED, COSTED_NAMES = 2, 32
+"""So many pictures and names are also asked one by one, to see that the counts are the same and what that costs."""
+
+
+FAILURES = (InputError, FloatingPointError, RuntimeError)
+"""What ends the work on a picture, and not the audit; the last is torch's, of pictures too small or too large."""
+
+
+@dataclass(frozen=True)
+class AskedPicture:
+    """What a model said of one picture.
+
+    Args:
+        image_id: of the picture.
+        target: its own name: the first that it shows; ``None`` where it shows nothing that is asked about.
+        present: every name that it is known to show.
+        truth: true count of each class.
+        counts: count of each prompt.
+        both: count of both names asked together, where the picture shows exactly two.
+    """
+
+    image_id: str
+    target: str | None
+    present: list[str]
+    truth: dict[str, float]
+    counts: dict[str, float]
+    both: float | None = None
+
+
+@dataclass(frozen=True)
+class AskedMosaic:
+    """What a model said of a picture above another one, asked for the upper picture's own name.
+
+    Args:
+        image_id: of the upper picture.
+        name: class for which the lower one was chosen.
+        below: id of the lower picture.
+        truth: objects in the upper half.
+        upper, lower: counts of the halves.
+        tp, fp: :func:`~counting_zoo.evaluation.audit_metrics.grid_matches` on each of :data:`GRIDS`.
+    """
+
+    image_id: str
+    name: str
+    below: str
+    truth: float
+    upper: float
+    lower: float
+    tp: list[float]
+    fp: list[float]
+
+
+@dataclass
+class Questions:
+    """What is asked about each picture.
+
+    Args:
+        model: text-guided.
+        data: the pictures of a split as they are stored; unreadable ones are tolerated.
+        names: classes that every picture is asked about.
+        shown: the names that each picture is known to show, by id.
+        tests: which tests the answers are for.
+        mosaics: how many classes are drawn for a picture's mosaics; 0 for all.
+        seed: of the mosaics' partners and of noise.
+        asker: asks the model.
+    """
+
+    model: Counter
+    data: CountingDataset
+    names: list[str]
+    shown: dict[str, list[str]]
+    tests: list[str]
+    mosaics: int
+    seed: int
+    asker: Asker
+
+    def __post_init__(self) -> None:
+        self.data.choose_names = lambda record, rng: list(self.names)
+        self.place = {record.image_id: i for i, record in enumerate(self.data.records)}
+        self.holders: dict[str, list[str]] = {}
+        for image_id, present in self.shown.items():
+            for name in present:
+                self.holders.setdefault(name, []).append(image_id)
+
+    def picture(self, image_id: str) -> dict[str, Any]:
+        """The picture as it is stored, with its annotation.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        item = self.data[self.place[image_id]]
+        assert isinstance(item, dict)  # there are no crops without augmentation
+        if "failed" in item:
+            raise ImageError(item["failed"][1])
+        return item
+
+    def target(self, image_id: str) -> str | None:
+        """The first name that a picture shows, of those asked about."""
+        return next((name for name in self.shown[image_id] if name in self.names), None)
+
+    def prompts(self, target: str | None) -> list[str]:
+        """Everything that a picture is asked, each once."""
+        prompts = list(self.names)
+        if "labelfree" in self.tests:
+            prompts += [*EMPTY, *NONSENSE]
+            if target is not None:
+                prompts += [prompt for kind in variants(target).values() for prompt in kind]
+        return list(dict.fromkeys(prompts))
+
+    def of(self, image_id: str) -> dict[str, Any]:
+        """All answers about one picture, as plain data; what cannot be counted is under ``failed``."""
+        found: dict[str, Any] = {"picture": None, "mosaics": [], "failed": []}
+        try:
+            item = self.picture(image_id)
+            found["picture"] = asdict(self._asked(item))
+        except FAILURES as error:
+            found["failed"].append((image_id, f"{type(error).__name__}: {error}"))
+            return found
+        target = self.target(image_id)
+        if "mosaic" not in self.tests or target is None:
+            return found
+        below = choose_partners(
+            image_id, target, self.names, self.holders, self.shown, n_classes=self.mosaics or None, seed=self.seed
+        )
+        for name, partner in below.items():
+            try:
+                found["mosaics"].append(asdict(self._mosaic(item, target, name, partner)))
+            except FAILURES as error:
+                found["failed"].append((f"{image_id} above {partner}", f"{type(error).__name__}: {error}"))
+        return found
+
+    def _asked(self, item: dict[str, Any]) -> AskedPicture:
+        image_id, seen = item["image_id"], self.model.preprocess(item["image"])
+        target, present = self.target(image_id), [n for n in self.shown[image_id] if n in self.names]
+        counts = self.asker.counts(seen, self.prompts(target), image_id, item["original_size"])
+        both = None
+        if "pairs" in self.tests and len(present) == 2:
+            both = sum(counts[name] for name in present)
+            if not self.asker.together:  # names compete, so asking for both is another question
+                both = float(self.asker.output(seen, present, image_id, item["original_size"]).counts.sum())
+        truth = dict(zip(self.names, item["counts"].tolist(), strict=True))
+        return AskedPicture(image_id, target, list(self.shown[image_id]), truth, counts, both)
+
+    def _mosaic(self, item: dict[str, Any], target: str, name: str, partner: str) -> AskedMosaic:
+        image_id = item["image_id"]
+        points = item["points"][item["labels"] == self.names.index(target)]
+        mosaic = make_mosaic(item["image"], self.picture(partner)["image"], points, points[:0])
+        stored = (int(mosaic.image.shape[1]), int(mosaic.image.shape[2]))
+        seen = self.model.preprocess(mosaic.image)
+        size = (int(seen.shape[1]), int(seen.shape[2]))
+        density = self.asker.output(seen, [target], f"{image_id} above {partner}", stored).density[0, 0].float().cpu()
+        extent = self.model.extent(density, size)
+        halves = resize_density(density, (2, 1), extent)[:, 0].tolist()
+        if not np.isfinite(halves).all():
+            raise FloatingPointError(f"the count is {halves}")
+        finest = max(GRIDS)
+        predicted = resize_density(density.clamp(min=0), (finest, finest), extent)
+        true = points_to_grid([mosaic.points], stored, (finest, finest))[0, 0]
+        tp, fp = zip(*(_matches(predicted, true, finest // grid) for grid in GRIDS), strict=True)
+        return AskedMosaic(
+            image_id, name, partner, float(mosaic.n_upper), upper=halves[0], lower=halves[1], tp=list(tp), fp=list(fp)
+        )
+
+    def blanks(self, chosen: Sequence[str], failed: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
+        """Counts of all classes in pictures that show nothing, of the size of the first picture.
+
+        Args:
+            chosen: ids.
+            failed: gets what could not be counted.
+        """
+        item = self.first(chosen)
+        if item is None:
+            return {}
+        image: Tensor = item["image"]
+        noise = torch.from_numpy(np.random.default_rng(self.seed).integers(0, 256, tuple(image.shape), np.uint8))
+        found = {}
+        pictures = {kind: torch.full_like(image, value) for kind, value in BLANKS.items()} | {"noise": noise}
+        for kind, picture in pictures.items():
+            try:
+                seen = self.model.preprocess(picture)
+                found[kind] = self.asker.counts(seen, self.names, kind, item["original_size"])
+            except FAILURES as error:
+                failed.append((f"{kind} picture", f"{type(error).__name__}: {error}"))
+        return found
+
+    def first(self, chosen: Sequence[str]) -> dict[str, Any] | None:
+        """The first picture that can be read."""
+        for image_id in chosen:
+            try:
+                return self.picture(image_id)
+            except ImageError:
+                continue
+        return None
+
+    def compare_with_one_by_one(self, chosen: Sequence[str]) -> Cost | None:
+        """Ask a few pictures both ways; names that compete in the model are asked alone from then on."""
+        pictures: list[tuple[Tensor, str, tuple[int, int]]] = []
+        for image_id in chosen:
+            if len(pictures) == COSTED:
+                break
+            if item := self.first([image_id]):
+                pictures.append((self.model.preprocess(item["image"]), image_id, item["original_size"]))
+        names = self.names[:COSTED_NAMES] if len(self.names) > 1 else [*self.names, *NONSENSE]
+        try:
+            return self.asker.compare(pictures, names) if pictures else None
+        except FAILURES:  # said of each picture, later
+            return None
+
+    def examples(self, pictures: Sequence[AskedPicture], n: int) -> list[Picture]:
+        """Some pictures with their own name and with the absent one that is counted highest."""
+        usable = [one for one in pictures if one.target is not None]
+        kept = [usable[i * len(usable) // n] for i in range(n)] if len(usable) > n else usable
+        drawn = []
+        for one in kept:
+            assert one.target is not None
+            absent = [name for name in self.names if name not in one.present]
+            wrong = max(absent, key=lambda name: one.counts[name]) if absent else NONSENSE[0]
+            item = self.picture(one.image_id)
+            seen = self.model.preprocess(item["image"])
+            for name in (one.target, wrong):
+                output = self.asker.output(seen, [name], one.image_id, item["original_size"])
+                prediction = self.model.to_prediction(output, [name], item["original_size"], one.image_id, seen)
+                text = f"asked for {name}: {float(prediction.counts[0]):.1f} counted, {one.truth.get(name, 0):g} there"
+                drawn.append(Picture(prediction.overlay(name), one.image_id, text))
+        return drawn
+
+
+def _matches(predicted: Tensor, true: Tensor, block: int) -> tuple[float, float]:
+    tp, fp = grid_matches(sum_blocks(predicted, block).numpy(), sum_blocks(true, block).numpy())
+    return float(tp), float(fp)
+
 
 TESTS = ("negative", "mosaic", "pairs", "labelfree")
 
@@ -177,6 +724,3 @@ def _missing(names: Sequence[str], records: Iterable[Record]) -> dict[str, str]:
     if not any(len(set(present_names(record)) & set(names)) == 2 for record in records):
         found["pairs"] = "no picture shows exactly two of the classes"
     return found
-
-
-__all__ = ["TESTS", "Audit", "audit"]

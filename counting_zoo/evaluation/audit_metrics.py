@@ -16,16 +16,20 @@ import numpy as np
 
 Figures = dict[str, float]
 
+
 DECIMALS = 2
 """To which ``official`` figures round every prediction, as PrACo's files of predictions do."""
+
 
 FOLLOWS_RATIO, IGNORES_RATIO = 0.25, 0.75
 """A wrong prompt counts at most this part of what the right one does where the count follows the text; above the second
 it does not."""
 
+
 FOLLOWS_LOSS, IGNORES_LOSS = 1.5, 1.1
 """With wrong prompts the error is at least this many times the error with the right ones where the count follows the
 text; below the second it does not."""
+
 
 PRESENT_ABOVE = 0.5
 """A name is said to be in a picture when its count is above this."""
@@ -356,10 +360,3 @@ def _matched(tp: np.ndarray, counted: np.ndarray, true: np.ndarray, *, full_reca
         "cnt_f1": float(mean(mean(f1, 1))),
         "cnt_f1_zeros": float(mean(mean(np.where(asked & np.isnan(f1), 0.0, f1), 1))),
     }
-
-
-__all__ = [
-    "DECIMALS", "FOLLOWS_LOSS", "FOLLOWS_RATIO", "IGNORES_LOSS", "IGNORES_RATIO", "PRESENT_ABOVE", "Figures", "Verdict",
-    "count_ratio", "false_positive_share", "grid_matches", "localised_mosaic_scores", "mean", "mosaic_scores",
-    "multi_class_negative_label", "negative_label", "pair_figures", "shuffled_error", "spread", "verdict",
-]  # fmt: skip

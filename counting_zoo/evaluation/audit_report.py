@@ -3,19 +3,209 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from counting_zoo.evaluation.audit import Audit
-from counting_zoo.evaluation.audit_figures import audit_figures, prompt_rows
-from counting_zoo.evaluation.audit_questions import GRIDS
-from counting_zoo.evaluation.count_table import CountTable
-from counting_zoo.evaluation.document import Block, Heading, Table, Text, to_html, to_markdown
-from counting_zoo.evaluation.page import number, page, picture_section, svg
-from counting_zoo.evaluation.tables import replacing, write_table
+import numpy as np
+
+from counting_zoo.evaluation.audit import EMPTY, GRIDS, NONSENSE, AskedPicture, Audit, variants
+from counting_zoo.evaluation.audit_metrics import (
+    FOLLOWS_LOSS,
+    FOLLOWS_RATIO,
+    IGNORES_LOSS,
+    IGNORES_RATIO,
+    PRESENT_ABOVE,
+    count_ratio,
+    false_positive_share,
+    localised_mosaic_scores,
+    mosaic_scores,
+    multi_class_negative_label,
+    negative_label,
+    pair_figures,
+    shuffled_error,
+    spread,
+    verdict,
+)
+from counting_zoo.evaluation.report import (
+    Block,
+    Heading,
+    Table,
+    Text,
+    number,
+    page,
+    picture_section,
+    svg,
+    to_html,
+    to_markdown,
+)
+from counting_zoo.io import replacing, write_table
+from counting_zoo.metrics.counts import CountTable
+
+KINDS = ("right", "other present", "absent", "empty", "nonsense", "paraphrase", "number", "case")
+"""Kinds of prompts, in the order of reports."""
+
+
+def audit_figures(audit: Audit) -> dict[str, Any]:
+    """Every figure of an audit and what it was worked out from, as plain data: the same for the same answers.
+
+    A figure that is not known is ``None``.
+    """
+    own = [one for one in audit.pictures if one.target is not None]
+    counts = _kind_table(own, audit.names, lambda one: one.counts)  # (N, C)
+    truth = _kind_table(own, audit.names, lambda one: one.truth)
+    positive = np.array([audit.names.index(str(one.target)) for one in own], np.int64)
+    absent = np.array([[name not in one.present for name in audit.names] for one in own], bool)
+    absent = absent.reshape(len(own), len(audit.names))
+    right, true = counts[np.arange(len(own)), positive], truth[np.arange(len(own)), positive]
+    tests = audit.protocol["tests"]
+    wrong = np.where(absent, counts, np.nan)
+    error = float(np.abs(right - true).mean()) if own else math.nan
+    found: dict[str, Any] = {
+        "verdict": asdict(verdict(count_ratio(wrong, right), error, shuffled_error(counts, positive, true)))
+    }
+    found["verdict"] |= {
+        "follows_ratio": FOLLOWS_RATIO,
+        "ignores_ratio": IGNORES_RATIO,
+        "follows_loss": FOLLOWS_LOSS,
+        "ignores_loss": IGNORES_LOSS,
+        "constant_mae": float(np.abs(true - np.median(true)).mean()) if own else math.nan,
+    }
+    if "negative" in tests:
+        found["negative"] = negative_label(counts, positive, true, absent=absent)
+        found["negative"]["absent_above_half"] = false_positive_share(counts, absent, PRESENT_ABOVE)
+        found["negative"]["official"] = negative_label(counts, positive, true, official=True)
+        if any(len(set(one.present) & set(audit.names)) > 1 for one in own):
+            found["multi_class"] = multi_class_negative_label(counts, np.where(~absent & (truth == 0), np.nan, truth))
+    if "mosaic" in tests:
+        found["mosaic"] = _mosaics(audit, own)
+    if "pairs" in tests:
+        found["pairs"] = _pair_figures(own)
+    if "labelfree" in tests:
+        found["label_free"] = _label_free_figures(audit, own, right)
+    found["kinds"] = {kind: _distribution(values) for kind, values in _by_kind(own, audit.names).items()}
+    found["n_pictures"], found["n_without_target"] = len(own), len(audit.pictures) - len(own)
+    found["left_out"], found["failed"] = dict(audit.left_out), [list(pair) for pair in audit.failed]
+    found["classes"], found["protocol"] = list(audit.names), dict(audit.protocol)
+    return _plain(found)
+
+
+def _mosaics(audit: Audit, own: Sequence[AskedPicture]) -> dict[str, Any]:
+    """Scores of the whole halves, and on each grid."""
+    row = {one.image_id: i for i, one in enumerate(own)}
+    shape = (len(own), len(audit.names))
+    truth = np.full(len(own), np.nan)
+    upper, lower = np.full(shape, np.nan), np.full(shape, np.nan)
+    tp, fp = np.full((len(GRIDS), *shape), np.nan), np.full((len(GRIDS), *shape), np.nan)
+    for mosaic in audit.mosaics:
+        place = row[mosaic.image_id], audit.names.index(mosaic.name)
+        truth[place[0]] = mosaic.truth
+        upper[place], lower[place] = mosaic.upper, mosaic.lower
+        tp[:, *place], fp[:, *place] = mosaic.tp, mosaic.fp
+    found: dict[str, Any] = {"global": mosaic_scores(upper, lower, truth)}
+    for grid, right, many in zip(GRIDS, tp, fp, strict=True):
+        found[f"{grid}x{grid}"] = localised_mosaic_scores(right, many, truth)
+    if len(audit.mosaics) == len(own) * (len(audit.names) - 1):  # PrACo asks about all classes
+        found["official"] = mosaic_scores(upper, lower, truth, official=True)
+    return found
+
+
+def _pair_figures(own: Sequence[AskedPicture]) -> dict[str, float]:
+    pairs = [one for one in own if one.both is not None]
+    truth = [sum(one.truth.get(name, 0.0) for name in one.present) for one in pairs]
+    a = np.array([one.truth[str(one.target)] for one in pairs])
+    f_a = np.array([one.counts[str(one.target)] for one in pairs])
+    return pair_figures(a, np.array(truth) - a, f_a, np.array([one.both for one in pairs], np.float64))
+
+
+def _label_free_figures(audit: Audit, own: Sequence[AskedPicture], right: np.ndarray) -> dict[str, Any]:
+    """Checks that need no annotation but a name that is there."""
+    other = {str(one.target): variants(str(one.target)) for one in own}
+
+    def counts(prompts: Mapping[str, Sequence[str]], with_own: bool) -> np.ndarray:
+        """``(N, P)`` counts of the prompts that belong to each target."""
+        longest = max((len(asked) for asked in prompts.values()), default=0) + with_own
+        found = np.full((len(own), longest), np.nan)
+        for row, one in zip(found, own, strict=True):
+            asked = [*[str(one.target)] * with_own, *prompts[str(one.target)]]
+            row[: len(asked)] = [one.counts[prompt] for prompt in asked]
+        return found
+
+    kinds = {
+        kind: {name: prompts[kind] for name, prompts in other.items()} for kind in ("paraphrase", "number", "case")
+    }
+    every = {name: [p for prompts in found.values() for p in prompts] for name, found in other.items()}
+    return {
+        "empty_ratio": count_ratio(counts(dict.fromkeys(other, EMPTY), False), right),
+        "nonsense_ratio": count_ratio(counts(dict.fromkeys(other, NONSENSE), False), right),
+        "paraphrase_ratio": count_ratio(counts(kinds["paraphrase"], False), right),
+        "spread": {kind: spread(counts(prompts, True)) for kind, prompts in {**kinds, "all": every}.items()},
+        "blank": {
+            kind: {"mean": float(np.mean(list(said.values()))), "max": max(said.values())}
+            for kind, said in audit.blanks.items()
+        },
+    }
+
+
+def prompt_rows(audit: Audit) -> list[tuple[str, str, float | None, float]]:
+    """(picture, prompt, true count where there is one, count) of every answer."""
+    rows: list[tuple[str, str, float | None, float]] = []
+    for one in audit.pictures:
+        same = {p for kind in variants(one.target).values() for p in kind} if one.target is not None else set()
+        own = one.truth[one.target] if one.target is not None else None
+        for prompt, count in one.counts.items():
+            true = one.truth.get(prompt, own if prompt in same else 0.0)
+            rows.append((one.image_id, prompt, true, count))
+    return rows
+
+
+def _by_kind(own: Sequence[AskedPicture], names: Sequence[str]) -> dict[str, list[float]]:
+    """Count over the true count of the picture's own name, for every answer."""
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for one in own:
+        target = str(one.target)
+        if not (true := one.truth[target]):
+            continue  # all its points lay outside the picture, and were dropped
+        asked = {
+            "right": [target],
+            "other present": [name for name in one.present if name != target and name in names],
+            "absent": [name for name in names if name not in one.present],
+            "empty": list(EMPTY),
+            "nonsense": list(NONSENSE),
+            **variants(target),
+        }
+        for kind, prompts in asked.items():
+            found[kind] += [one.counts[prompt] / true for prompt in prompts if prompt in one.counts]
+    return {kind: values for kind, values in found.items() if values}
+
+
+def _distribution(values: Sequence[float]) -> dict[str, float]:
+    low, first, middle, third, high = np.percentile(values, [5, 25, 50, 75, 95]).tolist()
+    return {
+        "n": len(values),
+        "mean": float(np.mean(values)),
+        "p5": low,
+        "p25": first,
+        "median": middle,
+        "p75": third,
+        "p95": high,
+    }
+
+
+def _kind_table(own: Sequence[AskedPicture], names: Sequence[str], of: Any) -> np.ndarray:
+    return np.array([[of(one)[name] for name in names] for one in own], np.float64).reshape(len(own), len(names))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: numbers that are not finite become ``None``."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_audit(audit: Audit, folder: str | Path) -> dict[str, Any]:
@@ -44,7 +234,7 @@ def write_audit(audit: Audit, folder: str | Path) -> dict[str, Any]:
             (m.image_id, m.name, m.below, m.truth, m.upper, m.lower, *sum(zip(m.tp, m.fp, strict=True), ()))
             for m in audit.mosaics
         ],
-    )  # fmt: skip
+    )
     _write(folder / "audit.md", _markdown(title, figures, tables))
     _write(folder / "audit.html", _html(title, figures, tables, audit))
     if audit.cost is not None:
@@ -75,9 +265,12 @@ def _tables(figures: Mapping[str, Any]) -> list[Block]:
         ],
     )
     for name, tables in (
-        ("negative", _negative), ("multi_class", _multi_class), ("mosaic", _mosaic), ("pairs", _pairs),
+        ("negative", _negative),
+        ("multi_class", _multi_class),
+        ("mosaic", _mosaic),
+        ("pairs", _pairs),
         ("label_free", _label_free),
-    ):  # fmt: skip
+    ):
         if name in figures:
             blocks += tables(figures[name])
     if figures["left_out"]:
@@ -119,10 +312,12 @@ def _multi_class(found: Mapping[str, Any]) -> list[Block]:
     rows = [
         (label, _figure(found[f"{key}_macro"]), _figure(found[f"{key}_micro"]))
         for key, label in (
-            ("mnp", "MNP: mean count of absent names"), ("nmn", "NMN: the same / sum of the true counts"),
-            ("mae", "MAE of the names that are there"), ("rmse", "RMSE of the names that are there"),
+            ("mnp", "MNP: mean count of absent names"),
+            ("nmn", "NMN: the same / sum of the true counts"),
+            ("mae", "MAE of the names that are there"),
+            ("rmse", "RMSE of the names that are there"),
         )
-    ]  # fmt: skip
+    ]
     rows += [
         ("PCCN, one true count at a time", _figure(found["pccn_one_at_a_time"]), ""),
         ("PCCN, mean of the true counts", _figure(found["pccn_mean_truth"]), ""),
@@ -154,10 +349,14 @@ def _pairs(found: Mapping[str, Any]) -> list[Block]:
     rows = [
         (label, _figure(found[key]))
         for key, label in (
-            ("error_a", "|f(A) - a|"), ("error_both", "|f(A+B) - (a+b)|"), ("a_from_both", "|f(A) - (a+b)|"),
-            ("change", "|f(A) - f(A+B)|"), ("over", "f(A) > a, %"), ("nearer_both", "f(A) nearer to a+b than to a, %"),
+            ("error_a", "|f(A) - a|"),
+            ("error_both", "|f(A+B) - (a+b)|"),
+            ("a_from_both", "|f(A) - (a+b)|"),
+            ("change", "|f(A) - f(A+B)|"),
+            ("over", "f(A) > a, %"),
+            ("nearer_both", "f(A) nearer to a+b than to a, %"),
         )
-    ]  # fmt: skip
+    ]
     note = (
         f"{found['n']} pictures that show exactly two classes: a of the own name A and b of the other, B (PairTally, "
         "arXiv 2509.13939). f(A+B) is the sum of the counts of both names when both are asked together."
@@ -169,10 +368,11 @@ def _label_free(found: Mapping[str, Any]) -> list[Block]:
     ratios = [
         (label, _figure(found[key]))
         for key, label in (
-            ("empty_ratio", "empty prompt (a full stop)"), ("nonsense_ratio", "nonsense"),
+            ("empty_ratio", "empty prompt (a full stop)"),
+            ("nonsense_ratio", "nonsense"),
             ("paraphrase_ratio", "paraphrases (1 at best)"),
         )
-    ]  # fmt: skip
+    ]
     labels = {"number": "singular and plural", "case": "upper and lower case", "all": "all of these"}
     spreads = [
         (labels.get(kind, "paraphrases"), _figure(one["mean"]), _figure(one["p95"]), str(one["n"]))
@@ -264,6 +464,3 @@ def _kinds(kinds: Mapping[str, Mapping[str, float]]) -> str:
         )
     caption = "Count over the true count of the picture's own name: middle half, 5 to 95 %, median; dot: mean"
     return f"<figure>{svg(''.join(drawn), _WIDTH, height)}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-__all__ = ["write_audit"]

@@ -1,30 +1,346 @@
-"""Counting a whole split without a trainer: picture by picture, resumable, dealt out to processes."""
+"""Counts of a whole split without a trainer: image by image, resumable, dealt out to processes, with their cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import csv
+import ctypes
+import gc
+import hashlib
+import json
+import logging
+import math
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, ItemsView, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Self, TextIO, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from counting_zoo.counter import Counter
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import collate
-from counting_zoo.data.progress import progress
-from counting_zoo.data.records import Record, Split
+from counting_zoo.data.records import Record, Split, ask
 from counting_zoo.errors import InputError, NamesError
-from counting_zoo.evaluation.count_table import COLUMNS, CountTable
-from counting_zoo.evaluation.finished import FinishedPictures, picture_key
-from counting_zoo.metrics import grid_errors
-from counting_zoo.prompts import known_names
+from counting_zoo.geometry import Preprocess
+from counting_zoo.io import progress, unsafe_cell
+from counting_zoo.metrics.counts import COLUMNS, CountTable, grid_errors
+from counting_zoo.metrics.statistics import JOIN
+from counting_zoo.module import Counter, CountingModule, known_names
+from counting_zoo.prediction import Prediction
 from counting_zoo.types import Batch, CountOutput
 
+
+class FinishedPictures:
+    """What is known of each picture, by id; used as a context.
+
+    Args:
+        path: the file, which is read first and then added to; a line that an interruption left half written is no
+            picture. ``None`` keeps everything in memory only.
+
+    Example:
+        >>> with FinishedPictures(None) as finished:
+        ...     finished.add("a.jpg", {"count": 3})
+        ...     "a.jpg" in finished, finished["a.jpg"]
+        (True, {'count': 3})
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+        self._found: dict[str, dict[str, Any]] = {}
+        if path is None or not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                image_id, content = json.loads(line)
+            except (ValueError, TypeError):
+                continue
+            self._found[image_id] = content
+
+    def __enter__(self) -> Self:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._file.write("\n")  # ends a line that an interruption left half written
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._found
+
+    def __getitem__(self, image_id: str) -> dict[str, Any]:
+        return self._found[image_id]
+
+    def items(self) -> ItemsView[str, dict[str, Any]]:
+        """Ids and what is known, in the order in which they were finished."""
+        return self._found.items()
+
+    def add(self, image_id: str, content: dict[str, Any]) -> None:
+        """Keep what is known of a picture; the same as it will be read again."""
+        line = json.dumps([image_id, content], allow_nan=False)  # in ASCII, as ids may hold separators of lines
+        self._found[image_id] = json.loads(line)[1]
+        if self._file is not None:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+
+def picture_key(datamodule: CountingDataModule, record: Record) -> str:
+    """What finished work on a picture is kept under: its id, and a hash of its file as evaluation reads it.
+
+    The annotation does not tell a picture from another one of the same name: the same pictures with noise, say, or a
+    file that was replaced.
+    """
+    try:
+        content = datamodule.read_verified(record)
+    except (InputError, OSError):
+        content = b""  # whoever opens the picture says what is wrong with it
+    return f"{hashlib.sha256(content).hexdigest()[:16]} {record.image_id}"
+
+
+MEBI = 2**20
+
+
+class Costs(TypedDict):
+    """What :func:`measure_costs` finds."""
+
+    pictures_per_second: float
+    seconds_per_picture: float
+    peak_memory_mib: float | None  # beyond what was in use before; None where the system does not tell
+    parameters: int
+    pictures: int
+    megapixels: float  # of a picture, on average
+    device: str
+    threads: int
+
+
+def measure_costs(model: Counter, pictures: Sequence[Tensor], names: Sequence[list[str]], *, repeats: int = 3) -> Costs:
+    """Count the same pictures several times, one by one as evaluation does, after a first round that is not timed.
+
+    Args:
+        model: in evaluation mode, on its device.
+        pictures: ``(3, H_i, W_i)``, as the model's ``preprocess`` leaves them.
+        names: what each is asked about.
+        repeats: timed rounds; their median is given.
+
+    Returns:
+        Pictures each second without reading and resizing; the most memory that counting took: of the device where it
+        is CUDA, else of the process.
+
+    Raises:
+        InputError: there is no picture.
+    """
+    if not pictures:
+        raise InputError("no picture to measure the cost of counting on")
+    device = torch.device(model.device)
+    seconds: list[float] = []
+    with torch.inference_mode(), _peak_memory(device) as peak:
+        for round_ in range(repeats + 1):
+            start = time.perf_counter()
+            for picture, asked in zip(pictures, names, strict=True):
+                model.count_batch([picture], [asked])
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if round_:
+                seconds.append(time.perf_counter() - start)
+    each = statistics.median(seconds) / len(pictures)
+    return {
+        "pictures_per_second": 1 / each,
+        "seconds_per_picture": each,
+        "peak_memory_mib": None if not peak else peak[0] / MEBI,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "pictures": len(pictures),
+        "megapixels": sum(p.shape[1] * p.shape[2] for p in pictures) / len(pictures) / 1e6,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextlib.contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """A list that holds, at the end, the bytes taken at most beyond those in use at the start; empty if unknown."""
+    found: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    before_resident = _resident("VmRSS:") if _forget_peak() else None
+    yield found
+    after = _resident("VmHWM:")
+    if before_resident is not None and after is not None:
+        found.append(max(0, after - before_resident))
+
+
+def _forget_peak() -> bool:
+    """Give unused memory back and let the process's high-water mark begin anew, as Linux and glibc can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+log = logging.getLogger(__name__)
+
+
+COUNT_NAMES = ("count", "predicted", "prediction")
+
+
+TOTAL = ""
+"""Name of a row that says how many objects of all names there are."""
+
+
+def read_counts(path: str | Path) -> dict[str, dict[str, float]]:
+    """Counts by picture and name.
+
+    Args:
+        path: CSV with the columns ``image``, ``count`` (or ``predicted``) and, where several names are asked about,
+            ``name``; others are ignored, so ``counts.csv`` of ``predict`` will do.
+
+    Raises:
+        InputError: the file cannot be read, lacks a column, says two things of one picture, or a count is no number.
+    """
+    path = Path(path)
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            column = next((name for name in COUNT_NAMES if name in columns), None)
+            if column is None or "image" not in columns:
+                raise InputError(
+                    f"{path}: its columns are {', '.join(columns) or 'none'}; expected image, count and, where several "
+                    "names are asked about, name"
+                )
+            for line in reader:
+                image, name = unsafe_cell(line["image"] or ""), unsafe_cell(line.get("name") or TOTAL)
+                try:
+                    count = float(line[column] or "nothing")
+                except ValueError:
+                    count = math.nan
+                if not math.isfinite(count):
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: {column} of {image!r} is {line[column]!r}; expected a number"
+                    )
+                if name in found[image]:
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: a second count of {name or 'all'!r} in {image!r}"
+                    )
+                found[image][name] = count
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a table of counts: {error}") from error
+    return dict(found)
+
+
+def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Split) -> CountedSplit:
+    """The counts of a file beside the true ones of a split.
+
+    Pictures are found by their id, else by their file name with or without suffix, where that is the only one of its
+    kind; a warning says where the file has another folder, which may be another split. A file without names, or with
+    the names of a picture joined by " + ", is compared with the sum of the names asked about.
+
+    Args:
+        path: see :func:`read_counts`.
+        datamodule: whose ``prompts`` say which names each picture is asked about.
+        split: what is scored.
+
+    Returns:
+        The table, and as ``failed`` the pictures the file says nothing of.
+
+    Raises:
+        InputError: see :func:`read_counts`; or no picture of the file is in the split.
+    """
+    counts = read_counts(path)
+    records = datamodule.records(split)
+    choose_names = datamodule.evaluation_dataset(split, Preprocess()).choose_names
+    ids = _matched([r.image_id for r in records], list(counts))
+    if not ids:
+        raise InputError(
+            f"{path}: none of its {len(counts)} pictures ({', '.join(list(counts)[:3])}, ...) is in the {split} split "
+            f"({', '.join(r.image_id for r in records[:3])}, ...)"
+        )
+    if moved := [(theirs, ours) for ours, theirs in ids.items() if theirs != ours and "/" in theirs]:
+        log.warning(
+            "%s: %d pictures of other folders were taken for those of the same name, such as %r for %r",
+            path,
+            len(moved),
+            *moved[0],
+        )
+    rows: list[tuple[str, str, float, float]] = []
+    failed = []
+    for record in records:
+        asked = ask(record, choose_names(record, None))
+        said = counts.get(ids.get(record.image_id, ""))
+        if said is None or asked.counts is None:
+            failed.append((record.image_id, "no count in the file" if said is None else "no true count"))
+        elif not asked.classes:
+            failed.append((record.image_id, NO_NAME))
+        elif set(said) <= {TOTAL, joined := JOIN.join(asked.classes)}:
+            rows.append((record.image_id, joined, float(asked.counts.sum()), said.get(joined, said.get(TOTAL, 0.0))))
+        elif missing := [name for name in asked.classes if name not in said]:
+            failed.append((record.image_id, f"no count of {', '.join(map(repr, missing[:5]))} in the file"))
+        else:
+            rows += [
+                (record.image_id, name, float(target), said[name])
+                for name, target in zip(asked.classes, asked.counts, strict=True)
+            ]
+    return CountedSplit(CountTable.of(rows), failed)
+
+
+def _matched(wanted: list[str], given: list[str]) -> dict[str, str]:
+    """The file's id for each wanted picture that it has."""
+    there = set(given)
+    found = {image_id: image_id for image_id in wanted if image_id in there}
+    keys: tuple[Callable[[str], str], ...] = (lambda i: PurePosixPath(i).name, lambda i: PurePosixPath(i).stem)
+    for key in keys:
+        ours, theirs = _by(wanted, key), _by(given, key)
+        for name, image_ids in ours.items():
+            if len(image_ids) == len(theirs.get(name, [])) == 1:
+                found.setdefault(image_ids[0], theirs[name][0])
+    return found
+
+
+def _by(image_ids: list[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for image_id in image_ids:
+        grouped[key(image_id)].append(image_id)
+    return grouped
+
+
 Row = list[str | float | None]
+
+
 NO_NAME = (
     "asked about nothing, as its annotation names nothing; data.prompts: all or data.merge_classes asks every picture"
 )
@@ -180,7 +496,7 @@ def _rows(model: Counter, batch: Batch, output: CountOutput) -> list[Row]:
 
 
 def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
-    """What the processes have left in ``parts``, by :func:`~counting_zoo.evaluation.finished.picture_key`."""
+    """What the processes have left in ``parts``, by :func:`~counting_zoo.evaluation.counting.picture_key`."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(parts.glob("*.jsonl")) if parts is not None else []:
         for image_id, one in FinishedPictures(path).items():
@@ -189,4 +505,12 @@ def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
     return found
 
 
-__all__ = ["NO_NAME", "CountedSplit", "count_split", "read_parts"]
+@torch.no_grad()
+def count_again(module: CountingModule, batch: Batch, index: int, names: list[str]) -> Prediction:
+    """One picture of an evaluation batch, counted once more, with what drawing needs."""
+    image = batch["image"][index]
+    size = (int(image.shape[-2]), int(image.shape[-1]))
+    stored = batch["original_size"][index] if "original_size" in batch else size
+    output = module.count_batch([image], [names], image_ids=[batch["image_id"][index]], sizes=[stored])
+    assert isinstance(output, list)  # as for every list of pictures
+    return module.to_prediction(output[0], names, size, batch["image_id"][index], image)

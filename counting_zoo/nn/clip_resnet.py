@@ -210,6 +210,8 @@ class CLIPResNetModel(nn.Module):
 
 
 _VISION_DEFAULTS: dict[str, Any] = {"image_size": 224, "attention_pool": True}
+
+
 # word_tokenizer's begin and end of text; CLIP's own are above a small vocabulary.
 _TEXT_DEFAULTS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
@@ -239,6 +241,3 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
         "text_config": _TEXT_DEFAULTS | dict(config["text_config"]),
         "attn_implementation": attention,
     }
-
-
-__all__ = ["AttentionPool", "Bottleneck", "CLIPResNet", "CLIPResNetModel"]

@@ -14,34 +14,41 @@ import torch
 from torch import Tensor, nn
 
 from counting_zoo.errors import InputError, WeightsError
-from counting_zoo.nn.clip_layout import is_resnet, openai_to_huggingface, openai_to_resnet, to_openai
-from counting_zoo.nn.clip_regions import RegionEncoder, ResNetRegions, StemRegions, ViTRegions
+from counting_zoo.nn.clip import is_resnet, openai_to_huggingface, openai_to_resnet, to_openai
 from counting_zoo.nn.clip_resnet import CLIPResNet
-from counting_zoo.nn.prompted_vit import PromptedViT
-from counting_zoo.nn.text import TextTower
-from counting_zoo.nn.tokenizer import TokenizerLike
-from counting_zoo.nn.vision import DenseViT
-from counting_zoo.nn.weight_files import stored_settings
+from counting_zoo.nn.regions import RegionEncoder, ResNetRegions, StemRegions, ViTRegions
+from counting_zoo.nn.text import TextTower, TokenizerLike
+from counting_zoo.nn.vision import DenseViT, PromptedViT
+from counting_zoo.nn.weights import stored_settings
 
 SMALL = "small"
 """The name of the zoo's own small CLIP, which comes with the package."""
+
 
 # Where the parts of a CLIP stand in each module: the prefix of its own names beside that of transformers'.
 _PARTS: dict[type[nn.Module], dict[str, str]] = {
     ViTRegions: {"vision_model.": "vision_model.", "visual_projection.": "visual_projection."},
     ResNetRegions: {"visual.": "visual.", "attnpool.": "attnpool."},
     StemRegions: {
-        "vision.model.": "vision_model.", "vision.stem.": "stem.", "vision.lateral.": "lateral.",
-        "vision.fuse.": "fuse.", "visual_projection.": "visual_projection.",
+        "vision.model.": "vision_model.",
+        "vision.stem.": "stem.",
+        "vision.lateral.": "lateral.",
+        "vision.fuse.": "fuse.",
+        "visual_projection.": "visual_projection.",
     },
     DenseViT: {"model.": "vision_model.", "stem.": "stem.", "lateral.": "lateral.", "fuse.": "fuse."},
     PromptedViT: {"model.": "vision_model."},
     CLIPResNet: {"": "visual."},
     TextTower: {"model.": "text_model.", "projection.": "text_projection."},
-}  # fmt: skip
+}
+
+
 _TEXT = ("text_model.", "text_projection.", "logit_scale")
+
+
 # What some counters do without, and a file may therefore have more than they need.
 _SPARE = ("visual_projection.", "vision_model.post_layernorm.", "attnpool.")
+
 
 _UNSEEN = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 """Settings of a transformer that its weights do not show."""
@@ -237,15 +244,3 @@ def _load(module: nn.Module, given: dict[str, Tensor], source: str, tower: str) 
             f"{'; '.join(differences)}. Give both the same clip (and stem)"
         )
     module.load_state_dict(all_own | {ours: given[theirs] for theirs, ours in names.items() if theirs in given})
-
-
-__all__ = [
-    "SMALL",
-    "PretrainedCLIP",
-    "clip_state",
-    "load_text",
-    "load_vision",
-    "read_pretrained",
-    "small_file",
-    "write_pretrained",
-]

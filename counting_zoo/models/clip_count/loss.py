@@ -2,11 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, grid_sample, normalize
+from torch.nn.functional import adaptive_max_pool2d, cross_entropy, grid_sample, interpolate, max_pool2d, normalize
+
+from counting_zoo.ops import Size, dilate, gaussian_radius, points_to_counts, points_to_grid
+
+
+def positive_patches(
+    points: Sequence[Tensor],
+    size: Size,
+    grid: Size,
+    *,
+    labels: Sequence[Tensor] | None = None,
+    num_classes: int = 1,
+    sigma: float = 0.0,
+    truncate: float = 4.0,
+    validate: bool = True,
+) -> Tensor:
+    """Which patches of each picture hold an object of each class.
+
+    Args:
+        points, size, labels, num_classes, validate: as in :func:`~counting_zoo.ops.points_to_counts`.
+        grid: number of patches along height and width.
+        sigma: if above 0, a patch that only the Gaussian around a point reaches is positive too (pixels).
+        truncate: the Gaussian ends at this many standard deviations.
+
+    Returns:
+        ``(B, K, *grid)`` bool.
+    """
+    radius = gaussian_radius(sigma, truncate)
+    if radius == 0:
+        return points_to_grid(points, size, grid, labels=labels, num_classes=num_classes, validate=validate) > 0
+    counts = points_to_counts(points, size, labels=labels, num_classes=num_classes, validate=validate)
+    return adaptive_max_pool2d(dilate(counts, radius), grid) > 0
+
+
+def positive_patches_of_density(density: Tensor, inner: Size, patch: int) -> Tensor:
+    """The positives as the reference of CLIP-Count finds them: in a map subsampled to the encoder's input size.
+
+    Args:
+        density: ``(B, K, H, W)`` target map, already blurred.
+        inner: height and width of the encoder's input (224, 224).
+        patch: side of a patch of that input.
+
+    Returns:
+        ``(B, K, inner[0] // patch, inner[1] // patch)`` bool.
+    """
+    return max_pool2d(interpolate(density, inner, mode="nearest"), patch) > 0
+
 
 DensityMask = Literal["none", "pixel", "official"]
 
@@ -37,9 +84,16 @@ def patch_text_contrastive(
 
 
 def region_text(
-    features: Tensor, points: list[Tensor], targets: list[Tensor], text: Tensor, size: tuple[int, int], *,
-    scale: float = 14.0, cap: int = 12, total: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    features: Tensor,
+    points: list[Tensor],
+    targets: list[Tensor],
+    text: Tensor,
+    size: tuple[int, int],
+    *,
+    scale: float = 14.0,
+    cap: int = 12,
+    total: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of the features at object centres against the texts of all training classes.
 
     The density loss alone learns to ignore the text; this one makes it name what it sees.
@@ -111,6 +165,3 @@ def density_mse(raw: Tensor, target: Tensor, mask: DensityMask = "none", keep: f
     if mask == "official":
         return (raw - target).square().mean() * kept.mean()
     return ((raw - target).square() * kept).sum() / kept.sum().clamp(min=1)
-
-
-__all__ = ["DensityMask", "density_mse", "patch_text_contrastive", "region_text", "region_weights"]

@@ -3,35 +3,97 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from counting_zoo.errors import InputError, WeightsError
-from counting_zoo.models.clip_count.heads import TextHead
 from counting_zoo.models.clip_count.loss import (
     DensityMask,
     density_mse,
     patch_text_contrastive,
+    positive_patches,
+    positive_patches_of_density,
     region_text,
     region_weights,
 )
-from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction
-from counting_zoo.models.clip_count.positives import positive_patches, positive_patches_of_density
-from counting_zoo.models.clip_count.starting import start_from_clip, start_from_counter
+from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction, TextHead
+from counting_zoo.module import TextGuidedModule
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, tokenizer_of
-from counting_zoo.nn.pretrained import read_pretrained
-from counting_zoo.nn.text import TextPool, TextTower
+from counting_zoo.nn.pretrained import PretrainedCLIP, clip_state, load_text, load_vision, read_pretrained
+from counting_zoo.nn.text import TextPool, TextTower, TokenizerLike
 from counting_zoo.nn.vision import PromptIndexing, Stem
 from counting_zoo.ops import points_to_density
-from counting_zoo.text_guided import TextGuidedModule
 from counting_zoo.types import Batch, CountOutput
 
+
+@torch.no_grad()
+def start_from_clip(network: CLIPCountNet, pretrained: PretrainedCLIP, tokenizer: TokenizerLike | None = None) -> None:
+    """Take both towers of a CLIP, and its projection where a ``conv`` stem makes that of the patches the same.
+
+    Args:
+        network: what begins to train.
+        pretrained: whose architecture must be the same.
+        tokenizer: taken where neither has one.
+
+    Raises:
+        WeightsError, InputError: as :func:`~counting_zoo.nn.pretrained.load_vision` and ``load_text`` do.
+    """
+    load_vision(network.vision, pretrained)
+    load_text(network.text, pretrained, tokenizer)
+    if network.vision.stem is not None:
+        for layer in (network.patch_proj, network.contrast_proj):
+            if layer is not None:
+                layer.weight.copy_(pretrained.state["visual_projection.weight"])
+                layer.bias.zero_()
+
+
+def start_from_counter(network: CLIPCountNet, other: CLIPCountNet, settings: Mapping[str, Any], source: str) -> None:
+    """Take all of another counter but its interaction and decoder: towers, prompts, context and projections.
+
+    Args:
+        network: what begins to train.
+        other: what has trained.
+        settings: the hyper-parameters of ``other``.
+        source: what it is called in messages.
+
+    Raises:
+        WeightsError: the architectures differ; says in what.
+        InputError: its texts were read at another place.
+    """
+    tokenizer = other.text.tokenizer
+    kept = {"clip": settings["clip"], "text_pool": other.text.pool}
+    kept |= {} if tokenizer is None else {"tokenizer": tokenizer.to_json()}
+    towers = PretrainedCLIP(source, clip_state(other.vision, other.text), kept)
+    load_vision(network.vision, towers)
+    load_text(network.text, towers)  # these two say best what differs in the towers; below comes what is no CLIP's
+    for part in ("vision", "text", "patch_proj", "contrast_proj"):
+        own, given = getattr(network, part), getattr(other, part)
+        if own is None and given is None:
+            continue
+        cure = "Give both the same prompt_width, prompt_depth, n_context and contrast"
+        if own is None or given is None:
+            raise WeightsError(
+                f"{part} of pretrained_encoder={source!r} does not fit the model's: only one of them has it. {cure}"
+            )
+        try:
+            own.load_state_dict(given.state_dict())
+        except RuntimeError as error:
+            raise WeightsError(
+                f"{part} of pretrained_encoder={source!r} does not fit the model's: {error}. {cure}"
+            ) from error
+
+
 _TOWERS = (
-    "network.vision.model", "network.vision.stem", "network.vision.lateral", "network.vision.fuse",
-    "network.text.model", "network.text.projection",
-)  # fmt: skip
+    "network.vision.model",
+    "network.vision.stem",
+    "network.vision.lateral",
+    "network.vision.fuse",
+    "network.text.model",
+    "network.text.projection",
+)
 
 
 class CLIPCount(TextGuidedModule):
@@ -308,6 +370,3 @@ class CLIPCount(TextGuidedModule):
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """A drop to a third every 100 epochs (reference: run.py)."""
         return torch.optim.lr_scheduler.StepLR(optimizer, step_size=100, gamma=0.33)
-
-
-__all__ = ["CLIPCount"]

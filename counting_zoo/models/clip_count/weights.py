@@ -12,10 +12,10 @@ from torch import Tensor
 
 from counting_zoo.errors import WeightsError
 from counting_zoo.geometry import Preprocess
-from counting_zoo.models.clip_count.heads import position_table
 from counting_zoo.models.clip_count.module import CLIPCount
+from counting_zoo.models.clip_count.network import position_table
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, load_openai_clip, openai_to_huggingface
-from counting_zoo.nn.tokenizer import TokenizerLike
+from counting_zoo.nn.text import TokenizerLike
 
 
 def _key_map() -> dict[str, str | None]:
@@ -62,26 +62,73 @@ def _key_map() -> dict[str, str | None]:
 
 
 _KEYS = _key_map()
+
+
 # The reference has no limit; a picture of 5 x 3000 pixels would become 1,800 windows. None of its data sets reaches it.
 MAX_LONG = 8192
+
+
 _CLIP_ALIASES = ("clip.", "text_encoder.clip_model.", "img_encoder.clip.", "img_encoder.vit.")
+
+
 _BACKBONES = {
     "b16": "openai/clip-vit-base-patch16",
     "b32": "openai/clip-vit-base-patch32",
     "l14": "openai/clip-vit-large-patch14",
 }
+
+
 # Settings of the reference that change a prediction, with its defaults (run.py); all others concern training only.
 _DEFAULTS: dict[str, Any] = {
-    "backbone": "b16", "use_mixed_fim": True, "use_fim": False, "use_vpt": True, "vpt_width": 20, "vpt_depth": 10,
-    "use_coop": True, "coop_width": 2, "use_contrast": True, "decoder_head": 8, "unfreeze_vit": False,
-    "contrast_pre_epoch": 20, "w_contrast": 1.0, "normalize_contrast": False,
-}  # fmt: skip
+    "backbone": "b16",
+    "use_mixed_fim": True,
+    "use_fim": False,
+    "use_vpt": True,
+    "vpt_width": 20,
+    "vpt_depth": 10,
+    "use_coop": True,
+    "coop_width": 2,
+    "use_contrast": True,
+    "decoder_head": 8,
+    "unfreeze_vit": False,
+    "contrast_pre_epoch": 20,
+    "w_contrast": 1.0,
+    "normalize_contrast": False,
+}
+
+
 _TRAINING_ONLY = {
-    "mode", "exp_name", "batch_size", "epochs", "accum_iter", "decoder_depth", "coop_require_grad",
-    "noise_text_ratio", "contrast_pos", "weight_decay", "lr", "min_lr", "data_path", "dataset_type", "output_dir",
-    "seed", "ckpt", "start_epoch", "num_workers", "pin_mem", "log_dir", "log_test_img", "dont_log", "val_freq",
-    "exp_note", "aug_prompt", "contrast_type", "mask_ratio", "gpus", "warmup_epochs",
-}  # fmt: skip
+    "mode",
+    "exp_name",
+    "batch_size",
+    "epochs",
+    "accum_iter",
+    "decoder_depth",
+    "coop_require_grad",
+    "noise_text_ratio",
+    "contrast_pos",
+    "weight_decay",
+    "lr",
+    "min_lr",
+    "data_path",
+    "dataset_type",
+    "output_dir",
+    "seed",
+    "ckpt",
+    "start_epoch",
+    "num_workers",
+    "pin_mem",
+    "log_dir",
+    "log_test_img",
+    "dont_log",
+    "val_freq",
+    "exp_note",
+    "aug_prompt",
+    "contrast_type",
+    "mask_ratio",
+    "gpus",
+    "warmup_epochs",
+}
 
 
 def from_official(
@@ -165,10 +212,16 @@ def from_official(
             f"not a CLIP-Count checkpoint of these settings ({settings}): {len(missing)} weights are missing {missing} "
             f"and {len(wrong)} have another shape {wrong[:8]}"
         )
-    clip_state = {f"vision.model.{k.removeprefix('vision_model.')}": v for k, v in towers.state_dict().items()
-                  if k.startswith("vision_model.") and "post_layernorm" not in k}  # fmt: skip
-    clip_state |= {f"text.model.{k.removeprefix('text_model.')}": v for k, v in towers.state_dict().items()
-                   if k.startswith("text_model.")}  # fmt: skip
+    clip_state = {
+        f"vision.model.{k.removeprefix('vision_model.')}": v
+        for k, v in towers.state_dict().items()
+        if k.startswith("vision_model.") and "post_layernorm" not in k
+    }
+    clip_state |= {
+        f"text.model.{k.removeprefix('text_model.')}": v
+        for k, v in towers.state_dict().items()
+        if k.startswith("text_model.")
+    }
     clip_state["text.projection.weight"] = towers.text_projection.weight
     buffers = {"mean": network.mean, "std": network.std}
     network.load_state_dict({**converted, **clip_state, **buffers}, strict=True)
@@ -229,6 +282,3 @@ def _rename(own: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
         converted["vision.prompts.embeddings"] = rows[: max(1, len(rows) - 1)].clone()
     # A checkpoint may carry prompts, context or contrast weights that its settings switch off.
     return {k: v for k, v in converted.items() if k in expected}
-
-
-__all__ = ["from_official"]

@@ -1,4 +1,4 @@
-"""Bins of block counts, the count that stands for each of them, and the statistics it is taken from."""
+"""Bins of counts, their texts, and the tables that the reference ships."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, WeightsError
 
 Granularity = Literal["fine", "dynamic", "coarse"]
+
+
 Windows = Literal["sliding", "aligned"]
 
 
@@ -299,4 +301,167 @@ def _open(value: Any) -> bool:
     return value is None or value == math.inf
 
 
-__all__ = ["Bins", "Granularity", "Windows", "block_count_histogram", "mean_representatives"]
+Style = Literal["word", "number"]
+
+
+Wording = Literal["corrected", "official"]
+
+
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+
+
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def number_word(number: int) -> str:
+    """0 to 99, whole hundreds to 900, and 1000 in words, others in digits, as the reference has them.
+
+    Example:
+        >>> number_word(21), number_word(300), number_word(121)
+        ('twenty-one', 'three hundred', '121')
+    """
+    if number < 20:
+        return _ONES[number]
+    if number < 100:
+        ten = _TENS[number // 10 - 2]
+        return f"{ten}-{_ONES[number % 10]}" if number % 10 else ten
+    if number < 1000 and not number % 100:
+        return f"{_ONES[number // 100]} hundred"
+    return "one thousand" if number == 1000 else str(number)
+
+
+def bin_prompts(
+    bins: Bins, style: Style = "word", wording: Wording = "corrected", singular: str = "person", plural: str = "people"
+) -> list[str]:
+    """One sentence for each bin.
+
+    Args:
+        bins: the bins.
+        style: numbers as a ``word`` or as digits (``number``).
+        wording: ``official`` is the reference's, which says "There is no person." and "There is 0 person.", and "more
+            than four" of a bin that four is in; ``corrected`` says what the bins mean.
+        singular, plural: what is counted, such as ``cell`` and ``cells``.
+
+    Raises:
+        InputError: an unknown style or wording.
+
+    Example:
+        >>> bin_prompts(Bins.make("fine", 2), wording="official")
+        ['There is no person.', 'There is one person.', 'There are more than two people.']
+    """
+    if style not in ("word", "number") or wording not in ("corrected", "official"):
+        raise InputError(
+            f"prompt_style is {style!r} and prompt_wording {wording!r}; expected 'word' or 'number', and 'corrected' "
+            "or 'official'"
+        )
+    return [_describe(low, high, style, wording, singular, plural) for low, high in bins.edges]
+
+
+def _describe(low: int, high: int | None, style: Style, wording: Wording, singular: str, plural: str) -> str:
+    def said(number: int) -> str:
+        return number_word(number) if style == "word" else str(number)
+
+    if low == high == 0:
+        if wording == "corrected":
+            return f"There are no {plural}."
+        return f"There is {'no' if style == 'word' else '0'} {singular}."
+    if low == high:
+        return f"There is {said(1)} {singular}." if low == 1 else f"There are {said(low)} {plural}."
+    if high is not None:
+        return f"There are between {said(low)} and {said(high)} {plural}."
+    if wording == "official":
+        return f"There are more than {said(low)} {plural}."
+    return f"There are {said(low)} or more {plural}."
+
+
+# (reduction, truncation, data set): the representative of the last bin (configs/reduction_{8,16,32}.json).
+_LAST = {
+    (8, 2, "sha"): 2.24479,
+    (8, 2, "shb"): 2.15171,
+    (8, 2, "nwpu"): 2.10737,
+    (8, 2, "qnrf"): 2.09296,
+    (8, 2, "jhu"): 2.18589,
+    (8, 4, "sha"): 4.29992,
+    (8, 4, "shb"): 4.41009,
+    (8, 4, "nwpu"): 4.21931,
+    (8, 4, "qnrf"): 4.21937,
+    (8, 4, "jhu"): 4.24058,
+    (8, 11, "qnrf"): 11.0,
+    (16, 8, "qnrf"): 9.23349,
+    (32, 19, "qnrf"): 23.01897,
+}
+
+
+# The representatives of bins that hold several counts, where the reference has such bins.
+_WIDE = {
+    (16, 8, "qnrf", "dynamic"): [4.29278, 6.31441, 9.23349],
+    (16, 8, "qnrf", "coarse"): [1.14978, 3.27641, 5.30609, 8.11466],
+    (32, 19, "qnrf", "dynamic"): [10.42903, 12.4332, 14.43341, 16.43521, 21.93548],
+    (32, 19, "qnrf", "coarse"): [
+        1.23498,
+        3.36108,
+        5.40298,
+        7.41406,
+        9.42356,
+        11.43094,
+        13.43244,
+        15.43697,
+        17.43759,
+        23.01897,
+    ],
+}
+
+
+DATA_SETS = ("sha", "shb", "nwpu", "qnrf", "jhu")
+
+
+def published_bins(
+    reduction: int, truncation: int, dataset: str, granularity: str = "fine", anchors: str = "average"
+) -> tuple[Bins, list[float]]:
+    """Bins and representatives of the reference's configs/reduction_*.json.
+
+    Args:
+        reduction: side of a block in pixels.
+        truncation: the reference's name for the largest count that has a bin of its own.
+        dataset: ``sha``, ``shb``, ``nwpu``, ``qnrf`` or ``jhu``.
+        granularity: ``fine``, ``dynamic`` or ``coarse``.
+        anchors: ``average`` or ``middle``.
+
+    Raises:
+        WeightsError: the reference has no such table; lists those it has.
+
+    Example:
+        >>> published_bins(8, 2, "shb")[1]
+        [0.0, 1.0, 2.15171]
+    """
+    bins = Bins.make(granularity, truncation)  # type: ignore[arg-type]
+    key = (reduction, truncation, dataset)
+    wide = [_LAST[key]] if granularity == "fine" and key in _LAST else _WIDE.get((*key, granularity))
+    if wide is None:
+        known = sorted((*_LAST, *_WIDE), key=str)
+        raise WeightsError(f"the reference has no bins for {(*key, granularity)}; it has {known}")
+    values = bins.middle()
+    if anchors == "average":
+        values[-len(wide) :] = wide
+    return bins, values

@@ -14,6 +14,8 @@ from counting_zoo.nn.text import TextTower
 from counting_zoo.types import CountOutput
 
 HeadKind = Literal["bins", "zip", "regression"]
+
+
 INITIAL_SCALE = 2.6592600369327779  # log(1 / 0.07), as CLIP's training began; its end is 4.6052
 
 
@@ -218,9 +220,3 @@ class RegressionHead(nn.Module):
     def forward(self, x: Tensor) -> CountOutput:
         density = self.out(x).float() / self.scale
         return CountOutput(density.relu() if self.activation == "relu" else density)
-
-
-__all__ = [
-    "BinHead", "EBCOutput", "HeadKind", "LinearHead", "RegressionHead", "Representatives", "TextHead", "ZIPOutput",
-    "ZeroInflatedHead",
-]  # fmt: skip

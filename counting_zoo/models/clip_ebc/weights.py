@@ -12,27 +12,44 @@ import torch
 from torch import Tensor
 
 from counting_zoo.errors import InputError, WeightsError
-from counting_zoo.models.clip_ebc.bins import Bins
-from counting_zoo.models.clip_ebc.encoders import build_encoder
+from counting_zoo.models.clip_ebc.bins import DATA_SETS, Bins, published_bins
 from counting_zoo.models.clip_ebc.module import CLIPEBC, EBC
-from counting_zoo.models.clip_ebc.published import DATA_SETS, published_bins
-from counting_zoo.nn.clip import build_towers, load_openai_towers, text_to_openai
-from counting_zoo.nn.clip_names import PUBLISHED
-from counting_zoo.nn.text import TextTower
-from counting_zoo.nn.tokenizer import TokenizerLike
-from counting_zoo.nn.weight_files import load_tensors
+from counting_zoo.models.clip_ebc.network import build_encoder
+from counting_zoo.nn.clip import PUBLISHED, build_towers, load_openai_towers, text_to_openai
+from counting_zoo.nn.text import TextTower, TokenizerLike
+from counting_zoo.nn.weights import load_tensors
 
 # Settings of the reference that change a prediction or say where the bins are.
 _SETTINGS = {
-    "backbone", "input_size", "reduction", "bins", "anchor_points", "prompt_type", "num_vpt", "vpt_drop", "deep_vpt",
-    "truncation", "granularity", "anchor_points_type", "dataset",
-}  # fmt: skip
+    "backbone",
+    "input_size",
+    "reduction",
+    "bins",
+    "anchor_points",
+    "prompt_type",
+    "num_vpt",
+    "vpt_drop",
+    "deep_vpt",
+    "truncation",
+    "granularity",
+    "anchor_points_type",
+    "dataset",
+}
+
+
 _ALIASES = {"bin_centers": "anchor_points", "block_size": "reduction", "model": "backbone", "model_name": "backbone"}
+
+
 _TOKENIZER = PUBLISHED["vit_b_16"].hub  # all of OpenAI's models share one vocabulary
+
+
 # What every released model was trained with; see section 10 of the spec for what is wrong with each.
 _OFFICIAL: dict[str, Any] = {
-    "normalization": "imagenet", "unique_points": True, "ot_reduction": "sum", "decay": "all",
-}  # fmt: skip
+    "normalization": "imagenet",
+    "unique_points": True,
+    "ot_reduction": "sum",
+    "decay": "all",
+}
 
 
 def settings_of_path(path: Path) -> dict[str, Any]:
@@ -103,9 +120,12 @@ def _bins(settings: Mapping[str, Any], reduction: int) -> tuple[Bins, list[float
     if {"dataset", "truncation"} <= set(settings):
         kind = str(settings.get("anchor_points_type", settings.get("anchor_points", "average")))
         return published_bins(
-            reduction, int(settings["truncation"]), str(settings["dataset"]),
-            str(settings.get("granularity", "fine")), kind,
-        )  # fmt: skip
+            reduction,
+            int(settings["truncation"]),
+            str(settings["dataset"]),
+            str(settings.get("granularity", "fine")),
+            kind,
+        )
     raise WeightsError(
         f"the file does not say which bins it counts in, and no tensor shows it (settings: {sorted(settings)}). Give "
         "config={'bins': [[0, 0], ..., [4, inf]], 'anchor_points': [0, ..., 4.21931]}, or the data set, truncation and "
@@ -156,8 +176,11 @@ def _clip_model(
         )
     renamed = {"network.encoder.prompts": prompts} if prompts is not None else {}
     for key, value in own.items():
-        for old, new in (("image_decoder.", "network.decoder."), ("projection.", "network.head.logits.projection."),
-                         ("logit_scale", "network.head.logits.logit_scale")):  # fmt: skip
+        for old, new in (
+            ("image_decoder.", "network.decoder."),
+            ("projection.", "network.head.logits.projection."),
+            ("logit_scale", "network.head.logits.logit_scale"),
+        ):
             if key.startswith(old):
                 renamed[new + key.removeprefix(old)] = value
                 break
@@ -225,6 +248,3 @@ def _load(module: CLIPEBC | EBC, tensors: Mapping[str, Tensor], given: tuple[str
     ours = ("network.mean", "network.std", "network.head.representatives.values", "network.head.logits.text_features")
     what = f"a {type(module).__name__} of these settings"
     load_tensors(module, tensors, what, optional=lambda key: key in ours or key.startswith(given))
-
-
-__all__ = ["from_official", "settings_of_path"]

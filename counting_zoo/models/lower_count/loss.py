@@ -84,7 +84,7 @@ class LowerCountLoss:
         Args:
             class_scores: ``(B, C)``.
             raw_density: ``(B, C, h, w)``, whose mean is the count.
-            highest: ``(B, C, h, w)`` bool, from :func:`~counting_zoo.models.lower_count.peaks.highest_peaks`.
+            highest: ``(B, C, h, w)`` bool, from :func:`~counting_zoo.models.lower_count.network.highest_peaks`.
             counts: ``(B, C)``, NaN where unknown; above the limit only that it is above is used.
             spatial: the second stage, with L_sp+, L_sp- and the error of absent classes; the first has none of them.
             counted: ``(B, C)`` or ``(C,)`` bool; False where only presence is known. All are counted if ``None``.
@@ -182,12 +182,3 @@ def picture_uniform(image_ids: Sequence[str], n: int, step: int) -> np.ndarray:
 def _mean(values: Tensor, chosen: Tensor) -> Mean:
     # A product, not a selection: shapes do not depend on the data, and an empty selection has a gradient of zero.
     return Mean((values * chosen).sum(), chosen.sum())
-
-
-__all__ = [
-    "LowerCountLoss",
-    "Mean",
-    "SpatialNorm",
-    "picture_uniform",
-    "total_count_terms",
-]

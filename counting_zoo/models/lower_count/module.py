@@ -10,26 +10,27 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from counting_zoo.class_metrics import PointHits, reported_counts
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
-from counting_zoo.models.lower_count.encoders import build_encoder
-from counting_zoo.models.lower_count.instances import Instances, Retrieval
-from counting_zoo.models.lower_count.loss import (
-    LowerCountLoss,
-    Mean,
-    SpatialNorm,
-    picture_uniform,
-    total_count_terms,
+from counting_zoo.images import as_picture
+from counting_zoo.metrics.counts import PointHits, reported_counts
+from counting_zoo.models.lower_count.instances import Instances, Retrieval, proposed_masks, traced_instances
+from counting_zoo.models.lower_count.loss import LowerCountLoss, Mean, SpatialNorm, picture_uniform, total_count_terms
+from counting_zoo.models.lower_count.network import (
+    BranchNorm,
+    DensityBranch,
+    LowerCountNet,
+    LowerCountOutput,
+    PeakGradient,
+    build_encoder,
+    find_peaks,
+    highest_peaks,
+    peak_positions,
 )
-from counting_zoo.models.lower_count.network import BranchNorm, DensityBranch, LowerCountNet, LowerCountOutput
-from counting_zoo.models.lower_count.peaks import PeakGradient, find_peaks, highest_peaks, peak_positions
 from counting_zoo.models.lower_count.proposals import Proposals
-from counting_zoo.models.lower_count.tracing import proposed_masks, traced_instances
-from counting_zoo.module import CountingModule
-from counting_zoo.pictures import as_picture
-from counting_zoo.prompts import known_names
-from counting_zoo.types import Batch, CountOutput, Prediction
+from counting_zoo.module import CountingModule, known_names
+from counting_zoo.prediction import Prediction
+from counting_zoo.types import Batch, CountOutput
 
 
 class LowerCount(CountingModule):
@@ -143,9 +144,14 @@ class LowerCount(CountingModule):
             self.hparams["encoder"] = config
         self._encoder: tuple[Any, ...] = (body,)  # until the classes are known; a tuple keeps it out of the state dict
         self._net_options: dict[str, Any] = {
-            "hidden": hidden, "radius": radius, "above_median": above_median, "peak_gradient": peak_gradient,
-            "gated": gated, "density_branch": density_branch, "branch_norm": branch_norm,
-        }  # fmt: skip
+            "hidden": hidden,
+            "radius": radius,
+            "above_median": above_median,
+            "peak_gradient": peak_gradient,
+            "gated": gated,
+            "density_branch": density_branch,
+            "branch_norm": branch_norm,
+        }
         self.reduction = reduction
         self.val_hits, self.test_hits = PointHits(), PointHits()
         self.classes: list[str] | None = None
@@ -221,8 +227,11 @@ class LowerCount(CountingModule):
         counts = given.new_full((len(given), rest + 1), torch.nan)
         counts = counts.scatter_(1, columns.to(given.device), given)[:, :rest]
         whole: Batch = {
-            "image": images, "image_id": batch["image_id"], "classes": [self.classes] * len(given), "counts": counts,
-        }  # fmt: skip
+            "image": images,
+            "image_id": batch["image_id"],
+            "classes": [self.classes] * len(given),
+            "counts": counts,
+        }
         return self.losses(self(images, whole["classes"]), whole)
 
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
@@ -351,7 +360,7 @@ class LowerCount(CountingModule):
             names: of which classes; all of the model's if ``None``.
             proposals: what the masks are chosen from: ``(N, H, W)`` bool in the pixels of the picture, a file or folder
                 of proposals, or ``None`` for those found in the picture itself
-                (:func:`~counting_zoo.models.lower_count.segments.segment_proposals`).
+                (:func:`~counting_zoo.models.lower_count.proposals.segment_proposals`).
             retrieval: weights and limits; all proposals are looked at if ``None``.
             by_count: as many instances of a class as it is counted; otherwise every peak above the thresholds of
                 ``retrieval``, as in the reference.
@@ -383,11 +392,13 @@ class LowerCount(CountingModule):
         self.eval()
         try:
             return traced_instances(
-                self.network, seen.to(self.device), self._columns(names), masks, retrieval=rule, by_count=by_count,
+                self.network,
+                seen.to(self.device),
+                self._columns(names),
+                masks,
+                retrieval=rule,
+                by_count=by_count,
                 together=together,
-            )  # fmt: skip
+            )
         finally:
             self.train(training)
-
-
-__all__ = ["LowerCount"]

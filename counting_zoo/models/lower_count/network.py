@@ -3,20 +3,187 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import conv2d, max_pool2d, pad
 
 from counting_zoo.errors import InputError
-from counting_zoo.models.lower_count.peaks import PeakGradient, find_peaks, peak_scores
-from counting_zoo.nn.normalization import STATISTICS
+from counting_zoo.nn.backbones import HubBackbone, SmallEncoder, resnet_to_transformers, torchvision_weights
+from counting_zoo.nn.vision import STATISTICS
+from counting_zoo.nn.weights import load_tensors
 from counting_zoo.ops import full_precision
 from counting_zoo.types import CountOutput
 
+#: Blocks of each stage of a ResNet, and which kind they are; transformers' ``ResNetConfig`` of torchvision's networks.
+RESNETS: dict[str, dict[str, Any]] = {
+    name: {"model_type": "resnet", "depths": depths, "layer_type": kind, "hidden_sizes": widths}
+    for name, depths, kind, widths in (
+        ("resnet18", [2, 2, 2, 2], "basic", [64, 128, 256, 512]),
+        ("resnet34", [3, 4, 6, 3], "basic", [64, 128, 256, 512]),
+        ("resnet50", [3, 4, 6, 3], "bottleneck", [256, 512, 1024, 2048]),
+        ("resnet101", [3, 4, 23, 3], "bottleneck", [256, 512, 1024, 2048]),
+        ("resnet152", [3, 8, 36, 3], "bottleneck", [256, 512, 1024, 2048]),
+    )
+}
+
+
+def build_encoder(
+    name: str | Mapping[str, Any], reduction: int, pretrained: str | None = None, width: int = 32
+) -> nn.Module:
+    """An encoder with one feature vector for each cell of ``reduction`` pixels.
+
+    All of them have ``dim`` (channels), ``stride`` (the reduction) and ``multiple`` (sides of the input must be
+    multiples of it), and take normalised pictures.
+
+    Args:
+        name: ``small``, ``resnet50`` (18, 34, 101, 152), ``auto:`` with a hub name or folder, or a config mapping with
+            ``model_type``, for a transformers ``AutoBackbone``.
+        reduction: side of a cell in pixels.
+        pretrained: for ResNets by name ``imagenet`` for torchvision's weights, a file of them, or ``None`` for random
+            weights; ``auto:`` comes with weights of its own.
+        width: of the ``small`` encoder.
+
+    Raises:
+        InputError: an unknown name, or options that do not fit.
+        WeightsError: weights that cannot be had or do not fit.
+    """
+    known = isinstance(name, str) and name in RESNETS
+    if pretrained is not None and not known:
+        raise InputError(
+            f"pretrained is {pretrained!r}, but the encoder {name!r} takes none: it brings its own weights, or is "
+            "trained from scratch; leave it out"
+        )
+    if isinstance(name, Mapping):
+        return HubBackbone(name, reduction)
+    if name == "small":
+        return SmallEncoder(reduction, width)
+    if name.startswith("auto:"):
+        return HubBackbone(name.removeprefix("auto:"), reduction)
+    if not known:
+        raise InputError(
+            f"encoder is {name!r}; expected 'small', one of {', '.join(RESNETS)}, or auto:<hub name or folder>"
+        )
+    encoder = HubBackbone(RESNETS[name], reduction)
+    if pretrained is not None:
+        tensors = resnet_to_transformers(torchvision_weights(name, pretrained))
+        what = f"{name} with pretrained={pretrained!r}"
+        # Those saved by torch 0.4 did not count batches.
+        load_tensors(encoder.body, tensors, what, optional=lambda key: key.endswith("num_batches_tracked"))
+    return encoder
+
+
+PeakGradient = Literal["mean", "sum"]
+
+
+def find_peaks(maps: Tensor, *, radius: int = 1, above_median: bool = True) -> Tensor:
+    """Cells that are the maximum of the square around them; of equal ones the first in reading order.
+
+    Zhou et al., "Weakly Supervised Instance Segmentation using Class Peak Response", CVPR 2018, section 3.1. Every map
+    of finite values has at least one peak.
+
+    Args:
+        maps: ``(B, C, h, w)``.
+        radius: of the square in cells; its side is ``2 * radius + 1``.
+        above_median: leave out peaks below the (lower) median of their map.
+
+    Returns:
+        ``(B, C, h, w)`` bool.
+
+    Example:
+        >>> find_peaks(torch.tensor([[[[0.0, 2.0, 2.0, 1.0, 3.0]]]]))[0, 0].int().tolist()
+        [[0, 1, 0, 0, 1]]
+    """
+    maps = full_precision(maps.detach())
+    h, w = maps.shape[-2:]
+    _, winner = max_pool2d(maps, 2 * radius + 1, stride=1, padding=radius, return_indices=True)
+    peaks = winner == torch.arange(h * w, device=maps.device).view(h, w)
+    if above_median:
+        peaks &= maps >= _lower_median(maps.flatten(2))[..., None, None]
+    return peaks
+
+
+def _lower_median(values: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():  # ONNX has no median; sorting takes four times as long
+        return values.sort(-1).values[..., (values.shape[-1] - 1) // 2]
+    return values.median(-1).values
+
+
+def peak_scores(maps: Tensor, peaks: Tensor, *, gradient: PeakGradient = "mean") -> Tensor:
+    """The class score of each map: the mean over its peaks.
+
+    Args:
+        maps: ``(B, C, h, w)``.
+        peaks: ``(B, C, h, w)`` bool, as from :func:`find_peaks`.
+        gradient: of the ``mean``, or as in the reference of the ``sum``: each peak is given the whole gradient, which
+            is 20 to 30 times as much on a 14 x 14 map. Its learning rate goes with that.
+
+    Returns:
+        ``(B, C)``; 0 where a map has no peak.
+    """
+    total = (full_precision(maps) * peaks).sum((-2, -1))
+    mean = total / peaks.sum((-2, -1)).clamp(min=1)
+    return mean if gradient == "mean" else mean.detach() + (total - total.detach())
+
+
+def highest_peaks(maps: Tensor, peaks: Tensor, counts: Tensor, *, limit: int) -> Tensor:
+    """The pseudo-mask B: the ``t`` highest peaks of a map whose class was counted ``t`` times (section 3.3).
+
+    Peaks as high as the ``t``-th are in it too; where there are fewer than ``t``, all are.
+
+    Args:
+        maps: ``(B, C, h, w)``.
+        peaks: ``(B, C, h, w)`` bool.
+        counts: ``(B, C)``; above ``limit`` they count as ``limit``.
+        limit: the highest count of interest.
+
+    Returns:
+        ``(B, C, h, w)`` bool, all False where the count is 0.
+
+    Example:
+        >>> maps = torch.tensor([[[[3.0, 0.0, 1.0, 0.0, 2.0]]]])
+        >>> highest_peaks(maps, find_peaks(maps), torch.tensor([[2.0]]), limit=4)[0, 0].int().tolist()
+        [[1, 0, 0, 0, 1]]
+    """
+    heights = full_precision(maps.detach()).masked_fill(~peaks, -torch.inf)
+    top = heights.flatten(2).topk(min(max(limit, 1), peaks[0, 0].numel()), dim=-1).values  # (B, C, limit)
+    rank = counts.long().clamp(1, top.shape[-1])[..., None] - 1
+    lowest = top.gather(-1, rank)[..., None]
+    return peaks & (heights >= lowest) & (counts > 0)[..., None, None]
+
+
+def peak_positions(maps: Tensor, peaks: Tensor, counts: Tensor) -> list[Tensor]:
+    """The highest peaks of each map, as many as were counted (to the nearest whole number).
+
+    Args:
+        maps: ``(C, h, w)``.
+        peaks: ``(C, h, w)`` bool.
+        counts: ``(C,)``.
+
+    Returns:
+        C tensors ``(N_c, 2)`` of x, y in cells, highest first; the first cell's centre is 0.5, 0.5.
+
+    Example:
+        >>> maps = torch.tensor([[[0.0, 2.0, 0.0, 3.0]]])
+        >>> peak_positions(maps, maps > 1, torch.tensor([1.2]))
+        [tensor([[3.5000, 0.5000]])]
+    """
+    width = maps.shape[-1]
+    candidates = full_precision(maps).masked_fill(~peaks, -torch.inf).flatten(1)
+    heights, order = candidates.sort(dim=-1, descending=True, stable=True)
+    wanted = counts.float().round().clamp(min=0)[:, None]
+    rank = torch.arange(order.shape[-1], device=maps.device)
+    chosen = (rank < wanted) & heights.isfinite()
+    xy = torch.stack([order % width, order // width], -1).float() + 0.5
+    return list(xy[chosen].split(chosen.sum(-1).tolist()))
+
+
 DensityBranch = Literal["own", "modulated"]
+
+
 BranchNorm = Literal["batch", "none"]
 
 
@@ -61,7 +228,7 @@ class LowerCountNet(nn.Module):
         hidden: channels P of each branch; one and a half times C if ``None``, as in the reference.
         radius: of a peak, in cells.
         above_median: leave out peaks below the median of their map.
-        peak_gradient: of the class score; see :func:`~counting_zoo.models.lower_count.peaks.peak_scores`.
+        peak_gradient: of the class score; see :func:`~counting_zoo.models.lower_count.network.peak_scores`.
         gated: set the density of classes to zero whose score is not above zero.
         density_branch: ``own`` weights for each class, or weights ``modulated`` from those of the class branch
             (:class:`ModulatedDensity`).
@@ -178,6 +345,3 @@ def _branch(width: int, n_classes: int, norm: BranchNorm) -> nn.Sequential:
 
 def _norm(width: int, norm: BranchNorm) -> nn.Module:
     return nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
-
-
-__all__ = ["BranchNorm", "DensityBranch", "LowerCountNet", "LowerCountOutput", "ModulatedDensity"]

@@ -11,12 +11,16 @@ from torch import Tensor
 from counting_zoo.class_lists import COCO_CLASSES, VOC_CLASSES
 from counting_zoo.errors import WeightsError
 from counting_zoo.models.lower_count.module import LowerCount
-from counting_zoo.nn.torchvision_weights import resnet_to_transformers
-from counting_zoo.nn.weight_files import load_tensors
+from counting_zoo.nn.backbones import resnet_to_transformers
+from counting_zoo.nn.weights import load_tensors
 
 _KNOWN = {len(names): list(names) for names in (VOC_CLASSES, COCO_CLASSES)}
+
+
 # torchvision's ResNet as the reference's nn.Sequential numbers its parts.
 _PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
 _BRANCHES = {"branch1": "class_branch", "branch2": "density_branch"}
 
 
@@ -59,9 +63,11 @@ def from_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Low
     )
     # torch 0.4 did not count batches; nothing that is predicted depends on it.
     load_tensors(
-        module, tensors, f"Lower-Count's {name}",
+        module,
+        tensors,
+        f"Lower-Count's {name}",
         optional=lambda key: key in ("network.mean", "network.std") or key.endswith("num_batches_tracked"),
-    )  # fmt: skip
+    )
     return module.eval()
 
 
@@ -78,6 +84,3 @@ def _renamed(key: str) -> str:
     if found := re.fullmatch(r"addedmodule\.(branch[12])\.(.+)", key):
         return f"network.{_BRANCHES[found[1]]}.{found[2]}"
     return key
-
-
-__all__ = ["from_official"]

@@ -1,7 +1,6 @@
 """RegionCLIP: a CLIP that matches texts with regions of a picture (Zhong et al., CVPR 2022, arXiv 2112.09106)."""
 
-from counting_zoo.models.region_clip.classified import ClassifiedRegions
-from counting_zoo.models.region_clip.module import RegionCLIPCounter
+from counting_zoo.models.region_clip.module import ClassifiedRegions, RegionCLIPCounter
 from counting_zoo.models.region_clip.network import RegionOutput
 from counting_zoo.models.region_clip.pretraining import RegionCLIPPretraining
 

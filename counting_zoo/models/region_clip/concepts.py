@@ -1,4 +1,4 @@
-"""The pool of concepts that regions are told apart by: where its names come from, and their embeddings."""
+"""The pool of concepts that regions are told apart by, their sentences and embeddings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,161 @@ from torch.nn.functional import normalize
 
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError, SupervisionError
-from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, prompt_templates, region_prompts
 from counting_zoo.nn.text import TextTower
+
+Wording = Literal["corrected", "official"]
+
+
+TemplateSet = Literal["region_clip", "clip", "photo"]
+
+
+TEMPLATES = (
+    "{}.",
+    "a photo of a {}.",
+    "a bad photo of a {}.",
+    "a photo of many {}.",
+    "a sculpture of a {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "graffiti of a {}.",
+    "a bad photo of the {}.",
+    "a cropped photo of the {}.",
+    "a tattoo of a {}.",
+    "the embroidered {}.",
+    "a photo of a hard to see {}.",
+    "a bright photo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a dirty {}.",
+    "a dark photo of the {}.",
+    "a drawing of a {}.",
+    "a photo of my {}.",
+    "the plastic {}.",
+    "a photo of the cool {}.",
+    "a close-up photo of a {}.",
+    "a black and white photo of the {}.",
+    "a painting of the {}.",
+    "a painting of a {}.",
+    "a pixelated photo of the {}.",
+    "a sculpture of the {}.",
+    "a bright photo of the {}.",
+    "a cropped photo of a {}.",
+    "a plastic {}.",
+    "a photo of the dirty {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a blurry photo of the {}.",
+    "a photo of the {}.",
+    "a good photo of the {}.",
+    "a rendering of the {}.",
+    "a {} in a video game.",
+    "a photo of one {}.",
+    "a doodle of a {}.",
+    "a close-up photo of the {}.",
+    "the origami {}.",
+    "the {} in a video game.",
+    "a sketch of a {}.",
+    "a doodle of the {}.",
+    "a origami {}.",
+    "a low resolution photo of a {}.",
+    "the toy {}.",
+    "a rendition of the {}.",
+    "a photo of the clean {}.",
+    "a photo of a large {}.",
+    "a rendition of a {}.",
+    "a photo of a nice {}.",
+    "a photo of a weird {}.",
+    "a blurry photo of a {}.",
+    "a cartoon {}.",
+    "art of a {}.",
+    "a sketch of the {}.",
+    "a embroidered {}.",
+    "a pixelated photo of a {}.",
+    "itap of the {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a good photo of a {}.",
+    "a plushie {}.",
+    "a photo of the nice {}.",
+    "a photo of the small {}.",
+    "a photo of the weird {}.",
+    "the cartoon {}.",
+    "art of the {}.",
+    "a drawing of the {}.",
+    "a photo of the large {}.",
+    "a black and white photo of a {}.",
+    "the plushie {}.",
+    "a dark photo of a {}.",
+    "itap of a {}.",
+    "graffiti of the {}.",
+    "a toy {}.",
+    "itap of my {}.",
+    "a photo of a cool {}.",
+    "a photo of a small {}.",
+    "a tattoo of the {}.",
+)
+"""The bare name, and the 80 templates that CLIP's authors published for ImageNet; "itap" is "I took a picture"."""
+
+
+_SETS = {"region_clip": TEMPLATES, "clip": TEMPLATES[1:], "photo": ("a photo of a {}.",)}
+
+
+def prompt_templates(templates: TemplateSet | Sequence[str] = "region_clip") -> tuple[str, ...]:
+    """Templates by the name of a set, or one's own.
+
+    Args:
+        templates: ``region_clip`` for all 81, ``clip`` for the 80 without the bare name, ``photo`` for "a photo of a
+            {}." alone, or sentences with one ``{}`` each.
+
+    Raises:
+        InputError: an unknown set, no template, or one without a place for the name.
+
+    Example:
+        >>> len(prompt_templates()), len(prompt_templates("clip")), prompt_templates(["many {}"])
+        (81, 80, ('many {}',))
+    """
+    if isinstance(templates, str):
+        if templates not in _SETS:
+            raise InputError(f"templates is {templates!r}; expected one of {', '.join(_SETS)}, or a list of sentences")
+        return _SETS[templates]
+    bad = [t for t in templates if not isinstance(t, str) or t.count("{}") != 1]
+    if bad or not templates:
+        found = repr(bad[0]) if bad else "no template"
+        raise InputError(f"{found} among templates; expected sentences with one {{}} each, where the name goes")
+    return tuple(templates)
+
+
+def region_prompts(
+    name: str, templates: TemplateSet | Sequence[str] = "region_clip", wording: Wording = "corrected"
+) -> list[str]:
+    """A name in each template.
+
+    Args:
+        name: such as ``traffic_light`` or ``stop+sign``.
+        templates: see :func:`prompt_templates`.
+        wording: ``official`` drops commas and makes a space of each plus sign. ``corrected`` also makes spaces of
+            underscores, which the reference's prompts for concepts keep, and single spaces of several.
+
+    Raises:
+        InputError: an empty name, or an unknown wording.
+
+    Example:
+        >>> region_prompts("traffic_light", "photo"), region_prompts("traffic_light", "photo", "official")
+        (['a photo of a traffic light.'], ['a photo of a traffic_light.'])
+    """
+    if wording not in ("corrected", "official"):
+        raise InputError(f"wording is {wording!r}; expected 'corrected' or 'official'")
+    written = name.replace(",", "").replace("+", " ")
+    if wording == "corrected":
+        written = " ".join(written.replace("_", " ").split())
+    if not written.strip():
+        raise InputError(f"an empty name ({name!r}) for a prompt; name a thing")
+    return [template.replace("{}", written) for template in prompt_templates(templates)]
+
 
 Ensemble = Literal["normalised", "official"]
 
-STOP_WORDS = frozenset("""
+
+STOP_WORDS = frozenset(
+    """
     a about above across after against all along also am among an and another any are around as at away back be
     because been before behind being below beside between both but by can could did do does doing down during each
     either for from get gets getting go goes going had has have having he her hers him his how i if in inside into is
@@ -37,10 +186,14 @@ STOP_WORDS = frozenset("""
     photo photos photograph picture pictures image images view shot scene close closeup close-up background
     sitting standing lying laying hanging holding wearing looking using showing walking riding playing eating
     sits stands lies holds wears looks shows filled covered shown seen taken placed parked
-""".split())  # fmt: skip  # noqa: SIM905  (200 quotation marks would not help)
+""".split()
+)  # noqa: SIM905  (200 quotation marks would not help)
 """Words that no concept contains: function words, quantities, places in a picture, talk of pictures, common verbs."""
 
+
 _WORD = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*")
+
+
 _PHRASE_END = re.compile(r"[^\w\s'’\-]|_|\d")
 
 
@@ -171,8 +324,10 @@ def concept_pool(
         return concepts_from_classes(source, ())
     if source == "captions":
         if not captions:
-            raise SupervisionError("concepts are to come from captions, and the training data have none; set concepts "
-                                   "to 'classes', a file, or a list")  # fmt: skip
+            raise SupervisionError(
+                "concepts are to come from captions, and the training data have none; set concepts "
+                "to 'classes', a file, or a list"
+            )
         return concepts_from_captions(captions, min_count=min_count, max_words=max_words, limit=limit)
     return concepts_from_classes(classes, distractors) if source == "classes" else concepts_from_file(source)
 
@@ -201,7 +356,7 @@ def embed_concepts(
     Args:
         encode: ``list[str] -> (n, D)``, such as a :class:`~counting_zoo.nn.text.TextTower` in evaluation.
         names: the pool.
-        templates, wording: see :func:`~counting_zoo.models.region_clip.prompts.region_prompts`.
+        templates, wording: see :func:`~counting_zoo.models.region_clip.concepts.region_prompts`.
         ensemble: ``normalised`` is the mean direction, as CLIP's authors have it: normalise, mean, normalise.
             ``official`` is the mean of the features as they are (tools/extract_concept_features.py:116), in which a
             longer feature weighs more; it is not normalised, as its cosines do not need it.
@@ -333,9 +488,3 @@ def cached_concepts(
     finally:
         unfinished.unlink(missing_ok=True)
     return found
-
-
-__all__ = [
-    "STOP_WORDS", "Ensemble", "cached_concepts", "concept_pool", "concepts_from_captions",
-    "concepts_from_classes", "concepts_from_file", "embed_concepts", "spelling", "trained_concepts",
-]  # fmt: skip

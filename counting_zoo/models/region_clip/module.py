@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -10,26 +13,444 @@ from torch import Tensor
 
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError
-from counting_zoo.models.region_clip.concepts import Ensemble
-from counting_zoo.models.region_clip.detecting import RegionDetector
-from counting_zoo.models.region_clip.detection_loss import (
+from counting_zoo.images import as_picture
+from counting_zoo.metrics.counts import PictureRows
+from counting_zoo.models.region_clip.concepts import (
+    Ensemble,
+    TemplateSet,
+    Wording,
+    concepts_from_classes,
+    embed_concepts,
+    region_prompts,
+    trained_concepts,
+)
+from counting_zoo.models.region_clip.loss import (
     focal_heat_loss,
     heat_target,
     object_sides,
     region_examples,
     region_score_loss,
     size_loss,
+    text_logits,
 )
-from counting_zoo.models.region_clip.detections import Assign, Score, Suppression
-from counting_zoo.models.region_clip.loss import text_logits
-from counting_zoo.models.region_clip.network import CELL, UNIT, RegionCLIPNet, RegionOutput
-from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, region_prompts
+from counting_zoo.models.region_clip.network import (
+    CELL,
+    GRID,
+    UNIT,
+    Assign,
+    Fusion,
+    RegionCLIPNet,
+    RegionOutput,
+    Score,
+    Suppression,
+    above,
+    best_threshold,
+    counts_at,
+    detect,
+    detected,
+    fuse,
+    joined,
+    text_probabilities,
+)
+from counting_zoo.models.region_clip.proposals import ProposalSource, Proposed, proposal_source, tiled
+from counting_zoo.module import CountingModule, TextGuidedModule
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
-from counting_zoo.nn.clip_regions import DenseMode, region_encoder
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained
-from counting_zoo.nn.text import TextPool, TextTower
+from counting_zoo.nn.regions import DenseMode, region_encoder
+from counting_zoo.nn.text import TextPool, TextTower, TokenizerLike
 from counting_zoo.nn.vision import Stem
+from counting_zoo.prediction import Prediction
 from counting_zoo.types import Batch, CountOutput
+
+
+@dataclass(frozen=True)
+class ClassifiedRegions:
+    """What each of N boxes shows.
+
+    Attributes:
+        names: the K names that were asked about.
+        probabilities: ``(N, K)`` float32.
+    """
+
+    names: list[str]
+    probabilities: Tensor
+
+    @property
+    def labels(self) -> list[str]:
+        """The most probable name of each box."""
+        return [self.names[i] for i in self.probabilities.argmax(1).tolist()]
+
+
+def boxes_inside(boxes: Any, size: tuple[int, int], seen: tuple[int, int]) -> Tensor:
+    """Boxes of a picture, clipped to it, in pixels of the picture as the model sees it.
+
+    Args:
+        boxes: ``(N, 4)`` x1, y1, x2, y2.
+        size: (H, W) of the picture that they are of.
+        seen: (H, W) of the picture that the model sees.
+
+    Returns:
+        ``(N, 4)`` float32.
+
+    Raises:
+        InputError: a box without area in the picture, or coordinates that are no or no finite numbers.
+    """
+    try:
+        given = torch.as_tensor(boxes, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: nothing like an array
+        raise InputError(f"boxes are no (N, 4) numbers: {error}") from error
+    given = given.reshape(0, 4) if not given.numel() else given
+    if given.ndim != 2 or given.shape[1] != 4 or not bool(given.isfinite().all()):
+        raise InputError(f"boxes are {tuple(given.shape)}; expected (N, 4) finite numbers x1, y1, x2, y2")
+    (height, width), corner = size, given.new_tensor([size[1], size[0]]).repeat(2)
+    clipped = given.clamp(min=0).minimum(corner)
+    if empty := (~(clipped[:, 2:] > clipped[:, :2]).all(1)).nonzero().flatten().tolist():
+        raise InputError(
+            f"box {empty[0]} is {given[empty[0]].tolist()}, which has no area in the picture of {width} x {height} "
+            "pixels (width x height); give x1, y1, x2, y2 in its pixels"
+        )
+    return clipped * given.new_tensor([seen[1] / width, seen[0] / height]).repeat(2)
+
+
+THRESHOLDS = torch.arange(1, 100) / 100
+"""What is chosen from."""
+
+
+class ThresholdErrors(PictureRows):
+    """Absolute errors of every picture at every threshold."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(("error",), **options)
+
+    def update(self, image_id: str, counts: Tensor, target: Tensor) -> None:
+        """Add ``(T, K)`` counts of one picture and its ``(K,)`` true ones."""
+        self.append([image_id], error=(counts - target).abs().sum(1)[None])
+
+    def compute(self) -> float | None:
+        """The threshold of the least mean error; ``None`` without a picture."""
+        errors = self.rows()["error"].reshape(-1, len(THRESHOLDS), 1)
+        return best_threshold(errors, errors.new_zeros(len(errors), 1), THRESHOLDS.to(errors)) if len(errors) else None
+
+
+class CalibratedModule(CountingModule):
+    """Counts detections above a threshold, which each validation chooses, and scores itself at.
+
+    Args:
+        threshold: at first.
+        calibrate: whether to choose it.
+        options: those of :class:`~counting_zoo.module.CountingModule`.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, *, threshold: float, calibrate: bool, **options: Any) -> None:
+        super().__init__(**options)
+        if not 0 <= threshold <= 1:
+            raise InputError(f"threshold is {threshold}; expected 0 to 1")
+        self.calibrate = calibrate
+        self.register_buffer("threshold", torch.tensor(float(threshold)))
+        self.threshold_errors = ThresholdErrors()
+        self._calibrated: float | None = None
+        self._calibrating = False
+        self._waiting: list[tuple[Any, ...]] | None = None
+
+    @property
+    def floor(self) -> float:
+        """Score above which detections are given: the threshold, or while it is chosen the lowest of the choice."""
+        return min(float(self.threshold), float(THRESHOLDS[0])) if self._calibrating else float(self.threshold)
+
+    def _set_threshold(self) -> None:
+        """Weight averaging validates a copy, and averages thresholds as well: both copies have the calibrated one."""
+        if self.calibrate and self._calibrated is not None:
+            self.threshold.fill_(self._calibrated)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._set_threshold()
+
+    def on_train_end(self) -> None:
+        self._set_threshold()
+
+    def on_validation_epoch_start(self) -> None:
+        self._set_threshold()
+        self.threshold_errors.reset()  # of one that was interrupted
+        # The few pictures of a sanity check decide nothing.
+        self._waiting = [] if self.calibrate and not self.trainer.sanity_checking else None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._calibrating = self._waiting is not None
+        try:
+            super().validation_step(batch, batch_idx)
+        finally:
+            self._calibrating = False  # what callbacks draw, or anybody counts after an error, is at the threshold
+
+    def tally(
+        self,
+        outputs: list[Any],
+        batch: Batch,
+        sizes: list[tuple[int, int]],
+        extra: list[list[str]] | None,
+        split: Any,
+    ) -> None:
+        if self._waiting is None or split != "val":
+            return super().tally(outputs, batch, sizes, extra, split)
+        known: Any = {key: value for key, value in batch.items() if key != "image"}
+        for output, image_id, target in zip(outputs, batch["image_id"], batch["counts"], strict=True):
+            own = output.labels[0] < len(target)
+            counts = counts_at(output.scores[0][own], output.labels[0][own], len(target), THRESHOLDS)
+            self.threshold_errors.update(image_id, counts, target)
+        # Only the detections are needed for another threshold, and densities of many names would fill the memory.
+        light = [replace(o, density=o.density.new_empty(1, o.density.shape[1], 0, 0)) for o in outputs]
+        self._waiting.append((light, known, sizes, extra))
+
+    def on_validation_epoch_end(self) -> None:
+        if self._waiting is not None:
+            with warnings.catch_warnings():
+                # A rank without pictures computes too, or the others would wait for it for ever.
+                warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
+                found = self.threshold_errors.compute()
+            self.threshold_errors.reset()
+            if found is not None:
+                if abs(found - float(self.threshold)) > 1e-6:
+                    self.drop_intervals(f"detections than those above the new threshold of {found:g}")
+                self._calibrated = found
+                self.threshold.fill_(found)
+            waiting, self._waiting = self._waiting, None
+            for outputs, known, sizes, extra in waiting:
+                kept = [above(o, float(self.threshold), s) for o, s in zip(outputs, sizes, strict=True)]
+                super().tally(kept, known, sizes, extra, "val")
+            self.log("val/threshold", float(self.threshold))
+        super().on_validation_epoch_end()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.calibrate and self._calibrated is not None and "current_model_state" in checkpoint:  # averaged weights
+            checkpoint["state_dict"]["threshold"] = torch.tensor(self._calibrated)
+
+
+class RegionDetector(CalibratedModule, TextGuidedModule):
+    """How ``RegionCLIPCounter``, which describes these attributes, detects."""
+
+    network: RegionCLIPNet
+    train_vision: bool
+    train_text: bool
+    templates: TemplateSet | list[str]
+    wording: Wording
+    ensemble: Ensemble
+    peak_floor: float
+    tile_depth: int
+    score: Score
+    temperature: float
+    negatives: list[str]
+    fusion: Fusion
+    iou_threshold: float
+    suppression: Suppression
+    assign: Assign
+    proposals: str
+    missing_proposals: Literal["error", "empty"]
+    _source: ProposalSource | None
+    #: Embeddings of names, while texts do not train.
+    embedded: dict[str, Tensor]
+
+    @property
+    def source(self) -> ProposalSource:
+        """What proposes boxes."""
+        if self._source is None:
+            self._source = proposal_source(self.proposals, missing=self.missing_proposals)
+        return self._source
+
+    @source.setter
+    def source(self, value: ProposalSource) -> None:
+        self._source = value
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        assert self.source is not None  # what is wrong with it is said before the first picture
+
+    def set_tokenizer(self, source: TokenizerLike) -> None:
+        super().set_tokenizer(source)
+        self.embedded = {}
+
+    def train(self, mode: bool = True) -> RegionDetector:
+        if self.train_text and mode != self.training:
+            self.embedded = {}
+        super().train(mode)
+        for part, trains in ((self.network.encoder, self.train_vision), (self.network.text, self.train_text)):
+            if not trains:
+                part.eval()
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> RegionDetector:
+        self.embedded = {}
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.embedded = {}
+        return super().load_state_dict(*args, **kwargs)
+
+    def embed_names(self, names: Sequence[str]) -> Tensor:
+        """``(K, D)`` embeddings of names through the templates, of any length; remembered while texts do not train."""
+        if any(not name.strip() for name in names):
+            raise InputError(f"an empty name in {list(names)[:5]}; name what is to be counted")
+        options: Any = {"wording": self.wording, "ensemble": self.ensemble}
+        if self.training and self.train_text:
+            return trained_concepts(self.network.text, names, self.templates, **options)
+        # Name by name: two of them may have the same prompts, which a pool must not.
+        for name in [name for name in dict.fromkeys(names) if name not in self.embedded]:
+            # What is kept must not depend on the precision of the run that happened to be first.
+            with torch.autocast(self.device.type, enabled=False):
+                found = embed_concepts(self.network.text, [name], self.templates, **options)
+            self.embedded[name] = found[0].clone()
+        return torch.stack([self.embedded[name] for name in names])
+
+    def prompts_of(self, name: str) -> list[str]:
+        return region_prompts(name, self.templates, self.wording)
+
+    @property
+    def text_tower(self) -> TextTower:
+        return self.network.text
+
+    @property
+    def cell(self) -> int:
+        return GRID
+
+    def forward(self, image: Tensor, classes: list[list[str]]) -> RegionOutput:
+        """Detections in evaluation; in training the maps that they are made of, and no detection."""
+        if not self.training:
+            return joined([self._detect(one, names) for one, names in zip(image, classes, strict=True)])
+        x = self.network.normalised(image)
+        features = self.network.encoder(x)[0]
+        heat, log_sizes = (None, None) if self.network.head is None else self.network.head(features, x)
+        grid = (-(-image.shape[-2] // GRID), -(-image.shape[-1] // GRID))
+        density = image.new_zeros(len(image), len(classes[0]), *grid)
+        return RegionOutput(density, heat=heat, log_sizes=log_sizes, features=features)
+
+    def count_batch(
+        self,
+        images: Tensor | Sequence[Tensor],
+        classes: list[list[str]],
+        window: int | None = None,
+        stride: int | None = None,
+        *,
+        image_ids: Sequence[str] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> CountOutput | list[CountOutput]:
+        """Detect in whole pictures; see :meth:`~counting_zoo.module.Counter.count_batch`.
+
+        Raises:
+            InputError: a window or stride is given; saturated pictures are cut into tiles by themselves.
+        """
+        if window or stride:
+            raise InputError(
+                f"window {window} and stride {stride} for a detector, which sees whole pictures and cuts "
+                "them itself where proposals are at their limit (model.tile_depth)"
+            )
+        ids = [""] * len(images) if image_ids is None else image_ids
+        stored = [None] * len(images) if sizes is None else sizes
+        found = [
+            self._detect(image.to(self.device), names, image_id, size)
+            for image, names, image_id, size in zip(images, classes, ids, stored, strict=True)
+        ]
+        return joined(found) if isinstance(images, Tensor) else list(found)
+
+    @torch.no_grad()
+    def _detect(
+        self, image: Tensor, names: list[str], image_id: str = "", stored: tuple[int, int] | None = None
+    ) -> RegionOutput:
+        """What one picture ``(3, H, W)`` shows of some names."""
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        x = self.network.normalised(image[None])
+        features = self.network.encoder(x)[0]
+        if self.network.head is not None:
+            found = self.network.proposed(features, x, [size], self.peak_floor)[0]
+        else:
+            found = self.source([image], [image_id], None if stored is None else [stored])[0]
+        if found.saturated and self.tile_depth:
+            step = 0 if self.network.head is None else CELL
+            found = tiled(self.source, [image], [image_id], first=[found], depth=self.tile_depth, step=step)[0]
+        probabilities = self._probabilities(features, found.boxes.to(image.device), names)
+        scores = fuse(probabilities, found.scores.to(image.device), self.fusion)
+        kept = detect(
+            found.boxes.to(image.device),
+            scores,
+            size=size,
+            threshold=self.floor,
+            iou_threshold=self.iou_threshold,
+            suppression=self.suppression,
+            assign=self.assign,
+        )
+        return detected(kept.boxes, kept.scores, kept.labels, size, len(names), found.saturated)
+
+    def peaks(
+        self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Proposed]:
+        """Peaks of pictures of any size; those of one size together."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for i, image in enumerate(images):
+            by_size.setdefault((int(image.shape[-2]), int(image.shape[-1])), []).append(i)
+        found: dict[int, Proposed] = {}
+        for size, places in by_size.items():
+            x = self.network.normalised(torch.stack([images[i] for i in places]))
+            proposed = self.network.proposed(self.network.encoder(x)[0], x, [size] * len(places), self.peak_floor)
+            found |= dict(zip(places, proposed, strict=True))
+        return [found[i] for i in range(len(images))]
+
+    def _probabilities(self, features: Tensor, boxes: Tensor, names: list[str]) -> Tensor:
+        """``(N, K)`` of the boxes of one picture."""
+        if not len(boxes):
+            return features.new_zeros(0, len(names), dtype=torch.float32)
+        regions = self.network.encoder.pool(features, [boxes])
+        texts = self.embed_names(names)
+        if self.score == "sigmoid":
+            scale, bias = self.network.log_scale.exp(), self.network.bias
+            return text_probabilities(regions, texts, score="sigmoid", scale=scale, bias=bias)
+        negatives = None
+        if self.score == "softmax":
+            others = concepts_from_classes(names, self.negatives)[len(concepts_from_classes(names, ())) :]
+            negatives = self.embed_names(others) if others else None
+        return text_probabilities(regions, texts, score=self.score, temperature=self.temperature, negatives=negatives)
+
+    def classify_regions(self, picture: Any, boxes: Any, prompts: str | Sequence[str]) -> ClassifiedRegions:
+        """What given boxes of a picture show, by the whole picture's features (not by crops).
+
+        Args:
+            picture: a path, PIL image, ``(H, W[, C])`` array or ``(3, H, W)`` tensor.
+            boxes: ``(N, 4)`` x1, y1, x2, y2 in its pixels; what is outside the picture is clipped.
+            prompts: K names.
+
+        Returns:
+            Probabilities of ``(N, K)``, as ``score`` makes them.
+
+        Raises:
+            InputError: a box without area in the picture, coordinates that are not finite, or no name.
+        """
+        image, _ = as_picture(picture)
+        size, names = (image.shape[1], image.shape[2]), [prompts] if isinstance(prompts, str) else list(prompts)
+        if not names or len(set(names)) != len(names):
+            raise InputError(f"prompts are {names}; expected names, each once")
+        seen = self.preprocess(image)
+        inside = boxes_inside(boxes, size, (seen.shape[1], seen.shape[2])).to(self.device)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                features = self.network.encoder(self.network.normalised(seen[None].to(self.device)))[0]
+                found = self._probabilities(features, inside, names)
+        finally:
+            self.train(training)
+        return ClassifiedRegions(names, found.cpu())
+
+    def to_prediction(
+        self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor
+    ) -> Prediction:
+        assert isinstance(output, RegionOutput), f"a prediction of a {type(output).__name__}"
+        prediction = super().to_prediction(output, names, size, image_id, seen)
+        ratio = torch.tensor([size[1] / seen.shape[2], size[0] / seen.shape[1]]).repeat(2)
+        boxes, labels = output.boxes[0].float().cpu() * ratio, output.labels[0].cpu()
+        prediction.boxes = [boxes[labels == k] for k in range(len(names))]
+        prediction.scores = [output.scores[0].float().cpu()[labels == k] for k in range(len(names))]
+        prediction.points = [(own[:, :2] + own[:, 2:]) / 2 for own in prediction.boxes]
+        return prediction
 
 
 class RegionCLIPCounter(RegionDetector):
@@ -45,7 +466,7 @@ class RegionCLIPCounter(RegionDetector):
             CLIP, in place of ``clip``'s weights.
         tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from the
             class names of its training data.
-        stem, dense, freeze_at: see :func:`~counting_zoo.nn.clip_regions.region_encoder`.
+        stem, dense, freeze_at: see :func:`~counting_zoo.nn.regions.region_encoder`.
         train_vision, train_text: whether CLIP's own weights train.
         text_pool: where texts are read; see :class:`~counting_zoo.nn.text.TextTower`.
         templates, wording, ensemble: see :func:`~counting_zoo.models.region_clip.concepts.embed_concepts`.
@@ -57,7 +478,7 @@ class RegionCLIPCounter(RegionDetector):
         tile_depth: how often a picture is cut into 2 x 2 magnified tiles while proposals are at their limit.
         score: ``sigmoid`` of a trained scale and bias; ``softmax`` over the names asked about and ``negatives``, for a
             CLIP that was not trained to count (zero-shot); ``official`` as the reference, see
-            :func:`~counting_zoo.models.region_clip.detections.text_probabilities`.
+            :func:`~counting_zoo.models.region_clip.network.text_probabilities`.
         scale, bias: of the cosines, at the beginning of training.
         temperature: of the cosines of ``softmax`` and ``official``.
         negatives: names that compete in ``softmax``; COCO's classes if ``None``. Those asked about are left out.
@@ -66,7 +487,7 @@ class RegionCLIPCounter(RegionDetector):
             was made without it, it takes the place of the calibrated one.
         calibrate: choose the threshold of the least validation error in each validation.
         iou_threshold: overlap above which the lower of two boxes of one name goes.
-        suppression, assign: see :func:`~counting_zoo.models.region_clip.detections.detect`.
+        suppression, assign: see :func:`~counting_zoo.models.region_clip.network.detect`.
         boxes: what training learns sizes from: ``all`` boxes where the data has them, or only its ``examples``.
         heat_weight, size_weight, text_weight: of the three losses; 0 gives a term no gradient.
         n_regions: objects of a picture, and as many boxes beside them, whose texts are trained in a step, at most.
@@ -116,29 +537,39 @@ class RegionCLIPCounter(RegionDetector):
     ) -> None:
         super().__init__(threshold=0.5 if threshold is None else threshold, calibrate=calibrate, **options)
         if self.window is not None:
-            raise InputError(f"window is {self.window}; a detector sees whole pictures, and cuts them itself where "
-                             "its proposals are at their limit (tile_depth)")  # fmt: skip
+            raise InputError(
+                f"window is {self.window}; a detector sees whole pictures, and cuts them itself where "
+                "its proposals are at their limit (tile_depth)"
+            )
         for name, value in (("iou_threshold", iou_threshold), ("peak_floor", peak_floor)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is {value}; expected 0 to 1")
         if n_regions < 1 or tile_depth < 0 or not scale > 0:
-            raise InputError(f"n_regions is {n_regions}, tile_depth {tile_depth} and scale {scale}; expected at least "
-                             "1, at least 0 and above 0")  # fmt: skip
+            raise InputError(
+                f"n_regions is {n_regions}, tile_depth {tile_depth} and scale {scale}; expected at least "
+                "1, at least 0 and above 0"
+            )
         for name, choice, choices in (
             ("missing_proposals", missing_proposals, ("error", "empty")),
-            ("boxes", boxes, ("all", "examples")), ("score", score, get_args(Score)),
-            ("fusion", fusion, ("region", "geometric")), ("suppression", suppression, get_args(Suppression)),
+            ("boxes", boxes, ("all", "examples")),
+            ("score", score, get_args(Score)),
+            ("fusion", fusion, ("region", "geometric")),
+            ("suppression", suppression, get_args(Suppression)),
             ("assign", assign, get_args(Assign)),
-        ):  # fmt: skip
+        ):
             if choice not in choices:
                 raise InputError(f"{name} is {choice!r}; expected one of {', '.join(map(repr, choices))}")
         if proposals == "random":
-            raise InputError("proposals are 'random', which suits pretraining; expected 'peaks', 'grid', a file of "
-                             "boxes, or a detector ('owlv2:' or 'detr:' and a folder or hub name)")  # fmt: skip
+            raise InputError(
+                "proposals are 'random', which suits pretraining; expected 'peaks', 'grid', a file of "
+                "boxes, or a detector ('owlv2:' or 'detr:' and a folder or hub name)"
+            )
         weights = {"heat": heat_weight, "size": size_weight, "text": text_weight}
         if not all(0 <= weight < math.inf for weight in weights.values()) or not text_weight + heat_weight:
-            raise InputError(f"weights of the losses are {weights}; expected finite numbers of at least 0, and that of "
-                             "texts or heat above it")  # fmt: skip
+            raise InputError(
+                f"weights of the losses are {weights}; expected finite numbers of at least 0, and that of "
+                "texts or heat above it"
+            )
         region_prompts("a name", templates, wording)  # refuses what is no template or wording
         towers = build_towers(clip)
         # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
@@ -211,13 +642,19 @@ class RegionCLIPCounter(RegionDetector):
         generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, ())))
         examples = [
             region_examples(
-                points, labels, torch.tensor([place[name] for name in asked]), own, size, n_names=len(names),
-                n_regions=self.n_regions, generator=generator,
+                points,
+                labels,
+                torch.tensor([place[name] for name in asked]),
+                own,
+                size,
+                n_names=len(names),
+                n_regions=self.n_regions,
+                generator=generator,
             )
             for points, labels, asked, own in zip(
                 batch["points"], batch["labels"], batch["classes"], sides, strict=True
             )
-        ]  # fmt: skip
+        ]
         boxes, targets, known = zip(*examples, strict=True)
         regions = self.network.encoder.pool(features, [own.to(self.device) for own in boxes])
         logits = text_logits(regions, self.embed_names(names), 1.0) * self.network.log_scale.exp() + self.network.bias
@@ -240,6 +677,3 @@ class RegionCLIPCounter(RegionDetector):
     def restore_recipe(self, recipe: dict[str, Any]) -> None:
         super().restore_recipe(recipe)
         self._calibrated = recipe["calibrated"]
-
-
-__all__ = ["RegionCLIPCounter"]

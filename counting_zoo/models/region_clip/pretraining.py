@@ -3,43 +3,481 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Mapping
+import zlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError, SupervisionError
 from counting_zoo.geometry import Preprocess
+from counting_zoo.metrics.counts import PictureRows
 from counting_zoo.models.region_clip.concepts import (
     Ensemble,
+    TemplateSet,
+    Wording,
     cached_concepts,
     concept_pool,
     concepts_from_classes,
     embed_concepts,
+    region_prompts,
+    spelling,
     trained_concepts,
 )
-from counting_zoo.models.region_clip.loss import Gather
-from counting_zoo.models.region_clip.pretraining_batch import named_labels, picture_generators
-from counting_zoo.models.region_clip.pretraining_settings import Labels, check_choices, check_settings, term_weights
-from counting_zoo.models.region_clip.pretraining_step import RegionTextModule
-from counting_zoo.models.region_clip.prompts import TemplateSet, Wording, region_prompts
-from counting_zoo.models.region_clip.proposals import FileProposals, proposal_source
-from counting_zoo.models.region_clip.pseudo_labels import Fallback
-from counting_zoo.models.region_clip.region_accuracy import RegionAccuracy
+from counting_zoo.models.region_clip.loss import (
+    Fallback,
+    Gather,
+    PseudoLabels,
+    label_statistics,
+    pretraining_losses,
+    pseudo_labels,
+    teacher_probabilities,
+    text_logits,
+)
+from counting_zoo.models.region_clip.proposals import FileProposals, ProposalSource, Size, proposal_source, random_boxes
+from counting_zoo.module import TextModule
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
-from counting_zoo.nn.clip_regions import DenseMode, RegionEncoder, ResNetRegions, StemRegions, region_encoder
-from counting_zoo.nn.normalization import STATISTICS
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained, write_pretrained
-from counting_zoo.nn.text import TextPool, TextTower
-from counting_zoo.nn.tokenizer import TokenizerLike
-from counting_zoo.nn.vision import Stem
+from counting_zoo.nn.regions import (
+    DenseMode,
+    RegionEncoder,
+    ResNetRegions,
+    StemRegions,
+    region_and_picture_embeddings,
+    region_encoder,
+)
+from counting_zoo.nn.text import TextPool, TextTower, TokenizerLike
+from counting_zoo.nn.vision import STATISTICS, Stem
 from counting_zoo.schedules import WarmupSteps
 from counting_zoo.types import Batch
+
+
+def named_shares(
+    regions: Tensor, pictures: Tensor, texts: Tensor, labels: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """What of each picture is nearest to its own name, by cosine.
+
+    Args:
+        regions: ``(N, D)`` in the order of pictures.
+        pictures: ``(B, D)`` of whole pictures.
+        texts: ``(C, D)`` of all names.
+        labels: B tensors ``(N_i,)`` int64, the names of its regions.
+
+    Returns:
+        Of each of the B pictures the share of its regions that are given their name, and whether the picture is given
+        the name of one of them, as scalars float32. Those of a picture without regions are NaN and 0.
+
+    Example:
+        >>> import torch
+        >>> names = torch.eye(3)
+        >>> found = named_shares(names[[0, 1]], names[[2]], names, [torch.tensor([0, 2])])
+        >>> [(float(region), float(whole)) for region, whole in found]
+        [(0.5, 1.0)]
+    """
+    nearest = text_logits(regions, texts).argmax(1).split([len(own) for own in labels])
+    first = text_logits(pictures, texts).argmax(1)
+    return [
+        ((given == own).float().mean(), (own == whole).any().float())
+        for given, own, whole in zip(nearest, labels, first, strict=True)
+    ]
+
+
+class RegionAccuracy(PictureRows):
+    """:func:`named_shares`, as the mean over pictures that have named regions."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(("region", "whole"), **options)
+
+    def update(
+        self, image_ids: Sequence[str], regions: Tensor, pictures: Tensor, texts: Tensor, labels: Sequence[Tensor]
+    ) -> None:
+        """Add B pictures by their names; the others are as in :func:`named_shares`."""
+        shares = named_shares(regions, pictures, texts, labels)
+        for image_id, own, (region, whole) in zip(image_ids, labels, shares, strict=True):
+            if len(own):
+                self.append([image_id], region=region.reshape(1, 1), whole=whole.reshape(1, 1))
+
+    def compute(self) -> dict[str, float]:
+        """``region_accuracy, picture_accuracy``; nothing where no picture has named regions."""
+        rows = self.rows()
+        if not len(rows["picture"]):
+            return {}
+        return {"region_accuracy": float(rows["region"].mean()), "picture_accuracy": float(rows["whole"].mean())}
+
+
+Labels = Literal["teacher", "boxes"]
+
+
+CHOICES = {
+    "gather": ("image_text", "all", "none"),
+    "same_caption": ("positive", "negative"),
+    "picture_box": ("picture", "canvas"),
+    "fallback": ("none", "official"),
+    "ensemble": ("normalised", "official"),
+    "missing_regions": ("error", "empty"),
+}
+"""What settings with a few values may be."""
+
+
+def term_weights(given: Mapping[str, float] | None) -> dict[str, float]:
+    """The weight of each term of the loss, 1 where none is given.
+
+    Raises:
+        InputError: an unknown term, a weight that is negative or not finite, or no weight above 0.
+
+    Example:
+        >>> term_weights({"image_text": 0.3})
+        {'region_text': 1.0, 'distillation': 1.0, 'image_text': 0.3}
+    """
+    weights = {"region_text": 1.0, "distillation": 1.0, "image_text": 1.0}
+    if unknown := set(given or {}) - set(weights):
+        raise InputError(f"weights names {sorted(unknown)}; expected some of {', '.join(weights)}")
+    weights |= given or {}
+    if not all(0 <= w < math.inf for w in weights.values()) or not any(weights.values()):
+        raise InputError(f"weights are {weights}; expected finite numbers of at least 0, and one above it")
+    return weights
+
+
+def check_choices(**settings: str) -> None:
+    """Refuse a setting that is none of its :data:`CHOICES`.
+
+    Raises:
+        InputError: names the setting and its choices.
+    """
+    for name, value in settings.items():
+        if value not in CHOICES[name]:
+            raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, CHOICES[name]))}")
+
+
+def check_settings(
+    *,
+    labels: str,
+    regions: str,
+    concepts: str | list[str],
+    train_text: bool,
+    n_regions: int,
+    concept_count: int,
+    concept_words: int,
+    concept_limit: int | None,
+    caption_template: str,
+    threshold: float,
+    temperature: float,
+) -> None:
+    """Refuse numbers out of range, and settings that do not go together.
+
+    The arguments are those of ``RegionCLIPPretraining``.
+
+    Raises:
+        InputError: names the setting, and what to set instead.
+    """
+    if labels not in ("teacher", "boxes"):
+        raise InputError(f"labels is {labels!r}; expected 'teacher', or 'boxes' for the names of the data's boxes")
+    if labels == "boxes" and (regions != "boxes" or concepts != "classes"):
+        raise InputError(
+            f"labels 'boxes' are names of the data's own boxes; set regions to 'boxes' (it is {regions!r}) and "
+            f"concepts to 'classes' (it is {concepts!r})"
+        )
+    if labels == "teacher" and train_text:
+        raise InputError(
+            "train_text moves the concepts away from the teacher that labels regions with them; set train_text to "
+            "false, or labels to 'boxes'"
+        )
+    if min(concept_count, concept_words) < 1 or (concept_limit is not None and concept_limit < 1):
+        raise InputError(
+            f"concept_count is {concept_count}, concept_words {concept_words} and concept_limit {concept_limit}; "
+            "expected at least 1"
+        )
+    if n_regions < 1 or "{}" not in caption_template:
+        raise InputError(
+            f"n_regions is {n_regions} and caption_template {caption_template!r}; expected at least 1 region, and a "
+            "text with {} for the names"
+        )
+    if not 0 <= threshold < math.inf or not 0 < temperature < math.inf:
+        raise InputError(
+            f"threshold is {threshold} and temperature {temperature}; expected at least 0, such as 0.1, and above 0, "
+            "such as 0.01"
+        )
+
+
+CAPTIONS = 5
+"""Captions of a picture that one is drawn from at most, as in the reference."""
+
+
+def picture_generators(image_ids: Sequence[str]) -> list[torch.Generator]:
+    """A generator for each picture, seeded by its name: what it draws depends on no other picture, batch or process."""
+    return [torch.Generator().manual_seed(zlib.crc32(image_id.encode())) for image_id in image_ids]
+
+
+def padded_pictures(
+    images: Tensor | Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int
+) -> tuple[Tensor, list[Size]]:
+    """Normalised pictures with zeros on the right and at the bottom.
+
+    Args:
+        images: B pictures ``(3, H_i, W_i)`` in [0, 1] or uint8.
+        mean, std: ``(3, 1, 1)``.
+        multiple: of which the padded sides are one.
+
+    Returns:
+        ``(B, 3, H, W)``, and heights and widths without the padding.
+    """
+    sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
+    height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
+    found = [
+        pad(((i if i.is_floating_point() else i.float() / 255) - mean) / std, (0, width - w, 0, height - h))
+        for i, (h, w) in zip(images, sizes, strict=True)
+    ]
+    return torch.stack(found), sizes
+
+
+def drawn_rows(boxes: Sequence[Tensor], n: int, generators: Sequence[torch.Generator]) -> list[Tensor]:
+    """Which boxes of each picture are taken: at most ``n``, drawn at random, in random order.
+
+    Args:
+        boxes: B tensors ``(N_i, 4)``.
+        n: of each picture.
+        generators: B, which may be one and the same.
+
+    Returns:
+        B tensors of row numbers on the device of the boxes.
+    """
+    return [
+        torch.randperm(len(own), generator=generator)[:n].to(own.device)
+        for own, generator in zip(boxes, generators, strict=True)
+    ]
+
+
+def parted_rows(rows: Tensor, boxes: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of boxes, and of more boxes that came behind those of the same picture.
+
+    Args:
+        rows: ``(N + M, D)``, of each picture first ``boxes``, then ``more``.
+        boxes, more: B tensors each, N and M in all.
+
+    Returns:
+        ``(N, D)`` and ``(M, D)``.
+    """
+    parts = rows.split([len(own) for pair in zip(boxes, more, strict=True) for own in pair])
+    return torch.cat(parts[::2]), torch.cat(parts[1::2])
+
+
+def named_labels(names: Sequence[str], pool: Sequence[str], device: torch.device | str = "cpu") -> PseudoLabels:
+    """Labels that are known: all are kept, with the probability 1.
+
+    Args:
+        names: of N regions.
+        pool: C concepts; a name is the one that differs from it in spelling only.
+        device: of the result.
+
+    Raises:
+        SupervisionError: a name that is no concept.
+    """
+    place = {spelling(name): i for i, name in enumerate(pool)}
+    if unknown := [name for name in names if spelling(name) not in place]:
+        raise SupervisionError(
+            f"boxes are called {unknown[0]!r}, which is not among the {len(pool)} "
+            f"concepts, such as {list(pool[:5])}: the training data had other classes"
+        )
+    labels = torch.tensor([place[spelling(name)] for name in names], dtype=torch.int64, device=device)
+    return PseudoLabels(one_hot(labels, len(pool)).float(), labels, torch.ones_like(labels, dtype=torch.bool))
+
+
+def drawn_captions(batch: Batch, template: str, generators: Sequence[torch.Generator]) -> list[str]:
+    """One caption for each picture: one of its first :data:`CAPTIONS`, or the names in it.
+
+    Args:
+        batch: with ``captions``, ``present`` or ``classes``.
+        template: the caption of a picture without captions; ``{}`` becomes the names that are in it.
+        generators: B, which may be one and the same.
+
+    Raises:
+        InputError: a picture with neither caption nor name.
+    """
+    chosen = []
+    for i, (image_id, generator) in enumerate(zip(batch["image_id"], generators, strict=True)):
+        texts = batch["captions"][i][:CAPTIONS] if "captions" in batch else []
+        if texts:
+            chosen.append(texts[int(torch.randint(len(texts), (), generator=generator))])
+        elif names := batch["present"][i] if "present" in batch else batch["classes"][i]:
+            chosen.append(template.replace("{}", ", ".join(names)))
+        else:
+            raise InputError(
+                f"{image_id} has neither a caption nor a name of anything in it; leave it out of the "
+                "training pictures, or give it a caption"
+            )
+    return chosen
+
+
+def sentence_numbers(sentences: Sequence[str]) -> Tensor:
+    """``(B,)`` int64, equal for equal sentences: hashes, so that those of other processes have the same number."""
+    return torch.tensor([int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) for text in sentences])
+
+
+def filled_rows(regions: Tensor, pseudo: PseudoLabels, rows: int) -> tuple[Tensor, PseudoLabels]:
+    """Regions and their labels with rows behind them that are not kept, so that every process has as many.
+
+    Args:
+        regions: ``(N, D)``.
+        pseudo: their labels.
+        rows: at least N.
+    """
+
+    def fill(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+
+    return fill(regions), PseudoLabels(*(fill(x) for x in (pseudo.probabilities, pseudo.labels, pseudo.kept)))
+
+
+@dataclass(frozen=True)
+class PretrainingStep:
+    """Weighted ``terms`` of a batch, ``statistics`` to watch, embeddings of ``pictures`` and of ``more`` boxes."""
+
+    terms: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    pictures: Tensor
+    more: Tensor
+
+
+class RegionTextModule(TextModule):
+    """How ``RegionCLIPPretraining``, which describes these attributes, learns from a batch."""
+
+    encoder: RegionEncoder
+    teacher: RegionEncoder | None
+    text: TextTower
+    weights: dict[str, float]
+    regions: str
+    n_regions: int
+    labels: Labels
+    threshold: float
+    fallback: Fallback
+    temperature: float
+    gather: Gather
+    picture_box: Literal["picture", "canvas"]
+    caption_template: str
+    same_caption: Literal["positive", "negative"]
+    mean: Tensor
+    std: Tensor
+    _source: ProposalSource | None
+
+    @abstractmethod
+    def _embeddings(self, names: list[str]) -> Tensor:
+        """``(C, D)`` of names."""
+
+    def forward(self, image: Tensor | Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The student's embeddings of boxes ``(N, D)`` and of whole pictures ``(B, D)``, not normalised.
+
+        Args:
+            image: B pictures ``(3, H_i, W_i)`` in [0, 1] or uint8, of any sizes.
+            boxes: B tensors ``(N_i, 4)`` of x1, y1, x2, y2 in pixels.
+        """
+        images, sizes = self._padded(image)
+        return region_and_picture_embeddings(self.encoder, images, boxes, self._extents(sizes))
+
+    def _padded(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
+        return padded_pictures(images, self.mean, self.std, self.encoder.multiple)
+
+    def _extents(self, sizes: list[Size]) -> list[Size] | None:
+        return sizes if self.picture_box == "picture" else None
+
+    def _step(
+        self,
+        batch: Batch,
+        pool: list[str],
+        generators: Sequence[torch.Generator],
+        more: Sequence[Tensor] | None = None,
+    ) -> PretrainingStep:
+        """One pass of the student over a batch: its losses, and embeddings of ``more`` boxes of each picture.
+
+        What is drawn for a picture is drawn from its generator: boxes of all pictures first, then captions.
+        """
+        images, sizes = self._padded(batch["image"])
+        boxes, names = self._boxes(batch, sizes, generators)
+        if not (self.weights["region_text"] or self.weights["distillation"]):
+            boxes, names = [own[:0] for own in boxes], []
+        every = boxes if more is None else [torch.cat(both) for both in zip(boxes, more, strict=True)]
+        found, pictures = region_and_picture_embeddings(self.encoder, images, every, self._extents(sizes))
+        regions, others = (found, found[:0]) if more is None else parted_rows(found, boxes, more)
+        concepts = self._embeddings(pool)
+        if self.teacher is None:
+            pseudo = named_labels(names, pool, self.device)
+        else:
+            pseudo = self._taught(self.teacher, images, boxes, concepts)
+        statistics = label_statistics(pseudo, regions, concepts)
+        captions = drawn_captions(batch, self.caption_template, generators)
+        same = sentence_numbers(captions).to(self.device) if self.same_caption == "positive" else None
+        with torch.enable_grad():  # or a TextTower runs captions one by one and remembers each of them
+            texts = self.text(captions) if self.training else self.text(captions).detach()
+        gather = self.gather if self.training else "none"
+        if gather == "all" and self._distributed():
+            regions, pseudo = filled_rows(regions, pseudo, len(images) * self.n_regions)
+        losses = pretraining_losses(
+            regions,
+            pseudo.probabilities,
+            pseudo.labels,
+            pseudo.kept,
+            concepts,
+            pictures,
+            texts,
+            captions=same,
+            temperature=self.temperature,
+            gather=gather,
+            all_gather=self._all_gather,
+        )
+        terms = {name: self.weights[name] * loss for name, loss in losses.items() if self.weights[name]}
+        return PretrainingStep(terms, statistics, pictures, others)
+
+    def _boxes(
+        self, batch: Batch, sizes: list[Size], generators: Sequence[torch.Generator]
+    ) -> tuple[list[Tensor], list[str]]:
+        """At most ``n_regions`` boxes of each picture, and where they are the data's own the name of each."""
+        if self.regions == "random":
+            each = zip(sizes, generators, strict=True)
+            return [random_boxes(size, self.n_regions, own).to(self.device) for size, own in each], []
+        if self._source is not None:
+            found = self._source(list(batch["image"]), batch["image_id"], sizes=batch.get("original_size"))
+            boxes = [proposed.boxes for proposed in found]
+        elif "boxes" in batch and "box_labels" in batch:
+            boxes = list(batch["boxes"])
+        else:
+            raise SupervisionError(
+                f"regions is 'boxes', and {batch['image_id'][0]} has none; choose data with boxes "
+                "in every split, or regions: random"
+            )
+        chosen = drawn_rows(boxes, self.n_regions, generators)
+        names = []
+        if self.labels == "boxes":
+            for asked, labels, kept in zip(batch["classes"], batch["box_labels"], chosen, strict=True):
+                names += [asked[i] for i in labels[kept].tolist()]
+        return [own[kept].to(self.device) for own, kept in zip(boxes, chosen, strict=True)], names
+
+    @torch.no_grad()
+    def _taught(self, teacher: RegionEncoder, images: Tensor, boxes: list[Tensor], concepts: Tensor) -> PseudoLabels:
+        """What the teacher says about boxes; without any it is not asked."""
+        if not any(len(own) for own in boxes):
+            return pseudo_labels(concepts.new_zeros(0, len(concepts)), self.threshold, fallback=self.fallback)
+        features = teacher.pool(teacher(images)[0], boxes)
+        probabilities = teacher_probabilities(features, concepts, self.temperature)
+        return pseudo_labels(probabilities, self.threshold, fallback=self.fallback)
+
+    def _all_gather(self, x: Tensor) -> Tensor:
+        if not self._distributed():
+            return x
+        if x.dtype == torch.bool:
+            return self._all_gather(x.to(torch.uint8)).bool()
+        gathered = self.all_gather(x, sync_grads=x.requires_grad)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
+
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +497,9 @@ class RegionCLIPPretraining(RegionTextModule):
         tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from
             captions and concepts of its training data.
         stem: ``conv`` puts small convolutions in the place of a ViT's patch embedding, which learn from scratch.
-        dense: how a ViT makes patches of its last layer; see :class:`~counting_zoo.nn.clip_regions.ViTRegions`.
+        dense: how a ViT makes patches of its last layer; see :class:`~counting_zoo.nn.regions.ViTRegions`.
         teacher_dense: the same of the teacher, which never saw regions.
-        freeze_at: parts of a ResNet that do not train; see :class:`~counting_zoo.nn.clip_regions.ResNetRegions`.
+        freeze_at: parts of a ResNet that do not train; see :class:`~counting_zoo.nn.regions.ResNetRegions`.
         train_text: whether the text tower trains along, as it must from scratch.
         text_pool: where texts are read; see :class:`~counting_zoo.nn.text.TextTower`.
         concepts: the pool: frequent words of the training ``captions``, the ``classes`` of the data beside
@@ -79,7 +517,7 @@ class RegionCLIPPretraining(RegionTextModule):
             which needs no teacher.
         threshold: the teacher's probability above which its label is believed; it depends on the size of the pool.
         fallback: what is kept where no region of a batch passes; see
-            :func:`~counting_zoo.models.region_clip.pseudo_labels.pseudo_labels`.
+            :func:`~counting_zoo.models.region_clip.loss.pseudo_labels`.
         temperature: of all cosines.
         weights: of ``region_text``, ``distillation`` and ``image_text``; 1 each. A term of weight 0 is not calculated.
         gather: what sees the pictures of every process; see
@@ -90,7 +528,7 @@ class RegionCLIPPretraining(RegionTextModule):
         same_caption: equal captions in a batch are positives of each other (``positive``), or negatives as in the
             reference (``negative``).
         preprocess: geometry of whole pictures before the model sees them.
-        training: those of :class:`~counting_zoo.training.TrainingModule`.
+        training: those of :class:`~counting_zoo.module.TrainingModule`.
     """
 
     requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"captions"}), frozenset({"counts"}))
@@ -136,14 +574,26 @@ class RegionCLIPPretraining(RegionTextModule):
         super().__init__(**training)
         self.weights = term_weights(weights)
         check_settings(
-            labels=labels, regions=regions, concepts=concepts, train_text=train_text, n_regions=n_regions,
-            concept_count=concept_count, concept_words=concept_words, concept_limit=concept_limit,
-            caption_template=caption_template, threshold=threshold, temperature=temperature,
-        )  # fmt: skip
+            labels=labels,
+            regions=regions,
+            concepts=concepts,
+            train_text=train_text,
+            n_regions=n_regions,
+            concept_count=concept_count,
+            concept_words=concept_words,
+            concept_limit=concept_limit,
+            caption_template=caption_template,
+            threshold=threshold,
+            temperature=temperature,
+        )
         check_choices(
-            gather=gather, same_caption=same_caption, picture_box=picture_box, fallback=fallback, ensemble=ensemble,
+            gather=gather,
+            same_caption=same_caption,
+            picture_box=picture_box,
+            fallback=fallback,
+            ensemble=ensemble,
             missing_regions=missing_regions,
-        )  # fmt: skip
+        )
         region_prompts("a name", templates, wording)  # refuses what is no template or wording
         towers = build_towers(clip)
         # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
@@ -171,8 +621,10 @@ class RegionCLIPPretraining(RegionTextModule):
         self.concept_source = concepts
         self.distractors = COCO_CLASSES if distractors is None else distractors
         self.concept_limits: dict[str, Any] = {
-            "min_count": concept_count, "max_words": concept_words, "limit": concept_limit,
-        }  # fmt: skip
+            "min_count": concept_count,
+            "max_words": concept_words,
+            "limit": concept_limit,
+        }
         self.templates, self.wording, self.ensemble, self.cache = templates, wording, ensemble, cache
         self.regions, self.n_regions, self.labels = regions, n_regions, labels
         self.missing_regions, self.picture_box = missing_regions, picture_box
@@ -351,6 +803,3 @@ class RegionCLIPPretraining(RegionTextModule):
         """
         dtype = torch.float16 if half else torch.float32
         return write_pretrained(path, self.encoder, self.text, self.settings, temperature=self.temperature, dtype=dtype)
-
-
-__all__ = ["RegionCLIPPretraining"]

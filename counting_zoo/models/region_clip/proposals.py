@@ -1,32 +1,689 @@
-"""Class-agnostic boxes: from detectors of the transformers library, and every other source under one roof.
-
-This is the only file beside ``nn/`` that imports transformers.
-"""
+"""Class-agnostic boxes: at random, on a grid, from files, and from detectors of the transformers library."""
 
 from __future__ import annotations
 
+import csv
 import inspect
+import json
+import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from counting_zoo.errors import InputError, WeightsError
-from counting_zoo.models.region_clip.box_files import FileProposals
-from counting_zoo.models.region_clip.box_sources import (
-    GridProposals,
-    ProposalSource,
-    Proposed,
-    Size,
-    check_pictures,
-    kept_inside,
-    random_boxes,
-)
-from counting_zoo.models.region_clip.tiles import tiled
+from counting_zoo.geometry import box_iou, resize_image, scale_boxes
 from counting_zoo.nn.clip import hub_answers
+
+Size = tuple[int, int]
+
+
+GRID_SIZES = tuple(12 * 2 ** (k / 2) for k in range(9))
+"""12 to 192 pixels, by the root of 2."""
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """The boxes of one picture.
+
+    Attributes:
+        boxes: ``(N, 4)`` float32 x1, y1, x2, y2 in pixels of the picture given, with some area inside it. Those that
+            somebody annotated may reach over its border.
+        scores: ``(N,)`` float32 objectness in [0, 1].
+        saturated: whether the source was at its limit, so that more objects may be there.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    saturated: bool
+
+
+class ProposalSource(Protocol):
+    """What proposes boxes: a network, a file or a grid."""
+
+    def __call__(
+        self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None
+    ) -> list[Proposed]:
+        """Boxes of each picture, on the device of that picture.
+
+        Args:
+            images: B pictures ``(3, H_i, W_i)``, uint8 or float in [0, 1], on any device, never normalised.
+            image_ids: B names.
+            sizes: B ``(H, W)`` of the pictures as they are stored, where ``images`` were resized. Only
+                :class:`~counting_zoo.models.region_clip.proposals.FileProposals` needs them.
+
+        Raises:
+            InputError: pictures, names and sizes that do not fit each other, or are not what is said above.
+        """
+        ...
+
+
+def check_pictures(images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None) -> None:
+    """What a source may rely on.
+
+    Raises:
+        InputError: as many names (and sizes) as pictures are not there, or a picture is no ``(3, H, W)`` with pixels.
+    """
+    if len(images) != len(image_ids) or (sizes is not None and len(sizes) != len(images)):
+        given = "none" if sizes is None else len(sizes)
+        raise InputError(
+            f"{len(images)} pictures came with {len(image_ids)} image_ids and {given} sizes; expected one each"
+        )
+    for image, name in zip(images, image_ids, strict=True):
+        right = image.dtype == torch.uint8 or image.is_floating_point()
+        if image.ndim != 3 or len(image) != 3 or not image.numel() or not right:
+            raise InputError(
+                f"{name}: the picture is {image.dtype} {tuple(image.shape)}; expected uint8, or float in [0, 1], of "
+                "the shape (3, H, W)"
+            )
+
+
+def kept_inside(boxes: Tensor, scores: Tensor, size: Size, saturated: bool = False, *, clip: bool = True) -> Proposed:
+    """Boxes clipped to their picture, without those of which nothing is left.
+
+    Args:
+        boxes: ``(N, 4)`` x1, y1, x2, y2.
+        scores: ``(N,)``.
+        size: ``(H, W)``.
+        saturated: see :class:`Proposed`.
+        clip: ``False`` leaves out the same boxes, and the others whole.
+
+    Raises:
+        InputError: a coordinate or score is not finite.
+    """
+    if not bool(boxes.isfinite().all() and scores.isfinite().all()):
+        raise InputError(
+            "proposals are not all finite numbers; if they come from a network, its weights or its input are broken"
+        )
+    height, width = size
+    limit = boxes.new_tensor([width, height, width, height], dtype=torch.float32)
+    clipped = torch.minimum(boxes.float().clamp(min=0), limit)
+    kept = (clipped[:, 2:] > clipped[:, :2]).all(1)
+    return Proposed((clipped if clip else boxes.float())[kept], scores.float().clamp(0, 1)[kept], saturated)
+
+
+def random_boxes(size: Size, n: int, generator: torch.Generator, *, grid: int = 8, min_side: int = 8) -> Tensor:
+    """Boxes whose corners lie anywhere on a grid: the two ends of each side are a uniform draw among all that fit.
+
+    The reference draws one set for the batch, on the padded canvas (modeling/meta_arch/clip_rcnn.py,
+    ``create_rand_boxes``); these are of one picture. Where it has no room for two cells of the grid, or boxes, along an
+    axis, corners are whole pixels there.
+
+    Args:
+        size: ``(H, W)`` of the picture, without padding.
+        n: how many.
+        generator: decides about all of it.
+        grid: pixels between neighbouring lines.
+        min_side: pixels that a side has at least, or all of a picture that has fewer.
+
+    Returns:
+        ``(n, 4)`` float32 x1, y1, x2, y2 on the device of the generator; none is empty.
+
+    Raises:
+        InputError: numbers out of range.
+
+    Example:
+        >>> random_boxes((30, 17), 1, torch.Generator().manual_seed(0)) % 8
+        tensor([[0., 0., 0., 0.]])
+    """
+    if min(*size, grid, min_side) < 1 or n < 0:
+        raise InputError(
+            f"random boxes: size {size}, grid {grid} and min_side {min_side} are at least 1 pixel, n is {n}, at least 0"
+        )
+    (top, bottom), (left, right) = (_random_spans(side, n, generator, grid, min_side) for side in size)
+    return torch.stack([left, top, right, bottom], 1).float()
+
+
+def _random_spans(length: int, n: int, generator: torch.Generator, grid: int, shortest: int) -> tuple[Tensor, Tensor]:
+    """First and last pixel lines, each ``(n,)``: uniform among the pairs that are far enough apart."""
+    step = grid if length >= 2 * max(grid, shortest) else 1
+    apart = math.ceil(min(shortest, length) / step)
+    # Two distinct ones of these lines, less the gap that every pair has: each pair is as likely as any other.
+    lines = length // step - apart + 2
+    first = torch.randint(lines, (n,), generator=generator, device=generator.device)
+    second = torch.randint(lines - 1, (n,), generator=generator, device=generator.device)
+    second = second + (second >= first)
+    return torch.minimum(first, second) * step, (torch.maximum(first, second) + apart - 1) * step
+
+
+class GridProposals:
+    """Boxes of some sizes and ratios at regular places, all with the score 1: what is left without any weights.
+
+    A size is the square root of a box's area. Places of a shape are ``step`` of its sides apart or closer, the first
+    and last touch the border, and a side longer than the picture becomes the picture's. The defaults find nine of ten
+    boxes of FSC-147 (at an overlap of 0.5), with some thirty thousand for each picture.
+
+    Args:
+        sizes: in pixels.
+        ratios: height by width.
+        step: distance of neighbours in sides of the box.
+
+    Raises:
+        InputError: no size or ratio, or numbers that are not above 0.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[float] = GRID_SIZES,
+        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        step: float = 0.5,
+    ) -> None:
+        numbers = [*sizes, *ratios, step]
+        if not sizes or not ratios or not all(0 < number < math.inf for number in numbers):
+            raise InputError(
+                f"GridProposals: sizes {list(sizes)[:5]}, ratios {list(ratios)[:5]}, step {step}; expected at least "
+                "one size and ratio, and all above 0"
+            )
+        self.sizes, self.ratios, self.step = tuple(sizes), tuple(ratios), step
+
+    def __call__(
+        self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None
+    ) -> list[Proposed]:
+        check_pictures(images, image_ids, sizes)
+        found = []
+        for image in images:
+            height, width = image.shape[-2:]
+            boxes = _grid(height, width, self.sizes, self.ratios, self.step).to(image.device, copy=True)
+            found.append(Proposed(boxes, torch.ones_like(boxes[:, 0]), False))
+        return found
+
+
+@lru_cache(maxsize=8)
+def _grid(height: int, width: int, sizes: tuple[float, ...], ratios: tuple[float, ...], step: float) -> Tensor:
+    """``(N, 4)``, small boxes first, row by row. A picture smaller than boxes has only one of those that it cuts."""
+    sides = [(size * math.sqrt(ratio), size / math.sqrt(ratio)) for size in sizes for ratio in ratios]
+    # Rounded, so that shapes that are the same come once.
+    shapes = dict.fromkeys((min(round(high, 4), height), min(round(wide, 4), width)) for high, wide in sides)
+    found = []
+    for high, wide in shapes:
+        y, x = (
+            torch.linspace(0, side - own, math.ceil((side - own) / (step * own)) + 1, dtype=torch.float64)
+            for side, own in ((height, high), (width, wide))
+        )
+        corners = torch.cartesian_prod(y, x).flip(1)  # (places, 2) x, y
+        found.append(torch.cat([corners, corners + corners.new_tensor([wide, high])], 1))
+    limit = torch.tensor([width, height, width, height])
+    return torch.minimum(torch.cat(found).float(), limit)
+
+
+SMALLEST = 32
+"""Pixels of the shorter side of what is cut into tiles; below, pixels are all that magnifying shows."""
+
+
+SAME = 0.7
+"""Overlap from which boxes of two looks at the same place are of one object."""
+
+
+CUT = 0.01
+"""Part of a tile's side from its border in which the end of a box says that the object goes on."""
+
+
+@dataclass
+class _Region:
+    """A part of a picture: where it is, what was found in it as a whole, and the parts it was cut into.
+
+    Attributes:
+        picture: its index.
+        corner: x, y of the first pixel.
+        size: ``(H, W)``.
+        found: in pixels of the whole picture.
+        middle: x, y of the lines between the cores of the tiles.
+        tiles: none, or upper left, upper right, lower left, lower right.
+    """
+
+    picture: int
+    corner: tuple[int, int]
+    size: Size
+    found: Proposed | None = None
+    middle: tuple[int, int] = (0, 0)
+    tiles: list[_Region] = field(default_factory=list)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        return self.corner[0] + self.size[1], self.corner[1] + self.size[0]
+
+
+def tiled(
+    source: ProposalSource,
+    images: Sequence[Tensor],
+    image_ids: Sequence[str],
+    sizes: Sequence[Size] | None = None,
+    *,
+    first: Sequence[Proposed] | None = None,
+    depth: int = 2,
+    overlap: float = 0.2,
+    step: float = 0.0,
+) -> list[Proposed]:
+    """Ask a source about pictures, and again about the tiles of those in which it is at its limit.
+
+    A picture whose proposals are saturated is cut into 2 x 2 tiles that overlap, each is magnified to the size of the
+    picture, and what saturates is cut again. All tiles of one level go through the source together. Every object is
+    told by one tile, the one whose core (a quarter) has its centre, or by the look at the whole:
+
+    - A box that ends at a border of its tile within the picture is of an object that is cut there, and goes; the
+      overlap shows it whole to the tile that its centre is in, as long as it is smaller than the overlap.
+    - Larger objects, which fit in no tile, are those found in the whole.
+    - Boxes of two tiles near the line between their cores that overlap by :data:`SAME` or more, or whose centres are
+      closer than the source tells places apart, are one object, whose centre the two looks may see on two sides.
+
+    A source that says of no picture that it is saturated, such as a file, is asked once.
+
+    Args:
+        source: what proposes.
+        images, image_ids, sizes: as in :class:`~counting_zoo.models.region_clip.proposals.ProposalSource`.
+        first: what the source said of the pictures as a whole, where that is known.
+        depth: how often a picture is cut at most; 0 never.
+        overlap: of neighbouring tiles, as part of what is cut.
+        step: pixels of a picture it is given between the places that the source tells apart.
+
+    Returns:
+        One for each picture, in its pixels; ``saturated`` where a tile of the last level is.
+
+    Raises:
+        InputError: ``depth`` or ``step`` below 0, ``overlap`` outside [0, 0.9], or what the source refuses.
+    """
+    if depth < 0 or not 0 <= overlap <= 0.9 or not step >= 0:
+        raise InputError(
+            f"tiled: depth is {depth}, overlap {overlap} and step {step}; expected at least 0, 0 to 0.9, and at least 0"
+        )
+    check_pictures(images, image_ids, sizes)
+    level = roots = [_Region(i, (0, 0), (int(im.shape[-2]), int(im.shape[-1]))) for i, im in enumerate(images)]
+    for left in reversed(range(depth + 1)):
+        names = [image_ids[region.picture] for region in level]
+        looks = [_look(region, images[region.picture]) for region in level]
+        stored = {} if sizes is None or level is not roots else {"sizes": sizes}
+        given = first if first is not None and level is roots else source(looks, names, **stored)
+        for region, look, found in zip(level, looks, given, strict=True):
+            region.found = _in_picture(found, region, look)
+        level = [tile for region in level for tile in _cut(region, overlap)] if left else []
+        if not level:
+            break
+    joined = [_joined(region, step) for region in roots]
+    return [kept_inside(f.boxes, f.scores, r.size, f.saturated) for f, r in zip(joined, roots, strict=True)]
+
+
+def _look(region: _Region, image: Tensor) -> Tensor:
+    """The region's pixels, as many as the whole picture has."""
+    height, width = image.shape[-2:]
+    (x, y), (right, bottom) = region.corner, region.ends
+    return resize_image(image[:, y:bottom, x:right], (height, width), antialias=False)
+
+
+def _in_picture(found: Proposed, region: _Region, look: Tensor) -> Proposed:
+    boxes = scale_boxes(found.boxes, (look.shape[-2], look.shape[-1]), region.size)
+    return Proposed(boxes + boxes.new_tensor(region.corner * 2), found.scores, found.saturated)
+
+
+def _cut(region: _Region, overlap: float) -> list[_Region]:
+    """The tiles of a region that needs them."""
+    assert region.found is not None
+    if not region.found.saturated or min(region.size) < SMALLEST:
+        return []
+    region.middle = (region.corner[0] + region.size[1] // 2, region.corner[1] + region.size[0] // 2)
+    spans = []
+    for start, end, middle in zip(region.corner, region.ends, region.middle, strict=True):
+        margin = round(overlap * (end - start) / 2)
+        spans.append([(start, middle + margin), (middle - margin, end)])
+    region.tiles = [
+        _Region(region.picture, (left, top), (bottom - top, right - left))
+        for top, bottom in spans[1]
+        for left, right in spans[0]
+    ]
+    return region.tiles
+
+
+def _joined(region: _Region, step: float) -> Proposed:
+    """What was found in a region, each object once, in pixels of the whole picture, as ``step`` is."""
+    assert region.found is not None
+    if not region.tiles:
+        return region.found
+    step *= max(region.tiles[0].size[0] / region.size[0], region.tiles[0].size[1] / region.size[1])  # looks are closer
+    parts = [_joined(tile, step) for tile in region.tiles]
+    middle = region.found.boxes.new_tensor(region.middle)
+    # The tiles on both sides of the line reach over it by half the overlap.
+    reach = torch.stack([middle.new_tensor(tile.ends) for tile in region.tiles]).amin(0) - middle
+    band = reach / 2
+    boxes, scores = region.found.boxes[:0], region.found.scores[:0]
+    for i, (tile, part) in enumerate(zip(region.tiles, parts, strict=True)):
+        past = (_centres(part.boxes) - middle) * middle.new_tensor([1 if i % 2 else -1, 1 if i // 2 else -1])
+        # Claims reach half as far as doubts: what two tiles claim is always doubted, whatever the rounding.
+        own = (past >= -band / 2).all(1) & _whole(part.boxes, tile, region, CUT)
+        fresh, near = part.boxes[own], (past[own] <= band).any(1)
+        around = ((_centres(boxes) - middle).abs() <= band).any(1)
+        near[near.clone()] = _told(fresh[near], boxes[around], band / 2, step)
+        boxes, scores = torch.cat([boxes, fresh[~near]]), torch.cat([scores, part.scores[own][~near]])
+    large = ~_fits(region)
+    large[large.clone()] = ~_told(region.found.boxes[large], boxes, band / 2)
+    return Proposed(
+        torch.cat([boxes, region.found.boxes[large]]),
+        torch.cat([scores, region.found.scores[large]]),
+        any(part.saturated for part in parts),
+    )
+
+
+def _told(boxes: Tensor, others: Tensor, limit: Tensor, step: float = 0.0) -> Tensor:
+    """``(N,)``: whether a box is one of the others, seen in another look: in pairs, best first.
+
+    Two objects at nearly the same place therefore stay two where both looks see both.
+
+    Args:
+        boxes: ``(N, 4)`` of one look.
+        others: ``(M, 4)`` of other looks.
+        limit: how far apart centres may be along x and y.
+        step: how close centres of one object may be whatever the overlap, which is little where objects are small.
+    """
+    told = torch.zeros_like(boxes[:, 0], dtype=torch.bool)
+    if not len(boxes) or not len(others):
+        return told
+    apart = (_centres(boxes)[:, None] - _centres(others)).abs()
+    iou = box_iou(boxes, others)
+    iou = torch.where((apart < step).all(2), SAME + (1 - SAME) * iou, iou) * (apart <= limit).all(2)
+    while True:
+        best, other = iou.max(1)
+        paired = (best >= SAME) & (iou.argmax(0)[other] == torch.arange(len(boxes), device=iou.device))
+        if not bool(paired.any()):
+            return told
+        told |= paired
+        iou[paired] = 0
+        iou[:, other[paired]] = 0
+
+
+def _centres(boxes: Tensor) -> Tensor:
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+def _whole(boxes: Tensor, tile: _Region, region: _Region, cut: float) -> Tensor:
+    """``(N,)``: whether boxes stay clear of the borders that the tile has inside its region."""
+    clear = torch.ones_like(boxes[:, 0], dtype=torch.bool)
+    for axis, side in ((0, tile.size[1]), (1, tile.size[0])):
+        if tile.corner[axis] > region.corner[axis]:
+            clear &= boxes[:, axis] > tile.corner[axis] + cut * side
+        if tile.ends[axis] < region.ends[axis]:
+            clear &= boxes[:, axis + 2] < tile.ends[axis] - cut * side
+    return clear
+
+
+def _fits(region: _Region) -> Tensor:
+    """``(N,)``: whether what was found in the whole region is well inside the tile that has its centre."""
+    assert region.found is not None
+    boxes = region.found.boxes
+    after = _centres(boxes) >= boxes.new_tensor(region.middle)
+    owner = after[:, 0].long() + 2 * after[:, 1].long()
+    whole = torch.stack([_whole(boxes, tile, region, 2 * CUT) for tile in region.tiles])  # (4, N)
+    return whole.gather(0, owner[None])[0]
+
+
+FORMATS = (
+    "a list of COCO results {'image_id', 'bbox': [x, y, width, height], 'score'}, a COCO annotation file {'images', "
+    "'annotations'}, or a table (.csv) with the columns image,x1,y1,x2,y2[,score]"
+)
+
+
+_NUMBERED = re.compile(r"(?:COCO_\w+_)?(\d+)")
+
+
+@dataclass
+class _Rows:
+    """What a file says, box by box.
+
+    Attributes:
+        boxes: ``(N, 4)`` float64 corners, in pixels of the pictures as they are stored.
+        scores: ``(N,)`` float64.
+        pictures: row numbers of each picture.
+        sizes: ``(H, W)`` of pictures, where the file states them.
+        numbered: whether pictures are known by the numbers of COCO's file names alone.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    pictures: dict[str, list[int]]
+    sizes: dict[str, Size] = field(default_factory=dict)
+    numbered: bool = False
+
+
+class FileProposals:
+    """The boxes that a file has for each picture, such as a detector's output or somebody's annotation.
+
+    A picture is looked up by its name as it is; then by its last folders and file name, which may be longer or shorter
+    than the file's; then by its file name alone; then, in results without names, by the number in a file name of COCO
+    (``COCO_val2014_000000000042.jpg``); and last by its stem. More than one match is an error.
+
+    Boxes are in pixels of the picture as it is stored. They are scaled by the size that the file states, else by
+    ``sizes`` of a call, else taken to be of the picture given. Boxes may reach over its border; of those
+    without area in it the first picture's are warned about.
+
+    Args:
+        path: one of :data:`FORMATS`. Crowd regions of an annotation are left out, with a warning. A row of a table
+            without coordinates says that its picture has no boxes. Without scores all are 1.
+        missing: a picture that the file does not name is an ``error``, or has no boxes (``empty``): results do not name
+            pictures in which nothing was found.
+
+    Raises:
+        InputError: the file cannot be read, or an entry is not what it should be; names its index, or line.
+    """
+
+    def __init__(self, path: str | Path, missing: Literal["error", "empty"] = "error") -> None:
+        if missing not in ("error", "empty"):
+            raise InputError(f"proposals {path}: missing is {missing!r}; expected 'error' or 'empty'")
+        self.path, self.missing = Path(path).expanduser(), missing
+        self._rows = _read_table(self.path) if self.path.suffix.lower() == ".csv" else _read_json(self.path)
+        self._by_name: dict[str, list[str]] = {}
+        self._by_stem: dict[str, list[str]] = {}
+        for key in self._rows.pictures:
+            name = PurePosixPath(key.replace("\\", "/"))
+            self._by_name.setdefault(name.name, []).append(key)
+            for stem in {name.stem, name.name}:  # the file's name may have no suffix, but a dot
+                self._by_stem.setdefault(stem, []).append(key)
+        self._warned: set[str] = set()
+
+    def __call__(
+        self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None
+    ) -> list[Proposed]:
+        check_pictures(images, image_ids, sizes)
+        stored = [None] * len(images) if sizes is None else sizes
+        return [self._of(*each) for each in zip(images, image_ids, stored, strict=True)]
+
+    def _of(self, image: Tensor, image_id: str, stored: Size | None) -> Proposed:
+        given = (int(image.shape[-2]), int(image.shape[-1]))
+        key = self._key(image_id)
+        if key is None and self.missing == "error":
+            known = list(self._rows.pictures)
+            raise InputError(
+                f"proposals {self.path}: none for the picture {image_id}; it has {len(known)} pictures, for example "
+                f"{known[:3]}. If nothing was found in it, set missing to 'empty'"
+            )
+        rows = [] if key is None else self._rows.pictures[key]
+        size = self._size(key, image_id, given, stored)
+        boxes, scores = self._rows.boxes[rows], torch.from_numpy(self._rows.scores[rows])
+        found = kept_inside(scale_boxes(torch.from_numpy(boxes), size, given), scores, given, clip=False)
+        if len(found.boxes) < len(rows):
+            self._warn(
+                "empty",
+                f"{len(rows) - len(found.boxes)} of the {len(rows)} boxes of {image_id} have no area in the picture "
+                "and are left out; other pictures are not reported",
+            )
+        return Proposed(found.boxes.to(image.device), found.scores.to(image.device), False)
+
+    def _size(self, key: str | None, image_id: str, given: Size, stored: Size | None) -> Size:
+        """``(H, W)`` that the boxes are in pixels of."""
+        stated = self._rows.sizes.get(key) if key is not None else None
+        if stated is None:
+            return given if stored is None else (int(stored[0]), int(stored[1]))
+        # A smaller copy of the picture is right, one that is turned is not.
+        if stored is not None and abs(stated[0] * stored[1] - stated[1] * stored[0]) > 2 * max(*stated, *stored):
+            raise InputError(
+                f"proposals {self.path}: {key} is {stated[0]} x {stated[1]} (height x width), but the picture "
+                f"{image_id} {stored[0]} x {stored[1]}, which has other proportions; expected proposals of this picture"
+            )
+        return stated
+
+    def _key(self, image_id: str) -> str | None:
+        """The file's own name for a picture, or ``None`` where it has none."""
+        asked = PurePosixPath(image_id.replace("\\", "/"))
+        pictures = self._rows.pictures
+        if image_id in pictures or str(asked) in pictures:
+            return image_id if image_id in pictures else str(asked)
+        same_name = self._by_name.get(asked.name, [])
+        along = [key for key in same_name if _ends_alike(asked, PurePosixPath(key.replace("\\", "/")))]
+        if len(along) != 1 and len(same_name) == 1:
+            self._warn("name", f"{same_name[0]} is taken for {image_id}, and so are others with the same file name")
+        number = _NUMBERED.fullmatch(asked.stem) if self._rows.numbered else None
+        numbers = [key for key in (str(int(number[1])),) if key in pictures] if number else []
+        for found in (along, same_name, numbers, self._by_stem.get(asked.stem, [])):
+            if len(found) > 1:
+                raise InputError(
+                    f"proposals {self.path}: {len(found)} pictures are called like {image_id}: {found[:3]}; give "
+                    "pictures and proposals the same folders"
+                )
+            if found:
+                return found[0]
+        return None
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"proposals {self.path}: {message}", stacklevel=5)
+
+
+def _ends_alike(a: PurePosixPath, b: PurePosixPath) -> bool:
+    """Whether one path is the end of the other."""
+    shorter = min(len(a.parts), len(b.parts))
+    return a.parts[-shorter:] == b.parts[-shorter:]
+
+
+def _read_json(path: Path) -> _Rows:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
+        raise InputError(f"proposals {path} cannot be read as JSON: {error}; expected {FORMATS}") from error
+    pictures: dict[str, list[int]] = {}
+    sizes: dict[str, Size] = {}
+    keys: dict[Any, str] = {}
+    where, named = "", isinstance(content, dict)
+    if isinstance(content, dict):
+        where = "annotations"
+        images, content = content.get("images"), content.get("annotations")
+        if not isinstance(images, list) or not isinstance(content, list):
+            raise InputError(f"proposals {path} hold no proposals; expected {FORMATS}")
+        for i, image in enumerate(images):
+            if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
+                raise InputError(f"proposals {path}, images[{i}]: expected an object with 'id' and 'file_name'")
+            key = keys[image["id"]] = str(image.get("file_name", image["id"]))
+            if key in pictures:
+                raise InputError(f"proposals {path}, images[{i}]: {key} stood there before; expected each picture once")
+            pictures[key] = []
+            size = (image.get("height"), image.get("width"))
+            if all(isinstance(side, int | float) and side >= 1 for side in size):
+                sizes[key] = (int(size[0]), int(size[1]))  # type: ignore[arg-type]
+    if not isinstance(content, list):
+        raise InputError(f"proposals {path} hold no proposals; expected {FORMATS}")
+    kept: list[dict[str, Any]] = []
+    places: list[str] = []
+    for i, row in enumerate(content):
+        place = f"proposals {path}, {where}[{i}]"
+        if not isinstance(row, dict) or not {"image_id", "bbox"} <= set(row):
+            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise InputError(f"{place}: found {found}; expected an object with 'image_id' and 'bbox'")
+        name = row["image_id"]
+        if not isinstance(name, int | str) or (named and name not in keys):
+            raise InputError(f"{place}: image_id is {name!r}; expected the id of one of the {len(keys)} images")
+        if row.get("iscrowd"):
+            continue
+        pictures.setdefault(keys[name] if named else str(name), []).append(len(kept))
+        kept.append(row)
+        places.append(place)
+    if len(kept) < len(content):
+        warnings.warn(
+            f"proposals {path}: {len(content) - len(kept)} crowd regions (iscrowd) are left out: none is a box of one "
+            "object",
+            stacklevel=3,
+        )
+    boxes = _numbers([row["bbox"] for row in kept], 4, places, "bbox", "four numbers [x, y, width, height]")
+    negative = np.flatnonzero((boxes[:, 2:] < 0).any(1))
+    if len(negative):
+        raise InputError(
+            f"{places[negative[0]]}: bbox is {boxes[negative[0]].tolist()}; expected [x, y, width, height], and no "
+            "negative width or height"
+        )
+    boxes[:, 2:] += boxes[:, :2]
+    return _Rows(boxes, _scores([row.get("score") for row in kept], places), pictures, sizes, not named)
+
+
+def _read_table(path: Path) -> _Rows:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"proposals {path} cannot be read as a CSV file in UTF-8: {error}") from error
+    header = lines[0][1] if lines else []
+    columns = ["image", "x1", "y1", "x2", "y2"]
+    if any(header.count(name) != 1 for name in columns) or header.count("score") > 1:
+        raise InputError(f"proposals {path}: the header is {header}; expected image,x1,y1,x2,y2[,score], each once")
+    order = [header.index(name) for name in columns]
+    pictures: dict[str, list[int]] = {}
+    corners: list[list[str]] = []
+    scores: list[str | None] = []
+    places: list[str] = []
+    for line, row in lines[1:]:
+        place = f"proposals {path}, line {line}"
+        if len(row) != len(header):
+            raise InputError(f"{place}: {len(row)} cells, but the header has {len(header)}: {row[:6]}")
+        name, *own = (row[i] for i in order)
+        rows = pictures.setdefault(name, [])
+        if any(own):
+            rows.append(len(corners))
+            corners.append(own)
+            scores.append(row[header.index("score")] if "score" in header else None)
+            places.append(place)
+    boxes = _numbers(corners, 4, places, "the box", "four numbers x1,y1,x2,y2")
+    swapped = np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(1))
+    if len(swapped):
+        raise InputError(
+            f"{places[swapped[0]]}: the box is {boxes[swapped[0]].tolist()}; expected corners x1,y1,x2,y2 with x1 <= "
+            "x2 and y1 <= y2"
+        )
+    return _Rows(boxes, _scores(scores, places), pictures)
+
+
+def _scores(values: list[Any], places: list[str]) -> np.ndarray:
+    if all(value is None for value in values):
+        return np.ones(len(values))
+    scores = _numbers([[value] for value in values], 1, places, "score", "a number, as others have one")[:, 0]
+    outside = np.flatnonzero((scores < 0) | (scores > 1))
+    if len(outside):
+        raise InputError(
+            f"{places[outside[0]]}: score is {scores[outside[0]]:g} ({len(outside)} such); expected 0 to 1: put logits "
+            "through a sigmoid first"
+        )
+    return scores
+
+
+def _numbers(rows: list[Any], columns: int, places: list[str], what: str, expected: str) -> np.ndarray:
+    """``(N, columns)`` float64, all finite."""
+    try:
+        values = np.array(rows, np.float64).reshape(len(rows), -1)
+        right = values.shape == (len(rows), columns) and bool(np.isfinite(values).all())
+    except (TypeError, ValueError):
+        right = False
+    if right or not rows:
+        return values if rows else np.zeros((0, columns))
+    for row, place in zip(rows, places, strict=True):
+        try:
+            if np.isfinite(np.array(row, np.float64).reshape(columns)).all():
+                continue
+        except (TypeError, ValueError):
+            pass
+        raise InputError(f"{place}: {what} is {row if columns > 1 else row[0]!r}; expected {expected}, all finite")
+    raise AssertionError("one of the rows is wrong")
 
 
 class _Detector:
@@ -267,7 +924,7 @@ def proposal_source(name: str, *, missing: Literal["error", "empty"] = "error") 
     Args:
         name: ``grid``, a ``.json`` or ``.csv`` file, or ``owlv2:`` or ``detr:`` and a folder or hub name.
         missing: what to do about a picture that a file does not name; see
-            :class:`~counting_zoo.models.region_clip.box_files.FileProposals`.
+            :class:`~counting_zoo.models.region_clip.proposals.FileProposals`.
 
     Raises:
         InputError: it is none of these, or the file cannot be read.
@@ -284,9 +941,3 @@ def proposal_source(name: str, *, missing: Literal["error", "empty"] = "error") 
         f"proposals are {name!r}; expected 'grid', a .json or .csv file, or 'owlv2:' or 'detr:' with a folder or "
         "hub name"
     )
-
-
-__all__ = [
-    "DetrProposals", "FileProposals", "GridProposals", "Owlv2Proposals", "ProposalSource", "Proposed",
-    "proposal_source", "random_boxes", "tiled",
-]  # fmt: skip

@@ -12,15 +12,24 @@ from torch import Tensor
 from counting_zoo.errors import InputError, WeightsError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.models.region_clip.module import RegionCLIPCounter
-from counting_zoo.nn.clip import build_towers, random_clip_resnet, text_to_openai, tokenizer_of
-from counting_zoo.nn.clip_layout import openai_to_resnet, resnet_config_of_openai, to_openai
-from counting_zoo.nn.clip_names import PUBLISHED
+from counting_zoo.nn.clip import (
+    PUBLISHED,
+    build_towers,
+    openai_to_resnet,
+    random_clip_resnet,
+    resnet_config_of_openai,
+    text_to_openai,
+    to_openai,
+    tokenizer_of,
+)
 from counting_zoo.nn.clip_resnet import CLIPResNetModel
-from counting_zoo.nn.tokenizer import TokenizerLike
-from counting_zoo.nn.weight_files import load_tensors
+from counting_zoo.nn.text import TokenizerLike
+from counting_zoo.nn.weights import load_tensors
 
 # Where the reference keeps the parts of a CLIP, beside OpenAI's names.
 _VISION, _TEXT = "backbone.", "lang_encoder."
+
+
 # What a released file holds that counting with texts does without.
 _DROPPED = {
     "teacher_backbone.": "the frozen teacher of pretraining",
@@ -31,23 +40,52 @@ _DROPPED = {
     "roi_heads.box_predictor.cls_bg_score.": "the zero vector that stands for no object",
     "roi_heads.mask_head.": "masks of fine-tuning on LVIS",
 }
+
+
 _BOXES = "roi_heads.box_predictor.bbox_pred."
+
+
 # Tensors that tell the sizes of all others.
 _SIZES = (
-    "visual.conv3.weight", "visual.attnpool.positional_embedding", "token_embedding.weight", "text_projection",
+    "visual.conv3.weight",
+    "visual.attnpool.positional_embedding",
+    "token_embedding.weight",
+    "text_projection",
     "positional_embedding",
-)  # fmt: skip
+)
+
+
 # Whole-model values that some files of OpenAI's layout carry beside the text tower.
 _NO_TEXT = ("logit_scale", "input_resolution", "context_length", "vocab_size")
 
+
 _OPTIONS = {
-    "proposals", "tile_depth", "score", "temperature", "negatives", "fusion", "threshold", "calibrate",
-    "iou_threshold", "suppression", "assign", "templates", "wording", "ensemble", "preprocess", "default_classes",
-}  # fmt: skip
+    "proposals",
+    "tile_depth",
+    "score",
+    "temperature",
+    "negatives",
+    "fusion",
+    "threshold",
+    "calibrate",
+    "iou_threshold",
+    "suppression",
+    "assign",
+    "templates",
+    "wording",
+    "ensemble",
+    "preprocess",
+    "default_classes",
+}
+
+
 _REFERENCE = {
-    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "threshold", "MODEL.ROI_HEADS.NMS_THRESH_TEST": "iou_threshold",
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "threshold",
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": "iou_threshold",
     "MODEL.CLIP.CLSS_TEMP": "temperature",
-}  # fmt: skip
+}
+
+
 _TOKENIZER = PUBLISHED["vit_b_16"].hub  # all of OpenAI's models share one vocabulary
 
 
@@ -114,9 +152,12 @@ def _settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
             stacklevel=4,
         )
     options: dict[str, Any] = {
-        "proposals": "grid", "score": "softmax", "templates": "region_clip", "wording": "official",
+        "proposals": "grid",
+        "score": "softmax",
+        "templates": "region_clip",
+        "wording": "official",
         "ensemble": "official",
-    }  # fmt: skip
+    }
     short, long = int(given.pop("INPUT.MIN_SIZE_TEST", 800)), int(given.pop("INPUT.MAX_SIZE_TEST", 1333))
     options["preprocess"] = Preprocess("short", short, max_long=long, interpolation="bicubic", rounding="nearest")
     if "MODEL.ROI_HEADS.SOFT_NMS_ENABLED" in given:
@@ -191,9 +232,11 @@ def _towers(state: Mapping[str, Tensor], heads: int | None, text_prefix: str) ->
             stacklevel=4,
         )
     load_tensors(
-        towers, openai_to_resnet(state), "a CLIP ResNet",
+        towers,
+        openai_to_resnet(state),
+        "a CLIP ResNet",
         optional=lambda key: key == "logit_scale" or key.endswith(".num_batches_tracked"),
-    )  # fmt: skip
+    )
     return towers
 
 
@@ -231,13 +274,11 @@ def _checked_config(state: Mapping[str, Tensor], heads: int | None, text_prefix:
     unknown = [theirs(key) for key in state if key not in shapes]
     wrong = [
         f"{theirs(key)} {tuple(value.shape)} (expected {tuple(shapes[key])})"
-        for key, value in state.items() if key in shapes and value.shape != shapes[key]
-    ]  # fmt: skip
+        for key, value in state.items()
+        if key in shapes and value.shape != shapes[key]
+    ]
     if missing or unknown or wrong:
         found = (("missing", missing), ("without a place", unknown), ("of another shape", wrong))
         listed = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in found if keys)
         raise WeightsError(f"these weights make no CLIP ResNet of {config['vision_config']}: {listed}")
     return config
-
-
-__all__ = ["from_official"]

@@ -1,0 +1,799 @@
+"""Errors of counts, exact for any number of processes: over images, by grid, and class by class."""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from counting_zoo.errors import InputError
+from counting_zoo.io import unsafe_cell, write_table
+from counting_zoo.ops import exact_dtype, points_to_grid, resize_density, sum_blocks
+
+GAME_LEVELS = 4
+
+
+def count_errors(predicted: Tensor, target: Tensor) -> dict[str, float]:
+    """Mean absolute, root mean squared, normalised absolute and signed error of counts.
+
+    ``nae`` is the mean of ``|predicted - target| / target`` over the entries whose target is above zero, and
+    ``n_nae`` how many those are; where there are none, ``nae`` is left out. ``bias`` is the mean of
+    ``predicted - target``.
+
+    Args:
+        predicted, target: of any equal shape.
+
+    Returns:
+        ``mae, rmse, bias, nae, n, n_nae``; only ``n`` and ``n_nae`` for empty input.
+
+    Example:
+        >>> count_errors(torch.tensor([3.0, 1.0]), torch.tensor([4.0, 0.0]))
+        {'n': 2, 'n_nae': 1, 'mae': 1.0, 'rmse': 1.0, 'bias': 0.0, 'nae': 0.25}
+    """
+    if predicted.shape != target.shape:
+        raise InputError(f"predicted counts of shape {tuple(predicted.shape)} for targets of {tuple(target.shape)}")
+    target = target.to(exact_dtype(target.device)).flatten()
+    error = predicted.to(target).flatten() - target
+    some = target > 0
+    result: dict[str, float] = {"n": error.numel(), "n_nae": int(some.sum())}
+    if result["n"]:
+        result |= {
+            "mae": error.abs().mean().item(),
+            "rmse": error.square().mean().sqrt().item(),
+            "bias": error.mean().item(),
+        }
+    if result["n_nae"]:
+        result["nae"] = (error.abs()[some] / target[some]).mean().item()
+    return result
+
+
+def constant_rows(
+    target: Tensor, constants: Mapping[str, float | Sequence[float] | Tensor]
+) -> dict[str, dict[str, float]]:
+    """The errors of predicting the same number for every picture: what a model has to beat.
+
+    Args:
+        target: ``(N, K)`` counts.
+        constants: by name, for example the mean and the median of the training counts; one number, or one for each
+            class.
+
+    Returns:
+        :func:`count_errors` by name.
+
+    Example:
+        >>> constant_rows(torch.tensor([[1.0], [3.0]]), {"mean": 2.0})["mean"]["mae"]
+        1.0
+    """
+    exact = target.to(exact_dtype(target.device))
+    return {
+        name: count_errors(torch.as_tensor(value, dtype=exact.dtype, device=exact.device).expand_as(exact), exact)
+        for name, value in constants.items()
+    }
+
+
+def grid_errors(
+    density: Tensor,
+    points: Tensor,
+    size: tuple[int, int],
+    labels: Tensor | None = None,
+    extent: tuple[float, float] | None = None,
+    levels: int = GAME_LEVELS,
+) -> Tensor:
+    """Grid average mean absolute errors of one picture (Guerrero-Gomez-Olmedo et al., IbPRIA 2015).
+
+    Level L cuts the picture into ``2^L x 2^L`` equal regions and adds up their absolute count errors; level 0 is the
+    absolute error of the count. Regions cut cells in proportion to area, so any picture and map size is exact.
+
+    Args:
+        density: ``(K, h, w)`` predicted objects per cell.
+        points: ``(N, 2)`` x, y in pixels.
+        size: ``(H, W)`` of the picture that the points refer to.
+        labels: ``(N,)`` class indices; needed when K is above 1.
+        extent: height and width of the picture in cells, when the last cells reach beyond it.
+        levels: how many.
+
+    Returns:
+        ``(K, levels)`` float64.
+    """
+    n = 2 ** (levels - 1)
+    k = len(density)
+    labelled = None if labels is None else [labels]
+    exact = density.detach().to(exact_dtype(density.device))
+    predicted = resize_density(exact, (n, n), extent)
+    target = points_to_grid([points], size, (n, n), labels=labelled, num_classes=k)[0]
+    error = predicted - target.to(predicted)
+    return torch.stack([sum_blocks(error, n >> level).abs().sum((-2, -1)) for level in range(levels)], -1)
+
+
+class PictureRows(Metric):
+    """Rows of numbers, one for each picture and class, that survive any distribution over processes.
+
+    Args:
+        columns: names of the numbers in a row.
+        kwargs: those of :class:`torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    picture: list[Tensor] | Tensor
+    kind: list[Tensor] | Tensor
+
+    def __init__(self, columns: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.columns = tuple(columns)
+        self.names: dict[int, str] = {}
+        for state in ("picture", "kind", *columns):
+            self.add_state(state, default=[], dist_reduce_fx="cat")
+
+    def append(self, image_ids: Sequence[str], **columns: Tensor) -> None:
+        """Add ``(B, K)`` numbers for B pictures under each column."""
+        shapes = {name: tuple(value.shape) for name, value in columns.items()}
+        shape = next(iter(shapes.values()))
+        if len(shape) != 2 or len(image_ids) != shape[0] or len(set(shapes.values())) > 1:
+            raise InputError(
+                f"{len(image_ids)} image ids came with {shapes}; expected (pictures, classes), the same for each"
+            )
+        keys = [_key(image_id) for image_id in image_ids]
+        self.names.update(zip(keys, image_ids, strict=True))
+        picture = torch.tensor(keys, dtype=torch.int64, device=self.device)
+        kind = torch.arange(shape[1], device=self.device)
+        self._state("picture").append(picture.repeat_interleave(shape[1]))
+        self._state("kind").append(kind.repeat(shape[0]))
+        for name, value in columns.items():
+            self._state(name).append(value.detach().to(self.device, exact_dtype(self.device)).flatten())
+
+    def rows(self) -> dict[str, Tensor]:
+        """All columns without repetitions, ordered by picture and class: the same for every distribution."""
+        joined = {name: self._joined(name) for name in ("picture", "kind", *self.columns)}
+        order = joined["kind"].argsort(stable=True)
+        order = order[joined["picture"][order].argsort(stable=True)]
+        joined = {name: value[order] for name, value in joined.items()}
+        key = torch.stack([joined["picture"], joined["kind"]])
+        first = torch.ones_like(joined["kind"], dtype=torch.bool)
+        first[1:] = (key[:, 1:] != key[:, :-1]).any(0)
+        return {name: value[first] for name, value in joined.items()}
+
+    def per_image(self) -> list[dict[str, Any]]:
+        """One row for each picture this process saw: ``image_id`` and, for each column, its K numbers."""
+        rows = self.rows()
+        lengths = rows["picture"].unique_consecutive(return_counts=True)[1].tolist()
+        pieces = {name: [part.tolist() for part in value.split(lengths)] for name, value in rows.items()}
+        return [
+            {"image_id": self.names[pieces["picture"][i][0]], **{name: pieces[name][i] for name in self.columns}}
+            for i in range(len(lengths))
+        ]
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the rows of all processes.
+
+        A process without rows takes part with empty tensors of the right type; torchmetrics' own stand-in is always
+        float32, which a gather of int64 and float64 rows does not survive.
+        """
+        for name in ("picture", "kind", *self.columns):
+            if len(getattr(self, name)) == 0:
+                setattr(self, name, [self._joined(name)])
+        super().sync(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        """Follow to another device but keep the type: ``to(bfloat16)`` must not round counts."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
+
+    def _state(self, name: str) -> list[Tensor]:
+        return getattr(self, name)
+
+    def _joined(self, name: str) -> Tensor:
+        """One state as one tensor, whether it is a list still or was gathered."""
+        value = getattr(self, name)
+        if isinstance(value, Tensor):
+            return value
+        dtype = torch.int64 if name in ("picture", "kind") else exact_dtype(self.device)
+        return torch.cat(value) if value else torch.zeros(0, dtype=dtype, device=self.device)
+
+
+class CountErrors(PictureRows):
+    """MAE, RMSE, NAE and bias of counts over a data set.
+
+    With several classes the figures run over all (picture, class) pairs, and those that start with ``sum_`` over the
+    total of each picture.
+
+    Args:
+        constants: constant predictions to be scored on the same pictures, as in :func:`constant_rows`; a constant
+            called ``train_mean`` adds ``train_mean_mae`` and ``train_mean_rmse``.
+        kwargs: those of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = CountErrors({"train_median": 5.0})
+        >>> metric.update(torch.tensor([[2.0], [4.0]]), torch.tensor([[1.0], [4.0]]), ["a.jpg", "b.jpg"])
+        >>> metric.update(torch.tensor([[4.0]]), torch.tensor([[4.0]]), ["b.jpg"])  # the sampler repeats it
+        >>> result = metric.compute()
+        >>> result["mae"], result["train_median_mae"], result["n"]
+        (0.5, 2.5, 2)
+    """
+
+    def __init__(self, constants: Mapping[str, float | Sequence[float] | Tensor] | None = None, **kwargs: Any) -> None:
+        super().__init__(("predicted", "target"), **kwargs)
+        self.constants = dict(constants or {})
+
+    def update(self, predicted: Tensor, target: Tensor, image_ids: Sequence[str]) -> None:
+        """Add ``(B, K)`` predicted and true counts of B pictures."""
+        self.append(image_ids, predicted=predicted, target=target)
+
+    def compute(self) -> dict[str, float]:
+        """:func:`count_errors` over all pictures; see the class for further keys."""
+        rows = self.rows()
+        result = count_errors(rows["predicted"], rows["target"])
+        picture = rows["picture"].unique_consecutive(return_inverse=True)[1]
+        if len(picture) and bool((rows["kind"] > 0).any()):
+            n = int(picture[-1]) + 1
+            total = {c: rows[c].new_zeros(n).index_add_(0, picture, rows[c]) for c in self.columns}
+            result |= {f"sum_{key}": value for key, value in count_errors(total["predicted"], total["target"]).items()}
+        for name, value in self.constants.items():
+            constant = torch.as_tensor(value, dtype=rows["target"].dtype, device=self.device)
+            if constant.ndim and len(picture) and len(constant) != int(rows["kind"].max()) + 1:
+                raise InputError(
+                    f"the constant {name!r} has {len(constant)} entries for {int(rows['kind'].max()) + 1} classes; "
+                    "give one number, or one for each class"
+                )
+            each = constant[rows["kind"]] if constant.ndim else constant.expand_as(rows["target"])
+            errors = count_errors(each, rows["target"])
+            result |= {f"{name}_{key}": errors[key] for key in ("mae", "rmse") if key in errors}
+        return result
+
+
+class GAME(PictureRows):
+    """Grid average mean absolute error, levels 0 to 3: counts that are right in the right places.
+
+    See :func:`grid_errors`. ``game0`` is the MAE; with several classes, over all (picture, class) pairs.
+
+    Args:
+        kwargs: those of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = GAME()
+        >>> left = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+        >>> metric.update([left], [torch.tensor([[9.0, 1.0]])], [(10, 10)], ["a.jpg"])
+        >>> metric.compute()
+        {'n': 1, 'game0': 0.0, 'game1': 2.0, 'game2': 2.0, 'game3': 2.0}
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__([f"game{level}" for level in range(GAME_LEVELS)], **kwargs)
+
+    def update(
+        self,
+        densities: Sequence[Tensor] | Tensor,
+        points: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        image_ids: Sequence[str],
+        labels: Sequence[Tensor] | None = None,
+        extents: Sequence[tuple[float, float] | None] | None = None,
+    ) -> None:
+        """Add B pictures.
+
+        Args:
+            densities: B maps ``(K, h, w)`` of predicted objects per cell.
+            points: B tensors ``(N_i, 2)`` of x, y in pixels.
+            sizes: B times ``(H, W)``, in the frame of the points.
+            image_ids: B ids.
+            labels: B tensors ``(N_i,)`` of class indices; needed when K is above 1.
+            extents: B heights and widths of pictures in cells, ``None`` where the map covers exactly its picture,
+                as all do by default; see :func:`grid_errors`.
+        """
+        extents = [None] * len(densities) if extents is None else extents
+        if not len(densities) == len(points) == len(sizes) == len(image_ids) == len(extents):
+            raise InputError(
+                f"{len(densities)} densities, {len(points)} point sets, {len(sizes)} sizes, {len(image_ids)} image "
+                f"ids and {len(extents)} extents; expected one of each for every picture"
+            )
+        for i, (density, dots, size, extent) in enumerate(zip(densities, points, sizes, extents, strict=True)):
+            errors = grid_errors(density, dots, size, None if labels is None else labels[i], extent)
+            self.append(image_ids[i : i + 1], **dict(zip(self.columns, errors.mT[:, None], strict=True)))
+
+    def compute(self) -> dict[str, float]:
+        """``game0`` to ``game3`` and ``n``; only ``n`` where no picture was scored."""
+        rows = self.rows()
+        n = len(rows["picture"])
+        return {"n": n} | ({name: rows[name].mean().item() for name in self.columns} if n else {})
+
+
+class PromptErrors(PictureRows):
+    """Whether a text-guided model counts what it was asked for, after the questions of PrACo (Ciampi et al., 2024).
+
+    ``absent_ratio``: what the model counts for a name that is not in the picture, over what it counts for the one that
+    is (sums over pictures; a model that ignores the text has 1). ``hard_absent_ratio``: the same for names close to
+    one that is present, where there are such. ``wrong_over_right``: share of pictures in which the absent name is
+    counted higher than the present one. ``mae`` and ``shuffled_mae``: error with the right name, and with names
+    exchanged between pictures.
+
+    Args:
+        kwargs: those of :class:`torchmetrics.Metric`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(("predicted", "target", "absent", "hard_absent", "shuffled"), **kwargs)
+
+    def update(
+        self,
+        image_ids: Sequence[str],
+        predicted: Tensor,
+        target: Tensor,
+        absent: Tensor,
+        hard_absent: Tensor,
+        shuffled: Tensor,
+    ) -> None:
+        """Add ``(B,)`` counts of B pictures; NaN where a picture has no such question.
+
+        Args:
+            image_ids: B ids.
+            predicted, target: predicted and true count of the name that is asked about.
+            absent: predicted count of a name that is not in the picture.
+            hard_absent: the same for a name that shares a part of its meaning with one in the picture.
+            shuffled: predicted count with another picture's name.
+        """
+        columns = {"predicted": predicted, "target": target, "absent": absent}
+        columns |= {"hard_absent": hard_absent, "shuffled": shuffled}
+        self.append(image_ids, **{name: value.reshape(-1, 1) for name, value in columns.items()})
+
+    def compute(self) -> dict[str, float]:
+        """The figures of the class docstring and ``n``; those that nothing was asked for are left out."""
+        rows = self.rows()
+        result: dict[str, float] = {"n": len(rows["picture"])}
+        for name in ("absent", "hard_absent"):
+            asked = ~rows[name].isnan()
+            right = rows["predicted"][asked].sum().item()
+            if right > 0:
+                result[f"{name}_ratio"] = rows[name][asked].sum().item() / right
+        asked = ~rows["absent"].isnan()
+        if bool(asked.any()):
+            result["wrong_over_right"] = (rows["absent"] > rows["predicted"])[asked].float().mean().item()
+        for key, name in (("mae", "predicted"), ("shuffled_mae", "shuffled")):
+            asked = ~rows[name].isnan()
+            if bool(asked.any()):
+                result[key] = (rows[name] - rows["target"])[asked].abs().mean().item()
+        return result
+
+
+def _key(image_id: str) -> int:
+    """64 bits that stand for an id on every process, as a signed integer."""
+    return int.from_bytes(blake2b(image_id.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+ClassStatistic = Literal["mae", "rmse", "rmse_nz", "rel_rmse", "rel_rmse_nz"]
+
+
+MeanStatistic = Literal["mrmse", "mrmse_nz", "m_rel_rmse", "m_rel_rmse_nz"]
+
+
+CLASS_STATISTICS: tuple[ClassStatistic, ...] = ("mae", "rmse", "rmse_nz", "rel_rmse", "rel_rmse_nz")
+
+
+#: Each mean over classes, with the figure of a class that it is the mean of.
+MEAN_STATISTICS: dict[str, ClassStatistic] = {
+    "mrmse": "rmse",
+    "mrmse_nz": "rmse_nz",
+    "m_rel_rmse": "rel_rmse",
+    "m_rel_rmse_nz": "rel_rmse_nz",
+}
+
+
+#: Pictures times resamples that :func:`bootstrap_interval` holds at once: 32 MiB of float64.
+RESAMPLED_AT_ONCE = 2**22
+
+
+def reported_counts(counts: Tensor, rounding: bool, clamp: bool) -> Tensor:
+    """Counts as a protocol reports them: no count below zero, whole numbers with halves to the even one.
+
+    Lower-Count rounds and does not clamp, Chattopadhyay et al. clamp and round. No metric does either by itself.
+
+    Example:
+        >>> reported_counts(torch.tensor([-0.7, 0.5, 1.5]), rounding=True, clamp=True)
+        tensor([0., 0., 2.])
+    """
+    if clamp:
+        counts = counts.clamp(min=0)
+    return counts.round() + 0.0 if rounding else counts  # + 0.0 makes 0 of the -0 that rounding leaves
+
+
+def errors_by_class(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """The errors of each class; see the module for the formulas.
+
+    Args:
+        predicted: ``(N, K)`` counts of N pictures.
+        target: ``(N, K)`` true counts, NaN where a class is not annotated in a picture.
+
+    Returns:
+        ``(K,)`` tensors: ``mae, rmse, rmse_nz, rel_rmse, rel_rmse_nz`` in float64, NaN for a class that no picture
+        decides, and over how many pictures they run: ``n`` and, for those above zero, ``n_nz``.
+
+    Raises:
+        InputError: shapes differ, or a true count is negative or infinite.
+
+    Example:
+        >>> errors_by_class(torch.tensor([[1.0], [4.0]]), torch.tensor([[0.0], [3.0]]))["rel_rmse_nz"].item()
+        0.5
+    """
+    predicted, target = _checked(predicted, target)
+    once = target.new_ones(1, len(target))
+    result = {statistic: _weighted(predicted, target, statistic, once)[0] for statistic in CLASS_STATISTICS}
+    return result | {"n": (~target.isnan()).sum(0), "n_nz": (target > 0).sum(0)}
+
+
+def class_count_errors(predicted: Tensor, target: Tensor, classes: Sequence[str] | None = None) -> dict[str, float]:
+    """Means over classes of the errors of each class.
+
+    A class without a picture in which it occurs has no ``_nz`` error; it is left out of those means, and one warning
+    says which. Where that leaves no class, the keys are left out too.
+
+    Args:
+        predicted, target: as for :func:`errors_by_class`.
+        classes: K names for the warning.
+
+    Returns:
+        ``mrmse, mrmse_nz, m_rel_rmse, m_rel_rmse_nz``; ``n``, the number of pictures in which a class is annotated;
+        ``n_classes`` and ``n_classes_nz``, over how many classes the means run.
+
+    Raises:
+        InputError: as for :func:`errors_by_class`; or the number of names differs from K.
+
+    Example:
+        >>> result = class_count_errors(torch.tensor([[1.0, 0.0], [1.0, 3.0]]), torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
+        >>> result["mrmse_nz"], result["m_rel_rmse"]
+        (1.2071067811865475, 0.5576775358252053)
+    """
+    if classes is not None and len(classes) != target.shape[-1]:
+        raise InputError(f"{len(classes)} class names for counts of {target.shape[-1]} classes; give one for each")
+    by_class = errors_by_class(predicted, target)
+    result: dict[str, float] = {"n": int((~target.isnan()).any(1).sum())}
+    if result["n"]:
+        _warn_of_absent(by_class, classes, stacklevel=3)
+    result |= {"n_classes": int((by_class["n"] > 0).sum()), "n_classes_nz": int((by_class["n_nz"] > 0).sum())}
+    return result | _means(by_class)
+
+
+def bootstrap_interval(
+    predicted: Tensor,
+    target: Tensor,
+    statistic: ClassStatistic | MeanStatistic,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[Tensor, Tensor]:
+    """Percentile interval of a figure over pictures drawn with replacement (Efron, 1979).
+
+    It says how much the figure owes to the choice of pictures, not how much to the training run. A resample without a
+    class that occurs leaves that class out, as :func:`class_count_errors` does. The interval of a class that occurs in
+    no picture is NaN.
+
+    Args:
+        predicted, target: as for :func:`errors_by_class`.
+        statistic: a figure of each class (:func:`errors_by_class`) or a mean over classes (:func:`class_count_errors`).
+        n: how many resamples.
+        seed: of the draws; equal seeds give equal intervals.
+        level: share of the resamples within the interval.
+
+    Returns:
+        Lower and upper bound in float64: ``(K,)`` for a figure of each class, scalars for a mean.
+
+    Raises:
+        InputError: as for :func:`errors_by_class`; or an unknown statistic, no picture, ``n`` below 1, ``level``
+            outside (0, 1), or a prediction that is not finite.
+
+    Example:
+        >>> low, high = bootstrap_interval(torch.ones(50, 1), torch.arange(50.0)[:, None] % 3, "mae")
+        >>> bool(low < 2 / 3) and bool(high > 2 / 3)
+        True
+    """
+    of_mean = statistic in MEAN_STATISTICS
+    of_class: Any = MEAN_STATISTICS[statistic] if of_mean else statistic
+    if of_class not in CLASS_STATISTICS:
+        raise InputError(f"statistic {statistic!r}; choose one of {', '.join((*CLASS_STATISTICS, *MEAN_STATISTICS))}")
+    predicted, target = _checked(predicted, target)
+    if not len(target) or n < 1 or not 0 < level < 1:
+        raise InputError(
+            f"bootstrap of {len(target)} pictures, {n} resamples, level {level}; expected at least one picture and one "
+            "resample, and a level between 0 and 1"
+        )
+    if not bool(predicted[~target.isnan()].isfinite().all()):
+        raise InputError("predicted counts hold NaN or infinity, which have no interval; score finite counts")
+    generator = torch.Generator().manual_seed(seed)
+    ones = torch.ones(1, 1, dtype=target.dtype)
+    resamples = []
+    for drawn in _split(n, max(1, RESAMPLED_AT_ONCE // len(target))):
+        chosen = torch.randint(len(target), (drawn, len(target)), generator=generator)
+        times = torch.zeros(chosen.shape, dtype=target.dtype).scatter_add_(1, chosen, ones.expand_as(chosen))
+        values = _weighted(predicted, target, of_class, times.to(target.device))  # (drawn, K)
+        resamples.append(values.nanmean(1) if of_mean else values)
+    tail = (1 - level) / 2
+    low, high = torch.cat(resamples).nanquantile(target.new_tensor([tail, 1 - tail]), dim=0)
+    return low, high
+
+
+class ClassCountErrors(PictureRows):
+    """The mRMSE family over a data set with a fixed list of classes, beside what needs no picture at all.
+
+    Always 0 and always 1 are scored on the same pictures, under keys such as ``always_0_mrmse``: where most classes are
+    absent from most pictures, a low mRMSE says little until it is read beside them.
+
+    Args:
+        classes: K names for warnings; may be set later.
+        constants: further constant predictions by name, one number or one for each class: ``{"train_mean": [...]}``
+            adds ``train_mean_mrmse`` and so on.
+        present_1: also score a perfect judge of presence that says 1 for every class that is there, as ``present_1_*``.
+            On PASCAL VOC 2007 without difficult objects its relative errors are below all published ones.
+        kwargs: those of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = ClassCountErrors(["cat", "dog"])
+        >>> metric.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]), ["a.jpg"])
+        >>> metric.update(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 4.0]]), ["b.jpg"])
+        >>> metric.update(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 4.0]]), ["b.jpg"])  # the sampler repeats it
+        >>> result = metric.compute()
+        >>> result["n"], result["mrmse_nz"], result["always_1_mrmse_nz"]
+        (2, 0.5, 2.0)
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str] | None = None,
+        constants: Mapping[str, float | Sequence[float] | Tensor] | None = None,
+        *,
+        present_1: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(("predicted", "target"), **kwargs)
+        self.classes = classes
+        self.constants = dict(constants or {})
+        self.present_1 = present_1
+
+    def update(self, predicted: Tensor, target: Tensor, image_ids: Sequence[str]) -> None:
+        """Add ``(B, K)`` predicted and true counts of B pictures; a target of NaN is not annotated."""
+        self.append(image_ids, predicted=predicted, target=target)
+
+    def compute(self) -> dict[str, float]:
+        """:func:`class_count_errors` over all pictures, and its four means for every row of the class docstring."""
+        predicted, target = self._tables()
+        if not len(target):
+            return {"n": 0, "n_classes": 0, "n_classes_nz": 0}
+        result = class_count_errors(predicted, target, self.classes)
+        rows = {"always_0": torch.zeros_like(target), "always_1": torch.ones_like(target)}
+        rows |= {name: self._constant(name, target) for name in self.constants}
+        if self.present_1:
+            rows["present_1"] = (target > 0).to(target)
+        for name, row in rows.items():
+            result |= {f"{name}_{key}": value for key, value in _means(errors_by_class(row, target)).items()}
+        return result
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Predicted and true counts as ``(N, K)``; NaN where a picture was not asked about a class."""
+        rows = self.rows()
+        if not len(rows["kind"]):
+            return rows["predicted"].reshape(0, 1), rows["target"].reshape(0, 1)
+        picture = rows["picture"].unique_consecutive(return_inverse=True)[1]
+        predicted = rows["target"].new_full((int(picture[-1]) + 1, int(rows["kind"].max()) + 1), torch.nan)
+        target = predicted.clone()
+        predicted[picture, rows["kind"]] = rows["predicted"]
+        target[picture, rows["kind"]] = rows["target"]
+        return predicted, target
+
+    def _constant(self, name: str, target: Tensor) -> Tensor:
+        value = torch.as_tensor(self.constants[name], dtype=target.dtype, device=target.device)
+        if value.ndim and value.shape != target.shape[1:]:
+            raise InputError(
+                f"the constant {name!r} has {len(value)} entries for {target.shape[1]} classes; give one number, or "
+                "one for each class"
+            )
+        return value.expand_as(target)
+
+
+class PointHits(PictureRows):
+    """How many of the points found lie on an object of their class, among the classes that are in the picture.
+
+    Args:
+        kwargs: those of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = PointHits()
+        >>> points, kinds = torch.tensor([[5.0, 5.0], [50.0, 5.0], [5.0, 5.0]]), torch.tensor([0, 0, 1])
+        >>> metric.update(points, kinds, torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.tensor([0]), "a.jpg")
+        >>> metric.compute()  # class 1 is not there, so its point is an error of its count
+        {'n_points': 2, 'point_hits': 0.5}
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(("hits", "points"), **kwargs)
+
+    def update(self, points: Tensor, kinds: Tensor, boxes: Tensor, box_kinds: Tensor, image_id: str) -> None:
+        """Add one picture.
+
+        Args:
+            points: ``(N, 2)`` x, y.
+            kinds: ``(N,)`` classes of the points.
+            boxes: ``(M, 4)`` x1, y1, x2, y2 of all objects, in the frame of the points.
+            box_kinds: ``(M,)`` their classes.
+            image_id: of the picture.
+        """
+        x, y = points[:, None].unbind(-1)  # (N, 1)
+        x1, y1, x2, y2 = boxes.to(points).unbind(-1)  # (M,)
+        same = kinds[:, None] == box_kinds.to(kinds)
+        on = (same & (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)).any(1)
+        present = same.any(1)
+        self.append([image_id], hits=on.sum()[None, None], points=present.sum()[None, None])
+
+    def compute(self) -> dict[str, float]:
+        """``point_hits``, a share, and ``n_points``, of how many; only the latter where there are none."""
+        rows = self.rows()
+        n = int(rows["points"].sum())
+        return {"n_points": n} | ({"point_hits": float(rows["hits"].sum() / n)} if n else {})
+
+
+def _checked(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the exact type on one device."""
+    if predicted.shape != target.shape or target.ndim != 2:
+        raise InputError(
+            f"predicted counts of shape {tuple(predicted.shape)} for targets of {tuple(target.shape)}; expected "
+            "(pictures, classes) of both"
+        )
+    target = target.to(exact_dtype(target.device))
+    wrong = (target < 0) | target.isinf()
+    if bool(wrong.any()):
+        i, k = (int(j) for j in wrong.nonzero()[0])
+        raise InputError(
+            f"the true count of class {k} in picture {i} is {target[i, k].item():g}; expected 0 or more, or NaN where "
+            "the class is not annotated"
+        )
+    return predicted.detach().to(target), target
+
+
+def _weighted(predicted: Tensor, target: Tensor, statistic: ClassStatistic, weight: Tensor) -> Tensor:
+    """A statistic of each class over pictures that count ``weight`` ``(R, N)`` times: ``(R, K)``, NaN where none do."""
+    used = target > 0 if statistic.endswith("_nz") else ~target.isnan()
+    error = predicted - target
+    error = error.abs() if statistic == "mae" else error.square()
+    if statistic.startswith("rel"):
+        error = error / (target + 1)
+    mean = weight @ error.masked_fill(~used, 0) / (weight @ used.to(weight))
+    return mean if statistic == "mae" else mean.sqrt()
+
+
+def _means(by_class: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over the classes that are defined, which a NaN among the predictions does not make undefined."""
+    result = {}
+    for mean, statistic in MEAN_STATISTICS.items():
+        defined = by_class["n_nz" if mean.endswith("_nz") else "n"] > 0
+        if bool(defined.any()):
+            result[mean] = by_class[statistic][defined].mean().item()
+    return result
+
+
+def _warn_of_absent(by_class: Mapping[str, Tensor], classes: Sequence[str] | None, stacklevel: int) -> None:
+    """Say which classes the means leave out."""
+    unknown, absent = by_class["n"] == 0, (by_class["n"] > 0) & (by_class["n_nz"] == 0)
+    for left_out, why in (
+        (unknown, "annotated in no picture and left out"),
+        (absent, "in no picture and left out of mrmse_nz and m_rel_rmse_nz"),
+    ):
+        names = [str(k) if classes is None else classes[k] for k in left_out.nonzero()[:, 0].tolist()]
+        if names:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            warnings.warn(
+                f"{len(names)} of {len(left_out)} classes are {why}: {', '.join(names[:10])}{more}",
+                stacklevel=stacklevel,
+            )
+
+
+def _split(n: int, most: int) -> list[int]:
+    """n in parts of at most ``most``."""
+    return [min(most, n - first) for first in range(0, n, most)]
+
+
+GAME_COLUMNS = ("game1", "game2", "game3")
+
+
+COLUMNS = ("image", "name", "target", "predicted", *GAME_COLUMNS, "low", "high")
+"""Of the CSV file; a number that is not known is an empty cell."""
+
+
+@dataclass(frozen=True)
+class CountTable:
+    """One row for each picture and name asked about; the rows of a picture stand together.
+
+    Args:
+        image: N ids of pictures.
+        name: N names asked about; several joined by " + " where the model counts without names.
+        target: ``(N,)`` float64 true counts, NaN where they are not known.
+        predicted: ``(N,)`` float64.
+        game: ``(N, 3)`` float64 grid errors of levels 1 to 3 (:func:`~counting_zoo.metrics.counts.grid_errors`), NaN where
+            the data have no points. Level 0 is the absolute error.
+        interval: ``(N, 2)`` float64 lower and upper bound of the count, NaN where the model gives none.
+
+    Raises:
+        InputError: the columns differ in length.
+
+    Example:
+        >>> table = CountTable.of([("a.jpg", "figs", 3.0, 2.5)])
+        >>> table.predicted - table.target, table.game.shape
+        (array([-0.5]), (1, 3))
+    """
+
+    image: list[str]
+    name: list[str]
+    target: np.ndarray
+    predicted: np.ndarray
+    game: np.ndarray
+    interval: np.ndarray
+
+    def __post_init__(self) -> None:
+        lengths = {field: len(value) for field, value in vars(self).items()}
+        if len(set(lengths.values())) > 1:
+            raise InputError(f"a table of counts has columns of different lengths: {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[str | float | None]]) -> CountTable:
+        """From rows of ``image, name, target, predicted[, game1, game2, game3[, low, high]]``."""
+        made = [[*row, *[None] * (len(COLUMNS) - len(row))] for row in rows]
+        numbers = np.array([[math.nan if v is None else v for v in row[2:]] for row in made], np.float64)
+        numbers = numbers.reshape(-1, len(COLUMNS) - 2)
+        return cls(
+            [str(row[0]) for row in made],
+            [str(row[1]) for row in made],
+            numbers[:, 0],
+            numbers[:, 1],
+            numbers[:, 2:5],
+            numbers[:, 5:7],
+        )
+
+    def pictures(self) -> tuple[list[str], np.ndarray]:
+        """Ids of the pictures in the order in which they first come, and for each row the index into them."""
+        place: dict[str, int] = {}
+        index = [place.setdefault(image, len(place)) for image in self.image]
+        return list(place), np.array(index, np.int64)
+
+    def write(self, path: str | Path) -> Path:
+        """Write as CSV in one piece; :meth:`read` gives the same table, to float32."""
+        numbers = np.column_stack([self.target, self.predicted, self.game, self.interval])
+        return write_table(
+            Path(path),
+            COLUMNS,
+            (
+                (image, name, *("" if math.isnan(v) else v for v in row))
+                for image, name, row in zip(self.image, self.name, numbers.tolist(), strict=True)
+            ),
+        )
+
+    @classmethod
+    def read(cls, path: str | Path) -> CountTable:
+        """Read a CSV file that :meth:`write` wrote.
+
+        Raises:
+            InputError: the file is not there, has other columns, or holds something that is no number.
+        """
+        path = Path(path)
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                lines = list(csv.reader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}: cannot be read as a table of counts: {error}") from error
+        if not lines or tuple(lines[0]) != COLUMNS:
+            found = ",".join(lines[0]) if lines else "missing"
+            raise InputError(f"{path}: its first line is {found}; expected {','.join(COLUMNS)}")
+        rows: list[list[str | float | None]] = []
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                if len(line) != len(COLUMNS):
+                    raise ValueError(f"{len(line)} cells")
+                rows.append([*map(unsafe_cell, line[:2]), *(float(v) if v else None for v in line[2:])])
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: {error}; expected {','.join(COLUMNS)}") from error
+        return cls.of(rows)

@@ -1,0 +1,51 @@
+"""Time and memory of counting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_zoo import TinyCounter
+from torch import nn
+
+from counting_zoo.errors import InputError
+from counting_zoo.evaluation.counting import measure_costs
+from counting_zoo.types import CountOutput
+
+MEBI = 2**20
+
+
+class Hungry(TinyCounter):
+    """Takes 64 MiB for each picture and gives them back."""
+
+    calls = 0
+
+    def forward(self, image, classes) -> CountOutput:
+        type(self).calls += 1
+        held = torch.ones(16 * MEBI)
+        return CountOutput(super().forward(image, classes).density + 0 * held.sum())
+
+
+def test_memory_and_speed_are_those_of_counting() -> None:
+    Hungry.calls = 0
+    found = measure_costs(Hungry().eval(), [torch.zeros(3, 16, 24)] * 4, [["figs"]] * 4, repeats=2)
+    assert Hungry.calls == 4 * 3
+    assert found["pictures_per_second"] == pytest.approx(1 / found["seconds_per_picture"])
+    assert found["parameters"] == sum(p.numel() for p in TinyCounter().parameters())
+    assert found["megapixels"] == pytest.approx(16 * 24 / 1e6)
+    if Path("/proc/self/clear_refs").exists():
+        assert found["peak_memory_mib"] is not None
+        assert 60 < found["peak_memory_mib"] < 200
+
+
+def test_no_picture_no_cost() -> None:
+    with pytest.raises(InputError, match="no picture"):
+        measure_costs(TinyCounter().eval(), [], [])
+
+
+def test_parameters_are_counted_once() -> None:
+    model = TinyCounter()
+    model.again = nn.ModuleList([model.layers])
+    found = measure_costs(model.eval(), [torch.zeros(3, 8, 8)], [["figs"]], repeats=1)
+    assert found["parameters"] == sum(p.numel() for p in TinyCounter().parameters())
