@@ -18,7 +18,8 @@ from counting_zoo.evaluation.counting import count_again
 from counting_zoo.evaluation.predictions import PartWriter, merge_parts
 from counting_zoo.evaluation.report import ClassRow, CountRow, Picture, class_rows, read_curve, write_report
 from counting_zoo.io import replacing, write_table
-from counting_zoo.module import CountingModule, wrong_prompts
+from counting_zoo.module import CountingModule
+from counting_zoo.queries import wrong_prompts
 from counting_zoo.types import Batch
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class DensityPictures(L.Callback):
             return
         assert isinstance(pl_module, CountingModule)
         for i in range(min(self.max_pictures - self._drawn, len(batch["image_id"]))):
-            prediction = count_again(pl_module, batch, i, batch["classes"][i])
+            prediction = count_again(pl_module, batch, i)
             name = prediction.names[0]
             tag = f"val_pictures/{self._drawn:02d}"
             _show(trainer, tag, prediction.overlay(name), f"{batch['image_id'][i]}: {name}")
@@ -182,11 +183,11 @@ class TestReport(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         assert isinstance(pl_module, CountingModule)
-        self._names.update(zip(batch["image_id"], batch["classes"], strict=True))
+        self._names.update((i, list(q.names)) for i, q in zip(batch["image_id"], batch["queries"], strict=True))
         if not trainer.is_global_zero:
             return
         for i in range(min(self._batches.get(batch_idx, 0), len(batch["image_id"]))):
-            asked = list(batch["classes"][i])
+            asked = list(batch["queries"][i].names)
             absent = _absent_name(pl_module, trainer, batch, i)
             names = asked[:1] if absent is None else [asked[0], absent]
             if pl_module.class_blind or not pl_module.text_guided:
@@ -264,13 +265,13 @@ class TestReport(L.Callback):
 def _absent_name(module: CountingModule, trainer: L.Trainer, batch: Batch, index: int) -> str | None:
     """A name that is not in the picture, for models that read names."""
     datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is None or not module.text_guided or len(batch["classes"][index]) != 1:
+    if datamodule is None or not module.text_guided or len(batch["queries"][index].names) != 1:
         return None
-    one: dict[str, Any] = {key: batch[key][index : index + 1] for key in ("image_id", "classes")}  # type: ignore[literal-required]
+    one: dict[str, Any] = {key: batch[key][index : index + 1] for key in ("image_id", "queries")}  # type: ignore[literal-required]
     if "present" in batch:
         one["present"] = batch["present"][index : index + 1]
     wrong = wrong_prompts(one, list(datamodule.class_names("test")))  # type: ignore[arg-type]
-    return None if wrong is None or wrong[0][0] == batch["classes"][index][0] else wrong[0][0]
+    return None if wrong is None or wrong[0][0] == batch["queries"][index].names[0] else wrong[0][0]
 
 
 def _show(trainer: L.Trainer, tag: str, drawing: np.ndarray, caption: str) -> None:

@@ -106,7 +106,7 @@ def _run(command: str, arguments: list[str]) -> int:
 def _quickstart(arguments: list[str]) -> int:
     from counting_zoo.quickstart import run
 
-    return run(arguments)
+    return run(arguments, main)
 
 
 def _describe(arguments: list[str]) -> int:

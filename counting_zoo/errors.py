@@ -21,6 +21,10 @@ class NamesError(InputError):
     """Data that asks a model with a fixed list of names for none of them."""
 
 
+class QueryError(InputError):
+    """A model is asked without a part of the query that it cannot do without, or with one that it cannot use."""
+
+
 class CheckpointError(InputError):
     """A checkpoint that is not what it is loaded as, or that misses part of its recipe."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from counting_zoo.errors import InputError
 from counting_zoo.io import replacing
 from counting_zoo.module import CountingModule
+from counting_zoo.types import Query
 from counting_zoo.version import __version__
 
 SUFFIXES = (".pt2", ".onnx")
@@ -36,10 +37,10 @@ class _OneNameList(nn.Module):
 
     def __init__(self, model: CountingModule, names: list[str]) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.model, self.query = model, Query(tuple(names))
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.model(image, [self.names]).density
+        return self.model(image, [self.query]).density
 
 
 def export(model: CountingModule, path: str | Path, names: str | Sequence[str] | None = None) -> Path:
@@ -88,7 +89,7 @@ def _write(model: CountingModule, path: Path, asked: list[str]) -> None:
     picture = torch.rand(1, 3, side, side + UNIT, generator=torch.Generator().manual_seed(0))
     sides = {axis: UNIT * torch.export.Dim(name, min=1, max=256) for axis, name in ((2, "rows"), (3, "columns"))}
     with torch.no_grad():
-        output = model(picture, [asked])
+        output = model(picture, [Query(tuple(asked))])
     if hasattr(output, "boxes"):
         raise InputError(
             f"{type(model).__name__} counts boxes, of which there are more or fewer in each picture; a graph has a "

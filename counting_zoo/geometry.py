@@ -201,3 +201,34 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     shared = (high - low).clamp(min=0).prod(2)
     union = area[:, None] + other_area - shared
     return torch.where(union > 0, shared / union, 0)
+
+
+def boxes_inside(boxes: Any, size: tuple[int, int], seen: tuple[int, int]) -> Tensor:
+    """Clip boxes to their image, and bring them into pixels of the image as the model sees it.
+
+    Args:
+        boxes: ``(N, 4)`` x1, y1, x2, y2.
+        size: (H, W) of the image that they are of.
+        seen: (H, W) of the image that the model sees.
+
+    Returns:
+        ``(N, 4)`` float32.
+
+    Raises:
+        InputError: a box without area in the image, or coordinates that are no or no finite numbers.
+    """
+    try:
+        given = torch.as_tensor(boxes, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: nothing like an array
+        raise InputError(f"boxes are no (N, 4) numbers: {error}") from error
+    given = given.reshape(0, 4) if not given.numel() else given
+    if given.ndim != 2 or given.shape[1] != 4 or not bool(given.isfinite().all()):
+        raise InputError(f"boxes are {tuple(given.shape)}; expected (N, 4) finite numbers x1, y1, x2, y2")
+    (height, width), corner = size, given.new_tensor([size[1], size[0]]).repeat(2)
+    clipped = given.clamp(min=0).minimum(corner)
+    if empty := (~(clipped[:, 2:] > clipped[:, :2]).all(1)).nonzero().flatten().tolist():
+        raise InputError(
+            f"box {empty[0]} is {given[empty[0]].tolist()}, which has no area in the image of {width} x {height} "
+            "pixels (width x height); give x1, y1, x2, y2 in its pixels"
+        )
+    return clipped * given.new_tensor([seen[1] / width, seen[0] / height]).repeat(2)

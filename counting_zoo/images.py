@@ -452,7 +452,7 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return image
 
 
-def as_picture(source: Any) -> tuple[Tensor, str]:
+def as_image(source: Any) -> tuple[Tensor, str]:
     """A picture, however the caller has it.
 
     Args:
@@ -469,7 +469,7 @@ def as_picture(source: Any) -> tuple[Tensor, str]:
         InputError: something else; names what was found and what was expected.
 
     Example:
-        >>> picture, name = as_picture(np.zeros((4, 6), np.uint8))
+        >>> picture, name = as_image(np.zeros((4, 6), np.uint8))
         >>> tuple(picture.shape), name
         ((3, 4, 6), 'picture')
     """
@@ -547,6 +547,13 @@ def _as_uint8(values: np.ndarray) -> np.ndarray:
     if values.ndim == 2:
         values = values[:, :, None]
     return values.repeat(3, 2) if values.shape[2] == 1 else values[:, :, :3]
+
+
+def as_uint8_array(image: Tensor) -> np.ndarray:
+    """Turn a ``(3, H, W)`` uint8 image, or float in [0, 1], into an ``(H, W, 3)`` uint8 array."""
+    if torch.is_floating_point(image):
+        image = (image * 255).round().clamp(0, 255).to(torch.uint8)
+    return image.permute(1, 2, 0).cpu().numpy()
 
 
 def _chw(image: np.ndarray) -> Tensor:

@@ -25,7 +25,8 @@ from counting_zoo.callbacks import PredictionWriter, TestReport
 from counting_zoo.config_safety import CURE
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.errors import CheckpointError, InputError
-from counting_zoo.module import CountingModule, TrainingModule
+from counting_zoo.module import CountingModule
+from counting_zoo.training import TrainingModule, current_name
 
 log = logging.getLogger(__name__)
 
@@ -342,7 +343,10 @@ def _recipe(path: Path) -> dict[str, Any]:
             f"{str(path)!r} is not a checkpoint of counting_zoo (its keys: {sorted(map(str, checkpoint))[:6]}); for "
             "weights of a reference implementation use 'counting-zoo convert' first"
         )
-    return {"class_path": checkpoint["counting_zoo"]["class"], "init_args": checkpoint.get("hyper_parameters", {})}
+    return {
+        "class_path": current_name(checkpoint["counting_zoo"]["class"]),
+        "init_args": checkpoint.get("hyper_parameters", {}),
+    }
 
 
 HELP = """\

@@ -2,80 +2,25 @@
 
 from __future__ import annotations
 
-import _codecs
 import hashlib
 import importlib
 import json
-import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.geometry import Preprocess
-from counting_zoo.module import Counter, CountingModule, TrainingModule
-
-# Scores beside the weights of the references' resume files; none of these runs anything.
-_MULTIARRAY: Any = importlib.import_module("numpy._core.multiarray")
-
-
-_PLAIN_NUMPY: list[Any] = [
-    _MULTIARRAY.scalar,
-    (_MULTIARRAY.scalar, "numpy.core.multiarray.scalar"),
-    _MULTIARRAY._reconstruct,
-    (_MULTIARRAY._reconstruct, "numpy.core.multiarray._reconstruct"),
-    np.ndarray,
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
-    _codecs.encode,
-]
-
+from counting_zoo.module import CountingModule
+from counting_zoo.nn.weights import read_checkpoint
+from counting_zoo.training import TrainingModule, current_name
 
 #: The models that :func:`load_official` reads weights of.
 OFFICIAL = ("clip_count", "clip_ebc", "lower_count", "region_clip")
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint file as plain data and tensors on the CPU; pickled code is refused, never executed.
-
-    Raises:
-        CheckpointError: there is no such file, it is damaged, or it holds more than plain data.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {str(path)!r}; expected a file such as best.ckpt")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return dict(load_file(path))
-        except SafetensorError as error:
-            raise CheckpointError(f"{str(path)!r} cannot be read as safetensors: {_first_line(error)}") from error
-    try:
-        with torch.serialization.safe_globals(_PLAIN_NUMPY):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start[:1] != b"\x80" and start != b"PK":
-            raise CheckpointError(f"{str(path)!r} is no checkpoint: it begins with {start!r}") from error
-        raise CheckpointError(
-            f"{str(path)!r} holds Python objects beside plain data and tensors, and loading those could run code; "
-            f"refused. If you trust the file, save its state_dict alone with torch.save. ({_first_line(error)})"
-        ) from error
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint: {_first_line(error)}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}; expected a checkpoint (a mapping)")
-    return loaded
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu", tokenizer: Any = None, **overrides: Any) -> Any:
@@ -103,23 +48,18 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", tokenizer: Any
             "weights of a reference implementation use load_official or 'counting-zoo convert'"
         )
     try:
-        stored, kind = checkpoint["hyper_parameters"], model_class(checkpoint["counting_zoo"]["class"])
+        _, kind = checkpoint["hyper_parameters"], model_class(current_name(checkpoint["counting_zoo"]["class"]))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} misses part of its recipe: {error}") from error
     try:
-        module = kind(**{**stored, **overrides})
+        module = kind.of_checkpoint(checkpoint, tokenizer=tokenizer, **overrides)
     except TypeError as error:
         raise CheckpointError(
             f"{kind.__name__} does not take the settings of {str(path)!r} and {overrides}: {error}; a checkpoint of a "
             "later version needs that version of counting_zoo"
         ) from error
-    if tokenizer is not None:
-        module.set_tokenizer(tokenizer)  # type: ignore[operator]
-    module.on_load_checkpoint(checkpoint)
-    try:
-        module.load_state_dict(checkpoint["state_dict"], strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {str(path)!r} do not fit its own settings: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(path)!r}: {error}") from error
     return module.to(device).eval()
 
 
@@ -251,10 +191,6 @@ def _bare(key: str) -> str:
     return key
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _lightning_version() -> str:
     import lightning
 
@@ -264,7 +200,7 @@ def _lightning_version() -> str:
 _PLAIN = (type(None), str, int, float, list, tuple, dict, Preprocess)
 
 
-def model_sha256(model: Counter) -> str:
+def model_sha256(model: CountingModule) -> str:
     """A hash of a model's weights and settings, by which finished work is known again.
 
     Settings are taken as they are now: whoever gives ``model.window`` another value counts with another model. What

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from counting_zoo.errors import InputError
 UNSEEN = "the shape-colour pairs that training never showed"
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
     """Render scenes, train CLIP-Count from the zoo's small CLIP, test it on unseen classes, predict a folder."""
     parser = argparse.ArgumentParser(
         "counting-zoo quickstart",
@@ -27,7 +28,6 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--sizes", type=json.loads, help='number of scenes, e.g. {"train": 64, "val": 8, "test": 8}')
     options = parser.parse_args(arguments)
 
-    from counting_zoo.cli import main
     from counting_zoo.data.synthetic import SyntheticScenes
 
     out: Path = options.out

@@ -1,21 +1,25 @@
-"""Counting pictures of any size with a model of one size: tiles of all pictures go through the model together.
+"""Counting images of any size with a model of one size: tiles of all images go through the model together.
 
 Every way of joining overlapping windows is a weighted sum whose weights add up to one at every cell, so a model that
-is right in each window gives the right total for every picture, window, stride and overlap.
+is right in each window gives the right total for every image, window, stride and overlap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from counting_zoo.errors import InputError
+from counting_zoo.types import CountOutput, Query
+
+if TYPE_CHECKING:
+    from counting_zoo.module import CountingModule
 
 Blend = Literal["average", "official"]
 
@@ -23,12 +27,12 @@ Blend = Literal["average", "official"]
 Pad = Literal["minimal", "official"]
 
 
-Forward = Callable[[Tensor, list[list[str]]], Tensor]
+Forward = Callable[[Tensor, list[Query]], CountOutput]
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures are cut into windows and how the windows' densities are joined.
+    """How images are cut into windows and how the windows' densities are joined.
 
     Args:
         window: height and width of a window in pixels.
@@ -36,7 +40,7 @@ class Tiling:
         cell: side of a density cell in pixels; divides window and stride.
         blend: ``average`` gives all windows at a cell the same weight; ``official`` fades from each window to the
             next with a sigmoid, as the reference of CLIP-Count does.
-        pad: ``minimal`` aligns the last window to the picture's end and pads only what is smaller than a window (or no
+        pad: ``minimal`` aligns the last window to the image's end and pads only what is smaller than a window (or no
             multiple of ``cell``); ``official`` pads the width with zeros by ``stride - W % stride`` (a whole stride
             where it divides), as the reference of CLIP-Count does. Its height is one window, so height stays minimal.
 
@@ -87,7 +91,7 @@ class Tiling:
         return cls(window, (stride, stride) if isinstance(stride, int) else (stride[0], stride[1]), cell, blend, pad)
 
     def starts(self, height: int, width: int) -> tuple[list[int], list[int]]:
-        """Where windows start in a ``height x width`` picture, along height and along width, in pixels."""
+        """Where windows start in a ``height x width`` image, along height and along width, in pixels."""
         return (
             window_starts(height, self.window[0], self.stride[0], self.cell, "minimal"),
             window_starts(width, self.window[1], self.stride[1], self.cell, self.pad),
@@ -151,9 +155,71 @@ def blend_weights(starts: Sequence[int], window: int, blend: Blend = "average") 
     return inside * share * kept
 
 
+def count_images(
+    model: CountingModule,
+    images: Sequence[Tensor],
+    queries: Sequence[Query],
+    window: int | None = None,
+    stride: int | None = None,
+) -> list[CountOutput]:
+    """Count in whole images, in tiles where the model's recipe or the arguments say so.
+
+    Args:
+        model: asked in the mode that it is in; its recipe gives window, stride, cell, blend and padding.
+        images: B images ``(3, H_i, W_i)`` of any size, uint8 or float in [0, 1].
+        queries: B queries; example boxes are in pixels of their image.
+        window: overrides the recipe's window; 0 for none.
+        stride: overrides the recipe's stride.
+
+    Returns:
+        One output of batch 1 for each image.
+
+    Raises:
+        InputError: a stride without a window, a tiling that does not fit, or examples that the model cannot encode
+            before tiles are cut.
+    """
+    images = [image.to(model.device) for image in images]
+    queries = [query.to(model.device) for query in queries]
+    if model.class_blind:
+        queries = [replace(query, names=(" + ".join(query.names),)) for query in queries]
+    side = (model.window or 0) if window is None else window
+    step = (model.stride if window is None else None) if stride is None else stride
+    if stride is not None and not side:
+        raise InputError(f"stride={stride} without a window; give a window too, or no stride to count in one piece")
+    if side:
+        return count_tiled(
+            model,
+            images,
+            [_encoded(model, image, query) for image, query in zip(images, queries, strict=True)],
+            window=side,
+            stride=step or side,
+            cell=model.cell,
+            window_batch_size=model.window_batch_size,
+            blend=model.blend,
+            pad=model.pad,
+        )
+    if len({image.shape for image in images}) == len({len(query.names) for query in queries}) == 1:
+        return list(model(torch.stack([as_float(image) for image in images]), queries).split())
+    return [model(as_float(image)[None], [query]) for image, query in zip(images, queries, strict=True)]
+
+
+def _encoded(model: CountingModule, image: Tensor, query: Query) -> Query:
+    """Replace example boxes by their features, since a tile does not show what lies in another one."""
+    if query.exemplars is None or query.exemplar_features is not None or not model.uses("exemplars"):
+        return replace(query, exemplars=None) if query.exemplars is not None else query
+    return replace(query, exemplars=None, exemplar_features=model.encode_exemplars(image, query.exemplars))
+
+
+def as_float(image: Tensor) -> Tensor:
+    """Turn an image into contiguous float in [0, 1]."""
+    image = image.contiguous()  # images from files have their colours beside each other
+    return image if torch.is_floating_point(image) else image.float() / 255
+
+
 def count_tiled(
     forward: Forward,
     images: Sequence[Tensor],
+    queries: Sequence[Query],
     *,
     window: int | tuple[int, int],
     stride: int | tuple[int, int] | None = None,
@@ -161,39 +227,39 @@ def count_tiled(
     window_batch_size: int = 16,
     blend: Blend = "average",
     pad: Pad = "minimal",
-    classes: Sequence[list[str]],
-) -> list[Tensor]:
-    """Density maps of pictures of any sizes, from a model applied to windows of them.
+) -> list[CountOutput]:
+    """Count in windows of images of any sizes and join their densities.
 
-    Windows of all pictures form one queue, cut into batches of at most ``window_batch_size`` and gathered batch by
-    batch, so that memory does not grow with the number of windows. Pictures are neither copied nor padded as a whole.
+    Windows of all images form one queue, cut into batches of at most ``window_batch_size`` and gathered batch by
+    batch, so that memory does not grow with the number of windows. Images are neither copied nor padded as a whole.
+    Where windows overlap, variances are averaged as densities are, which is never below the variance of the averaged
+    density, however the windows depend on each other.
 
     Args:
-        forward: takes ``(n, 3, *window)`` float and n lists of K names, returns ``(n, K, window / cell)`` objects
-            per cell.
-        images: B pictures ``(3, H_i, W_i)``, float in [0, 1], or uint8, which becomes float in [0, 1] by window.
+        forward: takes ``(n, 3, *window)`` float and n queries of K names, gives a density of ``window / cell``.
+        images: B images ``(3, H_i, W_i)``, float in [0, 1], or uint8, which becomes float in [0, 1] by window.
+        queries: B queries; those with different numbers of names go through in separate batches.
         window, stride, cell, blend, pad: see :class:`Tiling`; an integer means a square, ``stride=None`` no overlap.
         window_batch_size: most windows in one call of ``forward``.
-        classes: B lists of names; lists of different lengths go through in separate batches.
 
     Returns:
-        B maps ``(K_i, ceil(H_i / cell), ceil(W_i / cell))`` float32 on the pictures' device. Nothing that the model
-        sees in the padding beyond the last cell is counted.
+        B outputs of batch 1, ``(1, K_i, ceil(H_i / cell), ceil(W_i / cell))`` float32 on the images' device. Nothing
+        that the model sees in the padding beyond the last cell is counted.
 
     Raises:
         InputError: a tiling that does not fit, or a model whose density is not ``window / cell`` in size.
     """
     tiling = Tiling.of(window, stride, cell, blend, pad)
-    if len(images) != len(classes):
-        raise InputError(f"{len(images)} pictures came with {len(classes)} lists of classes; expected one for each")
+    if len(images) != len(queries):
+        raise InputError(f"{len(images)} images came with {len(queries)} queries; expected one for each")
     if window_batch_size < 1:
         raise InputError(f"window_batch_size is {window_batch_size}; expected at least 1")
-    pictures = [_Picture(image, names, tiling) for image, names in zip(images, classes, strict=True)]
-    for _, alike in groupby(sorted(pictures, key=lambda p: len(p.names)), key=lambda p: len(p.names)):
+    tiled = [_TiledImage(image, query, tiling) for image, query in zip(images, queries, strict=True)]
+    for _, alike in groupby(sorted(tiled, key=lambda t: len(t.query.names)), key=lambda t: len(t.query.names)):
         queue = list(alike)
         first = 0  # windows of queue[0] that are done
         while queue:
-            batch: list[tuple[_Picture, slice]] = []
+            batch: list[tuple[_TiledImage, slice]] = []
             room = window_batch_size
             while queue and room:
                 part = slice(first, min(first + room, queue[0].n_windows))
@@ -204,38 +270,41 @@ def count_tiled(
                     queue.pop(0)
                     first = 0
             _run(forward, batch, tiling)
-    return [picture.result() for picture in pictures]
+    return [image.result() for image in tiled]
 
 
-def _run(forward: Forward, batch: list[tuple[_Picture, slice]], tiling: Tiling) -> None:
-    """One call of the model, over parts of one or more pictures."""
-    names = [picture.names for picture, part in batch for _ in range(part.stop - part.start)]
-    density = forward(torch.cat([picture.windows(part) for picture, part in batch]), names).float()
-    expected = (len(names), len(names[0]), tiling.window[0] // tiling.cell, tiling.window[1] // tiling.cell)
+def _run(forward: Forward, batch: list[tuple[_TiledImage, slice]], tiling: Tiling) -> None:
+    """One call of the model, over windows of one or more images."""
+    queries = [image.query for image, part in batch for _ in range(part.stop - part.start)]
+    output = forward(torch.cat([image.windows(part) for image, part in batch]), queries)
+    density, k = output.density.float(), len(queries[0].names)
+    expected = (len(queries), k, tiling.window[0] // tiling.cell, tiling.window[1] // tiling.cell)
     if density.shape != expected:
         raise InputError(
-            f"the model gave a density of shape {tuple(density.shape)} for {len(names)} windows of {tiling.window} "
-            f"pixels and {len(names[0])} names; expected {expected} with a cell of {tiling.cell} pixels"
+            f"the model gave a density of shape {tuple(density.shape)} for {len(queries)} windows of {tiling.window} "
+            f"pixels and {k} names; expected {expected} with a cell of {tiling.cell} pixels"
         )
-    for (picture, part), piece in zip(batch, density.split([p.stop - p.start for _, p in batch]), strict=True):
-        picture.add(part, piece)
+    if output.variance is not None:  # joined with the same weights, as K more maps
+        density = torch.cat([density, output.variance.float()], 1)
+    for (image, part), piece in zip(batch, density.split([p.stop - p.start for _, p in batch]), strict=True):
+        image.add(part, piece)
 
 
-class _Picture:
-    """One picture on its way through :func:`count_tiled`: its windows and the canvas they are joined on."""
+class _TiledImage:
+    """One image on its way through :func:`count_tiled`: its windows and the canvas they are joined on."""
 
-    def __init__(self, image: Tensor, names: list[str], tiling: Tiling) -> None:
-        self.names, self.tiling = names, tiling
+    def __init__(self, image: Tensor, query: Query, tiling: Tiling) -> None:
+        self.query, self.tiling = query, tiling
         self.image = image
         self.height, self.width = image.shape[-2:]
         if not image.numel():
-            raise InputError(f"a picture of shape {tuple(image.shape)} has no pixels")
+            raise InputError(f"an image of shape {tuple(image.shape)} has no pixels")
         self.starts = rows, columns = tiling.starts(self.height, self.width)
         self.n_windows = len(rows) * len(columns)
         self.canvas: Tensor | None = None
 
     def windows(self, part: slice) -> Tensor:
-        """``(n, 3, *window)`` float: the windows ``part``, row by row, with zeros beyond the picture."""
+        """``(n, 3, *window)`` float: the windows ``part``, row by row, with zeros beyond the image."""
         (rows, columns), (height, width) = self.starts, self.tiling.window
         windows = torch.zeros(part.stop - part.start, len(self.image), height, width, device=self.image.device)
         # One copy of a slice for each window is several times faster than one gather by index for all.
@@ -246,10 +315,11 @@ class _Picture:
         return windows.div_(255) if self.image.dtype == torch.uint8 else windows
 
     def add(self, part: slice, density: Tensor) -> None:
-        """Join ``(n, K, h, w)`` densities of the windows ``part``."""
+        """Join ``(n, K, h, w)`` maps of the windows ``part``."""
         (rows, columns), (height, width), cell = self.starts, self.tiling.window, self.tiling.cell
         if self.canvas is None:
-            self.canvas = density.new_zeros((rows[-1] + height) // cell, (columns[-1] + width) // cell, len(self.names))
+            size = ((rows[-1] + height) // cell, (columns[-1] + width) // cell)
+            self.canvas = density.new_zeros(*size, density.shape[1])
         index = torch.arange(part.start, part.stop, device=density.device)
         y, x = self._cells(index)
         weight_y = _weights(tuple(rows), height, cell, self.tiling.blend).to(density)[index // len(columns)]
@@ -257,11 +327,13 @@ class _Picture:
         density = density * weight_y[:, None, :, None] * weight_x[:, None, None, :]
         self.canvas.index_put_((y[:, :, None], x[:, None, :]), density.permute(0, 2, 3, 1), accumulate=True)
 
-    def result(self) -> Tensor:
-        """``(K, h, w)`` without the cells that lie in the padding."""
-        assert self.canvas is not None  # every picture has a window
+    def result(self) -> CountOutput:
+        """Density, and variance where there is one, without the cells that lie in the padding."""
+        assert self.canvas is not None  # every image has a window
         height, width = -(-self.height // self.tiling.cell), -(-self.width // self.tiling.cell)
-        return self.canvas[:height, :width].permute(2, 0, 1).contiguous()
+        maps = self.canvas[:height, :width].permute(2, 0, 1).contiguous()[None]  # (1, K or 2K, h, w)
+        density, *variance = maps.split(len(self.query.names), 1)
+        return CountOutput(density, variance=variance[0] if variance else None)
 
     def _cells(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Rows ``(n, h)`` and columns ``(n, w)`` of the cells of n windows."""

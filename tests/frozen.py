@@ -82,8 +82,8 @@ COUNTS = ("target", "predicted", "low", "high")
 
 def asked(batch: Any, i: int) -> tuple[list[str], Tensor | None]:
     """The names asked about one picture of a batch, and the example boxes."""
-    exemplars = batch.get("exemplars")
-    return list(batch["classes"][i]), None if exemplars is None else exemplars[i]
+    query = batch["queries"][i]
+    return list(query.names), query.exemplars
 
 
 def read_counts(path: Path) -> dict[str, dict[str, float]]:

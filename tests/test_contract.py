@@ -11,6 +11,7 @@ import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import lightning as L
@@ -18,12 +19,12 @@ import pytest
 import tiny
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tiny import DATA, MODELS, OUTSIDE, UNCOUNTED, data, model, run, trainer
+from tiny import DATA, MODELS, OUTSIDE, data, model, run, trainer
 
 from counting_zoo import Prediction, load
 from counting_zoo.callbacks import PredictionWriter, TestReport
 from counting_zoo.data.base import CountingDataModule
-from counting_zoo.errors import InputError, NamesError, SupervisionError
+from counting_zoo.errors import InputError, NamesError, QueryError, SupervisionError
 
 QUIET = trainer(callbacks=[])
 MODEL_NAMES, DATA_NAMES = [path.stem for path in (*MODELS, *OUTSIDE)], [path.stem for path in DATA]
@@ -38,6 +39,7 @@ PAIRS = [
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COUNTING_ZOO_DEBUG", "1")  # errors are raised, not printed
+    monkeypatch.setenv("COUNTING_ZOO_ALLOW", "tiny_zoo")  # the models elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +119,20 @@ def test_commands(model_name: str, data_name: str, copies: dict[str, list[str]])
 
 def fit_test_predict(how: Commands | Library, model_name: str, data_name: str, copies: dict[str, list[str]]) -> None:
     words = copies[data_name]
+    kind, own = tiny.build("model", *model(model_name)), tiny.build("data", *words)
+    learns = any(keys <= own.provides for keys in kind.trains_on)
+    # Data to train on where these do not serve: with example boxes where the model cannot do without.
+    other = copies["fsc147" if "exemplars" in kind.asks_for else "folder"]
     try:
         how.fit(model_name, words)
     except NamesError as error:
-        return refuses_other_names(how, model_name, words, copies["folder"], str(error))
-    except SupervisionError as error:
-        assert data_name in UNCOUNTED
-        return predicts_only(how, model_name, words, copies["folder"], str(error))
-    assert data_name not in UNCOUNTED
+        return refuses_other_names(how, model_name, words, other, str(error))
+    except SupervisionError:
+        assert not learns
+        if "exemplars" in kind.asks_for:
+            return refuses_without_examples(how, model_name, words, other)
+        return None if own.provides & {"points", "counts"} else predicts_only(how, model_name, words, other)
+    assert learns
     run_folder = Path("runs") / "a"
     best = run_folder / "checkpoints" / "best.ckpt"
     scored = rows(run_folder / "metrics.csv")
@@ -138,11 +146,16 @@ def fit_test_predict(how: Commands | Library, model_name: str, data_name: str, c
     for row in per_image[:2]:
         if picture := next(copies_of(row["image"], words), None):
             # loading the checkpoint and calling it gives the number that the test reported
-            found = library.count(picture, row["name"])
+            found = library.count(picture, row["name"], exemplars=examples_of(own, row["image"]))
             assert isinstance(found, Prediction)
             assert found[row["name"]] == pytest.approx(float(row["predicted"]), rel=1e-5)
 
-    how.predict(words, best, "figs" if library.vocabulary is None else library.vocabulary[0])
+    name = "figs" if library.vocabulary is None else library.vocabulary[0]
+    if "exemplars" in kind.asks_for:  # which show the data's own names
+        with pytest.raises(QueryError, match="exemplars"):
+            how.predict(words, best, name)
+        return None
+    how.predict(words, best, name)
     predicted = rows(Path("out") / "counts.csv")
     ids = {row["image"] for row in predicted}
     assert ids
@@ -171,9 +184,25 @@ def refuses_other_names(
         how.predict(words, best, "plums")
 
 
-def predicts_only(how: Commands | Library, model_name: str, words: list[str], folder: list[str], said: str) -> None:
+def examples_of(datamodule: CountingDataModule, image_id: str) -> Any:
+    """The example boxes of an image in the test split, which the model was shown too; ``None`` without any."""
+    record = next(record for record in datamodule.records("test") if record.image_id == image_id)
+    return record.exemplars
+
+
+def refuses_without_examples(how: Commands | Library, model_name: str, words: list[str], shown: list[str]) -> None:
+    """A model that cannot do without example boxes is neither trained, scored nor asked without any."""
+    assert not list(Path.cwd().rglob("*.ckpt"))  # before the first step
+    how.fit(model_name, shown)
+    best = next(Path.cwd().rglob("best.ckpt"))
+    with pytest.raises(QueryError, match="exemplars"):
+        how.test(words, best)
+    with pytest.raises(QueryError, match="exemplars"):
+        how.predict(words, best, "figs")
+
+
+def predicts_only(how: Commands | Library, model_name: str, words: list[str], folder: list[str]) -> None:
     """A counter refuses to fit or to be scored on pictures that nothing is counted in, and predicts on them."""
-    assert "captions" in said
     assert not list(Path.cwd().rglob("*.ckpt"))  # before the first step
     how.fit(model_name, folder)
     best = next(Path.cwd().rglob("best.ckpt"))
@@ -196,6 +225,8 @@ def test_counts_alone(model_name: str, copies: dict[str, list[str]], tmp_path: P
         assert "ImageFolder" in said
         assert "counts" in said
         assert not list(tmp_path.rglob("*.ckpt"))
+    if "exemplars" in tiny.build("model", *model(model_name)).asks_for:
+        return refuses_without_examples(how, model_name, words, copies["fsc147"])
     how.fit(model_name, copies["folder"])
     best = tmp_path / "runs" / "a" / "checkpoints" / "best.ckpt"
     how.test(words, best)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from asking import ask
 from tiny_zoo import BlockCounter
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def batch_of(*sizes: tuple[int, int]) -> Batch:
         points.append(torch.stack([x, y], 1) + 0.5)
     return {
         "image": images,
-        "classes": [["dots"]] * len(sizes),
+        "queries": ask([["dots"]] * len(sizes)),
         "image_id": [f"{h}x{w}" for h, w in sizes],
         "counts": torch.tensor([[float(len(p))] for p in points]),
         "points": points,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from asking import ask
 from tiny_clip import counter
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def test_a_graph_gives_the_models_density(kind: str, tmp_path: Path) -> None:
     for height, width in ((64, 64), (96, 32)):
         picture = torch.rand(1, 3, height, width)
         with torch.no_grad():
-            expected = made(picture, [["red figs + dates"] if made.class_blind else NAMES]).density
+            expected = made(picture, ask([["red figs + dates"] if made.class_blind else NAMES])).density
         found, recipe = run_pt2(path, picture)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
     assert recipe["names"] == (["red figs + dates"] if made.class_blind else NAMES)
@@ -74,7 +75,7 @@ def test_onnx(kind: str, tmp_path: Path) -> None:
     path = export(made, tmp_path / "counter.onnx", NAMES)
     picture = torch.rand(1, 3, 96, 64)
     with torch.no_grad():
-        expected = made(picture, [["red figs + dates"] if made.class_blind else NAMES]).density
+        expected = made(picture, ask([["red figs + dates"] if made.class_blind else NAMES])).density
     found, recipe = run_onnx(path, picture)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert recipe["model"] == type(made).__name__

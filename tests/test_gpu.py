@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from asking import ask
 from reference_clip_count import clip_count
 from test_module import Batches
 from tiny_clip import NAMES, SETTINGS, counter, official_state, pictures, relative, tokenize, training_batch
@@ -112,9 +113,9 @@ def test_fit_test_predict(tmp_path: Path, precision: str, interaction: str) -> N
 @torch.no_grad()
 def test_mixed_precision_counts_nearly_the_same() -> None:
     model, image = counter().cuda(), pictures(4).cuda()
-    exact = model(image, [["pears"]] * 4).counts
+    exact = model(image, ask([["pears"]] * 4)).counts
     with torch.autocast("cuda", torch.bfloat16):
-        lowered = model(image, [["pears"]] * 4)
+        lowered = model(image, ask([["pears"]] * 4))
     assert lowered.counts.dtype == torch.float32
     assert relative(lowered.counts.cpu(), exact.cpu()) < 0.05
 
@@ -173,11 +174,11 @@ def test_report_speed_and_memory(dtype: torch.dtype, capsys: pytest.CaptureFixtu
 
     def infer() -> None:
         with torch.no_grad(), lowered:
-            model(batch["image"], batch["classes"])
+            model(batch["image"], batch["queries"])
 
     def train() -> None:
         with lowered:
-            loss = torch.stack(list(model.losses(model(batch["image"], batch["classes"]), batch).values())).sum()
+            loss = torch.stack(list(model.losses(model(batch["image"], batch["queries"]), batch).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

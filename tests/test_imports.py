@@ -25,6 +25,7 @@ LAYERS = (
     ("images", "geometry", "ops"),
     ("tiling", "prediction", "metrics", "nn"),
     ("data", *PARTS),
+    ("queries", "training"),
     ("module",),
     ("models",),
     ("loading",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from asking import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import DATA, data, run, trainer
@@ -27,7 +29,7 @@ from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.module import CountingModule
 from counting_zoo.ops import peak_points, points_to_counts, points_to_density, resize_density
-from counting_zoo.types import Batch
+from counting_zoo.types import Batch, Query
 
 AUGMENTATIONS: dict[str, Augmentation | None] = {
     "none": None,
@@ -87,8 +89,8 @@ def test_counts_are_labels(name: str, how: str, modules: dict[str, CountingDataM
 
 
 def _check_item(item: dict[str, Any], *, training: bool, counted: bool) -> None:
-    k, (height, width) = len(item["classes"]), item["image"].shape[1:]
-    assert len(set(item["classes"])) == k
+    k, (height, width) = len(item["query"].names), item["image"].shape[1:]
+    assert len(set(item["query"].names)) == k
     if counted:
         assert k >= 1
         assert item["counts"].shape == (k,)
@@ -148,12 +150,12 @@ def test_clip_counts_target(options: dict[str, Any]) -> None:
     points = torch.tensor([[0.0, 0.0], [64.0, 48.0], [64.0, 48.0], [31.5, 7.25], [31.5, 7.25]])
     batch: Batch = {
         "image": torch.zeros(1, 3, 48, 64),
-        "classes": [["a", "b"]],
+        "queries": ask([["a", "b"]]),
         "image_id": ["x"],
         "points": [points],
         "labels": [torch.tensor([0, 0, 0, 1, 1])],
     }
-    density = model(batch["image"], batch["classes"]).density  # type: ignore[arg-type]
+    density = model(batch["image"], batch["queries"]).density  # type: ignore[arg-type]
     target = model._target(batch, (48, 64), density.shape[-2:])
     assert target.shape == density.shape
     torch.testing.assert_close(target.sum((-2, -1)), torch.tensor([[3.0, 2.0]]), rtol=1e-5, atol=1e-5)
@@ -163,7 +165,7 @@ def tiny_clip_count(patch: int = 16, **options: Any) -> CLIPCount:
     torch.manual_seed(0)
     settings = tiny.SHRUNK["clip_count"] | {"clip": tiny.clip_config(patch), "preprocess": None} | options
     model = CLIPCount(**settings)
-    model.make_tokenizer_of_names(["a", "b"])
+    model.make_tokenizer(["a", "b"])
     return model.eval()
 
 
@@ -175,7 +177,7 @@ def tiny_detector() -> RegionCLIPCounter:
     torch.manual_seed(0)
     settings = tiny.SHRUNK["region_clip_counter_small"] | {"proposals": "grid", "scale": 4.0, "bias": 0.0}
     model = RegionCLIPCounter(**settings, templates=["{}"])
-    model.make_tokenizer_of_names(["a", "b"])
+    model.make_tokenizer(["a", "b"])
     return model.eval()
 
 
@@ -190,9 +192,9 @@ class Ideal(CountingModule):
     def cell(self) -> int:
         return self.side
 
-    def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
+    def forward(self, image: Tensor, queries: Sequence[Query]) -> CountOutput:
         blocks = image[:, :2].unfold(2, self.side, self.side).unfold(3, self.side, self.side)  # (B, 2, h, w, s, s)
-        return CountOutput(blocks.sum((-2, -1))[:, : len(classes[0])])
+        return CountOutput(blocks.sum((-2, -1))[:, : len(queries[0].names)])
 
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -225,7 +227,10 @@ def test_tiles_of_an_ideal_model_are_exact(
     names = [["a", "b"]] * len(pictures)
     recipe = Ideal(cell, window=window, stride=stride, window_batch_size=batch, blend=blend, pad=pad)
     asked = Ideal(cell, window_batch_size=batch, blend=blend, pad=pad)
-    for outputs in (recipe.count_batch(pictures, names), asked.count_batch(pictures, names, window, stride)):
+    for outputs in (
+        recipe.count_images(list(pictures), ask(names)),
+        asked.count_images(list(pictures), ask(names), window, stride),
+    ):
         assert isinstance(outputs, list)
         counts = torch.cat([output.counts for output in outputs])
         torch.testing.assert_close(counts, truth, rtol=1e-4, atol=1e-3)
@@ -245,9 +250,9 @@ def test_the_window_of_clip(size: tuple[int, int], stride: int) -> None:
 
 def test_a_detector_takes_no_window() -> None:
     """An object cut in two would be two: it sees whole pictures, and cuts crowded ones itself."""
-    with pytest.raises(InputError, match="whole pictures"):
-        tiny_detector().count_batch([dotted(64, 64, 0)], [["a", "b"]], window=32)
-    with pytest.raises(InputError, match="whole pictures"):
+    with pytest.raises(InputError, match="window"):
+        tiny_detector().count_images([dotted(64, 64, 0)], ask([["a", "b"]]), window=32)
+    with pytest.raises(InputError, match="window"):
         RegionCLIPCounter(tiny.clip_config(), window=32)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_clip
 import torch
+from asking import ask
 from tiny_clip import NAMES, SETTINGS, counter, official_state, pictures, tokenize
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def test_save_and_load_give_the_same_bits_in_a_fresh_process(tmp_path: Path) -> 
 
 def test_checkpoint_is_plain_data_with_the_whole_recipe(tmp_path: Path) -> None:
     stored = torch.load(save(counter(heads=2), tmp_path / "a.ckpt"), weights_only=True)
-    assert stored["counting_zoo"]["class"] == "counting_zoo.models.clip_count.module.CLIPCount"
+    assert stored["counting_zoo"]["class"] == "counting_zoo.CLIPCount"
     assert stored["counting_zoo"]["recipe"]["tokenizer"].startswith("{")
     assert stored["hyper_parameters"]["heads"] == 2
     assert stored["hyper_parameters"]["clip"]["vision_config"]["patch_size"] == 16
@@ -70,9 +71,9 @@ def test_tokenizer_and_clip_folders_are_not_needed_again(tmp_path: Path) -> None
     counter().network.text.tokenizer._hf.save_pretrained(folder)  # type: ignore[union-attr]
     model = counter(str(folder), tokens=False, tokenizer=str(folder))
     save(model, tmp_path / "a.ckpt")
-    expected = model(pictures(1), [["pears"]]).density
+    expected = model(pictures(1), ask([["pears"]])).density
     folder.rename(tmp_path / "moved")
-    assert torch.equal(load(tmp_path / "a.ckpt")(pictures(1), [["pears"]]).density, expected)
+    assert torch.equal(load(tmp_path / "a.ckpt")(pictures(1), ask([["pears"]])).density, expected)
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_overrides(tmp_path: Path) -> None:
         load(path, colour="red")
     other = counter()
     model = load(path, tokenizer=lambda prompts: torch.tensor([[2, 3, 300]] * len(prompts)))
-    assert not torch.equal(model(pictures(1), [["pears"]]).density, other(pictures(1), [["pears"]]).density)
+    assert not torch.equal(model(pictures(1), ask([["pears"]])).density, other(pictures(1), ask([["pears"]])).density)
 
 
 def damage(path: Path, **changes: Any) -> Path:
@@ -124,7 +125,7 @@ def test_model_class_imports_nothing_from_elsewhere(tmp_path: Path, monkeypatch:
     with pytest.raises(CheckpointError, match="import that module first if you trust it"):
         model_class("evil_module.Model")
     assert not (tmp_path / "ran").exists()
-    assert model_class("counting_zoo.models.clip_count.module.CLIPCount") is CLIPCount
+    assert model_class("counting_zoo.CLIPCount") is CLIPCount
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is no checkpoint", b"\x80\x04garbage", b"PK\x03\x04garbage"])
@@ -184,7 +185,7 @@ def test_pickled_code_never_runs(tmp_path: Path, old_format: bool) -> None:
 def official(source: Any, config: Any = SETTINGS, clip: Any = None) -> Tensor:
     model = load_official("clip_count", source, config, clip, tokenize)
     assert not model.training
-    return model(pictures(1, 384, 384), [["cats", "hot dogs"]]).raw_density.detach()  # type: ignore[attr-defined]
+    return model(pictures(1, 384, 384), ask([["cats", "hot dogs"]])).raw_density.detach()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

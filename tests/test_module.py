@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from asking import ask
 from tiny_clip import NAMES, config, counter, training_batch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -168,7 +169,7 @@ def test_batches_without_counts_cannot_be_scored(tmp_path: Path) -> None:
 def test_predicting_without_any_name(tmp_path: Path) -> None:
     data = Batches()
     for batch in data.batches:
-        batch["classes"] = [[], []]
+        batch["queries"] = ask([[], []])
     with pytest.raises(InputError, match=r"no name to count.*--data\.classes"):
         trainer(tmp_path).predict(counter(), data)
     found = trainer(tmp_path).predict(counter(default_classes=["forks"]), data) or []
@@ -247,7 +248,7 @@ def test_wrong_prompts_are_absent_hard_and_anothers() -> None:
     names = ["red cups", "blue cups", "red forks", "spoons"]
     batch: Batch = {
         "image": [],
-        "classes": [["red cups"]],
+        "queries": ask([["red cups"]]),
         "image_id": ["7.jpg"],
         "present": [["red cups", "red forks"]],
     }
@@ -265,7 +266,7 @@ def test_a_picture_without_wrong_names_does_not_silence_the_others() -> None:
     names = ["red cups", "blue cups", "red forks", "spoons"]
     batch: Batch = {
         "image": [],
-        "classes": [["red cups"], ["spoons"]],
+        "queries": ask([["red cups"], ["spoons"]]),
         "image_id": ["7.jpg", "8.jpg"],
         "present": [names, ["spoons"]],
     }

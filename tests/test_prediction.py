@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from counting_zoo.errors import ImageError, InputError
-from counting_zoo.images import as_picture
+from counting_zoo.images import as_image
 from counting_zoo.prediction import RED, Prediction, ascii_text, draw_prediction, plot_prediction
 
 
@@ -50,7 +50,7 @@ def test_every_source_gives_the_same_picture(rgb: np.ndarray, tmp_path: Path) ->
         rgb[:, ::-1][:, ::-1],
     ]
     for source in sources:
-        picture, name = as_picture(source)
+        picture, name = as_image(source)
         assert picture.dtype == torch.uint8
         assert picture.permute(1, 2, 0).is_contiguous()
         assert torch.equal(picture, chw)
@@ -61,12 +61,12 @@ def test_grey_becomes_rgb() -> None:
     grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
     expected = torch.from_numpy(grey).expand(3, 2, 3)
     for source in (grey, grey[:, :, None], torch.from_numpy(grey), torch.from_numpy(grey)[None]):
-        assert torch.equal(as_picture(source)[0], expected)
-    assert as_picture(np.array([[True, False]]))[0][0].tolist() == [[255, 0]]
+        assert torch.equal(as_image(source)[0], expected)
+    assert as_image(np.array([[True, False]]))[0][0].tolist() == [[255, 0]]
 
 
 def test_the_callers_array_is_not_shared(rgb: np.ndarray) -> None:
-    picture, _ = as_picture(rgb)
+    picture, _ = as_image(rgb)
     before = picture.clone()
     rgb[:] = 0
     assert torch.equal(picture, before)
@@ -79,9 +79,9 @@ def test_pil_images_are_turned_upright(rgb: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "turned.png"
     image_module.fromarray(rgb).save(path, exif=exif)
     with image_module.open(path) as image:
-        picture, name = as_picture(image)
+        picture, name = as_image(image)
     assert torch.equal(picture, torch.from_numpy(np.rot90(rgb, -1).copy()).permute(2, 0, 1))
-    assert torch.equal(picture, as_picture(path)[0])
+    assert torch.equal(picture, as_image(path)[0])
     assert name == str(path)
 
 
@@ -90,7 +90,7 @@ def test_pil_modes(mode: str) -> None:
     image_module = pytest.importorskip("PIL.Image")
     image = image_module.new("L", (5, 4), 255)
     image = image_module.fromarray(np.full((4, 5), 65535, np.uint16)) if mode == "I;16" else image.convert(mode)
-    picture, _ = as_picture(image)
+    picture, _ = as_image(image)
     assert picture.shape == (3, 4, 5)
     assert int(picture.min()) >= 254
 
@@ -111,15 +111,15 @@ def test_pil_modes(mode: str) -> None:
 )
 def test_what_is_no_picture_says_so(source: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        as_picture(source)
+        as_image(source)
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"gone\.jpg"):
-        as_picture(tmp_path / "gone.jpg")
+        as_image(tmp_path / "gone.jpg")
     (tmp_path / "text.jpg").write_text("hello")
     with pytest.raises(ImageError, match=r"text\.jpg"):
-        as_picture(tmp_path / "text.jpg")
+        as_image(tmp_path / "text.jpg")
 
 
 def test_a_drawing_shows_points_and_density_in_their_places() -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from asking import ask
 from test_images import with_exif
 from tiny import model, run, trainer
 
@@ -47,7 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight CLIP-Count as a checkpoint."""
     torch.manual_seed(0)
     counter = CLIPCount(**tiny.SHRUNK["clip_count"])
-    counter.make_tokenizer_of_names(["apples", "pears"])
+    counter.make_tokenizer(["apples", "pears"])
     return save(counter, tmp_path_factory.mktemp("model") / "model.ckpt")
 
 
@@ -57,7 +58,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     found: dict[str, Any] = {"proposals": "grid", "scale": 4.0, "bias": 0.0}
     counter = RegionCLIPCounter(**tiny.SHRUNK["region_clip_counter_small"] | found)
-    counter.make_tokenizer_of_names(["apples", "pears"])
+    counter.make_tokenizer(["apples", "pears"])
     return save(counter, tmp_path_factory.mktemp("detector") / "model.ckpt")
 
 
@@ -419,7 +420,7 @@ def test_batches_change_nothing(checkpoint: Path) -> None:
     assert all(isinstance(p, Prediction) for p in single)
     counts = torch.stack([p.counts[0] for p in single if isinstance(p, Prediction)])
     pictures = [torch.from_numpy(read_image(path)).permute(2, 0, 1) for path in paths]
-    together = again.count_batch([counter.preprocess(p) for p in pictures], [["apples"]] * len(paths))
+    together = again.count_images([counter.preprocess(p) for p in pictures], ask([["apples"]] * len(paths)))
     assert isinstance(together, list)
     torch.testing.assert_close(torch.cat([o.counts[:, 0] for o in together]), counts, rtol=1e-5, atol=1e-6)
     assert run("predict", *predict_words(checkpoint), "--data.eval_batch_size=3") == 0
@@ -451,7 +452,7 @@ class Exported(torch.nn.Module):
 def test_export(options: dict[str, Any]) -> None:
     """I5: the density network leaves Python with the same numbers for any batch and size (ONNX where installed)."""
     counter = CLIPCount(**tiny.SHRUNK["clip_count"] | options)
-    counter.make_tokenizer_of_names(["apples"])
+    counter.make_tokenizer(["apples"])
     counter.eval()
     network = Exported(counter, "apples").eval()
     side = {name: 32 * torch.export.Dim(name, min=2, max=32) for name in ("rows", "columns")}
@@ -460,7 +461,7 @@ def test_export(options: dict[str, Any]) -> None:
     with torch.no_grad():
         exported = torch.export.export(network, (pictures[0],), dynamic_shapes=free, strict=False)
         for image in pictures:
-            expected = counter(image, [["apples"]] * len(image)).density
+            expected = counter(image, ask([["apples"]] * len(image))).density
             torch.testing.assert_close(exported.module()(image), expected, rtol=1e-4, atol=1e-6)
         if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript")):
             return

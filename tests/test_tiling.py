@@ -8,12 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from asking import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counting_zoo.errors import InputError
 from counting_zoo.ops import sum_blocks
 from counting_zoo.tiling import Tiling, blend_weights, count_tiled, window_starts
+from counting_zoo.types import CountOutput
 
 modes = {"blend": st.sampled_from(["average", "official"]), "pad": st.sampled_from(["minimal", "official"])}
 
@@ -24,11 +26,16 @@ class IdealModel:
     def __init__(self, cell: int) -> None:
         self.cell, self.batches, self.names = cell, [], []
 
-    def __call__(self, windows, classes):
+    def __call__(self, windows, queries):
         self.batches.append(len(windows))
-        self.names += classes
-        assert len(classes) == len(windows)
-        return sum_blocks(windows[:, : len(classes[0])], self.cell)
+        self.names += [list(query.names) for query in queries]
+        assert len(queries) == len(windows)
+        return CountOutput(sum_blocks(windows[:, : len(queries[0].names)], self.cell))
+
+
+def densities(model, images, names, **tiling):
+    """The maps of :func:`count_tiled`, without their batch dimension."""
+    return [output.density[0] for output in count_tiled(model, images, ask(names), **tiling)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -48,16 +55,16 @@ def test_ideal_model_gives_the_exact_map(shapes, window, step, cell, batch, seed
     window = (window[0] * cell, window[1] * cell)
     stride = tuple(math.ceil(side // cell * step) * cell for side in window)
     model = IdealModel(cell)
-    maps = count_tiled(
+    maps = densities(
         model,
         images,
+        [["a", "b"]] * len(images),
         window=window,
         stride=stride,
         cell=cell,
         window_batch_size=batch,
         blend=blend,
         pad=pad,
-        classes=[["a", "b"]] * len(images),
     )
     assert max(model.batches) <= batch
     assert sum(b < batch for b in model.batches) <= 1  # only the last call is not full
@@ -70,9 +77,7 @@ def test_ideal_model_gives_the_exact_map(shapes, window, step, cell, batch, seed
 def test_named_shapes_with_a_224_window(shape, stride):
     image = torch.randint(0, 5, (3, *shape)).float()
     for blend, pad in (("average", "minimal"), ("official", "official")):
-        (density,) = count_tiled(
-            IdealModel(8), [image], window=224, stride=stride, cell=8, blend=blend, pad=pad, classes=[["a"]]
-        )
+        (density,) = densities(IdealModel(8), [image], [["a"]], window=224, stride=stride, cell=8, blend=blend, pad=pad)
         assert density.shape == (1, math.ceil(shape[0] / 8), math.ceil(shape[1] / 8))
         assert density.sum().item() == pytest.approx(image[0].sum().item(), rel=1e-5)
 
@@ -97,16 +102,16 @@ def test_thousands_of_sizes_lose_nobody():
         for step in {window, stride, cell if window <= 64 else window // 2 // cell * cell}:
             for blend, pad in (("average", "minimal"), ("official", "official")):
                 few = images if step == window else images[:100]
-                maps = count_tiled(
+                maps = densities(
                     IdealModel(cell),
                     few,
+                    [["a"]] * len(few),
                     window=window,
                     stride=step,
                     cell=cell,
                     blend=blend,
                     pad=pad,
                     window_batch_size=int(rng.integers(1, 65)),
-                    classes=[["a"]] * len(few),
                 )
                 truth = torch.stack([image[0].count_nonzero() for image in few]).float()
                 found = torch.stack([density.sum() for density in maps])
@@ -141,14 +146,14 @@ def test_official_slide_end_to_end():
     """Windows that disagree: the joined map is the reference's composite of what each window gave."""
     seen = []
 
-    def model(windows, classes):
+    def model(windows, queries):
         density = windows[:, :1] * torch.rand(len(windows), 1, 1, 1)
         seen.append(density)
-        return density
+        return CountOutput(density)
 
     image = torch.rand(3, 12, 21)
-    (density,) = count_tiled(
-        model, [image], window=12, stride=4, window_batch_size=2, blend="official", pad="official", classes=[["a"]]
+    (density,) = densities(
+        model, [image], [["a"]], window=12, stride=4, window_batch_size=2, blend="official", pad="official"
     )
     windows = torch.cat(seen)[:, 0].double().numpy()
     starts = window_starts(21, 12, 4, pad="official")
@@ -178,20 +183,20 @@ def test_pictures_with_different_numbers_of_names_and_uint8():
     images = [torch.full((3, 9, 9), 51, dtype=torch.uint8), torch.rand(3, 4, 30), torch.rand(3, 9, 9)]
     names = [["a"], ["b", "c"], ["d"]]
     model = IdealModel(1)
-    maps = count_tiled(model, images, window=8, stride=4, window_batch_size=3, classes=names)
+    maps = densities(model, images, names, window=8, stride=4, window_batch_size=3)
     assert [m.shape[0] for m in maps] == [1, 2, 1]
     assert maps[0].sum().item() == pytest.approx(81 * 0.2, rel=1e-6)
     torch.testing.assert_close(maps[1], images[1][:2])
     assert model.names[:5] == [["a"]] * 4 + [["d"]]
-    assert count_tiled(model, [], window=8, classes=[]) == []
+    assert densities(model, [], [], window=8) == []
 
 
 def test_garbage_in_the_padding_does_not_leak():
-    def model(windows, classes):
-        return torch.where(windows[:, :1] > 0, windows[:, :1], torch.tensor(float("nan")))
+    def model(windows, queries):
+        return CountOutput(torch.where(windows[:, :1] > 0, windows[:, :1], torch.tensor(float("nan"))))
 
     image = torch.rand(3, 5, 7) + 0.1
-    (density,) = count_tiled(model, [image], window=16, classes=[["a"]])
+    (density,) = densities(model, [image], [["a"]], window=16)
     torch.testing.assert_close(density, image[:1])
 
 
@@ -213,10 +218,22 @@ def test_settings_that_do_not_fit_raise():
     with pytest.raises(InputError, match="blend='linear'"):
         Tiling.of(8, 8, blend="linear")
     with pytest.raises(InputError, match=r"density of shape \(1, 1, 8, 8\)"):
-        count_tiled(lambda w, c: w[:, :1], [torch.rand(3, 8, 8)], window=8, cell=4, classes=[["a"]])
+        densities(lambda w, q: CountOutput(w[:, :1]), [torch.rand(3, 8, 8)], [["a"]], window=8, cell=4)
     with pytest.raises(InputError, match="no pixels"):
-        count_tiled(IdealModel(1), [torch.rand(3, 0, 8)], window=8, classes=[["a"]])
+        densities(IdealModel(1), [torch.rand(3, 0, 8)], [["a"]], window=8)
     with pytest.raises(InputError, match="one for each"):
-        count_tiled(IdealModel(1), [torch.rand(3, 8, 8)], window=8, classes=[])
+        densities(IdealModel(1), [torch.rand(3, 8, 8)], [], window=8)
     with pytest.raises(InputError, match="window_batch_size"):
-        count_tiled(IdealModel(1), [torch.rand(3, 8, 8)], window=8, window_batch_size=0, classes=[["a"]])
+        densities(IdealModel(1), [torch.rand(3, 8, 8)], [["a"]], window=8, window_batch_size=0)
+
+
+def test_variances_are_joined_with_the_same_weights():
+    """A variance is averaged where windows overlap, and stays below no window's density's."""
+
+    def model(windows, queries):
+        density = sum_blocks(windows[:, : len(queries[0].names)], 4)
+        return CountOutput(density, variance=2 * density)
+
+    (output,) = count_tiled(model, [torch.rand(3, 21, 30)], ask([["a", "b"]]), window=16, stride=8, cell=4)
+    assert output.density.shape == (1, 2, 6, 8)
+    torch.testing.assert_close(output.variance, 2 * output.density)

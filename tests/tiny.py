@@ -20,8 +20,9 @@ TRAINERS, MODELS, DATA, WHOLE = (
     sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("trainer", "model", "data", "pretraining")
 )
 #: Configurations of models elsewhere, which the contract holds for too (notebooks/add_a_model.ipynb).
-OUTSIDE = sorted(Path(os.environ["COUNTING_ZOO_MODELS"]).glob("*.yaml")) if "COUNTING_ZOO_MODELS" in os.environ else []
-UNCOUNTED = ("captions",)  # data without points or counts, which no counter learns from
+OUTSIDE = sorted(Path(__file__).with_name("models_elsewhere").glob("*.yaml"))
+if "COUNTING_ZOO_MODELS" in os.environ:
+    OUTSIDE += sorted(Path(os.environ["COUNTING_ZOO_MODELS"]).glob("*.yaml"))
 
 
 def clip_config(patch: int = 16, width: int = 32, layers: int = 2, image: int = 32) -> dict[str, Any]:
@@ -187,8 +188,10 @@ def trainer(**options: Any) -> list[str]:
 @cache
 def _parsed(kind: str, *arguments: str) -> tuple[Any, Any]:
     """The parser of one option and what it made of the words; reading them takes longer than building a tiny model."""
+    from counting_zoo.config_safety import restrict_imports
     from counting_zoo.lightning_cli import _import_classes
 
+    restrict_imports(["tiny_zoo", *os.environ.get("COUNTING_ZOO_ALLOW", "").split(",")])  # models elsewhere
     _import_classes()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from asking import ask
 from torch import Tensor
 
 from counting_zoo import CLIPCount
@@ -65,7 +66,7 @@ def training_batch(names: list[list[str]], side: int = 32, seed: int = 0, *, emp
     counts = torch.stack([torch.bincount(own, minlength=len(names[0])) for own in labels]).float()
     return {
         "image": pictures(len(names), side, side, seed),
-        "classes": names,
+        "queries": ask(names),
         "points": points,
         "labels": labels,
         "counts": counts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import cv2
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.records import Record, Split
 from counting_zoo.module import CountingModule
+from counting_zoo.nn.regions import roi_align
 from counting_zoo.ops import sum_blocks
-from counting_zoo.types import Batch, CountOutput
+from counting_zoo.tiling import as_float
+from counting_zoo.types import Batch, CountOutput, Query
 
 
 class TinyCounter(CountingModule):
@@ -26,7 +29,7 @@ class TinyCounter(CountingModule):
         kwargs: of the base class.
     """
 
-    requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"counts"}),)
+    trains_on: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"counts"}),)
     text_guided: ClassVar[bool] = True
 
     def __init__(self, width: int = 4, *, scale: float = 0.05, broken: bool = False, **kwargs: Any) -> None:
@@ -34,8 +37,8 @@ class TinyCounter(CountingModule):
         self.scale, self.broken = scale, broken
         self.layers = nn.Sequential(nn.Conv2d(3, width, 8, 8), nn.ReLU(), nn.Conv2d(width, 1, 1), nn.Softplus())
 
-    def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
-        lengths = image.new_tensor([[len(name) for name in names] for names in classes])
+    def forward(self, image: Tensor, queries: Sequence[Query]) -> CountOutput:
+        lengths = image.new_tensor([[len(name) for name in query.names] for query in queries])
         return CountOutput(self.layers(image) * self.scale * lengths[:, :, None, None])
 
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
@@ -60,11 +63,54 @@ class BlockCounter(CountingModule):
     def cell(self) -> int:
         return 8
 
-    def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
-        return CountOutput(sum_blocks(image[:, :1], 8).expand(-1, len(classes[0]), -1, -1))
+    def forward(self, image: Tensor, queries: Sequence[Query]) -> CountOutput:
+        return CountOutput(sum_blocks(image[:, :1], 8).expand(-1, len(queries[0].names), -1, -1))
 
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
+
+
+class ExemplarCounter(CountingModule):
+    """Counts blocks that have the colour of the example boxes, of each name that has any.
+
+    Args:
+        kwargs: of the base class.
+    """
+
+    trains_on: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "exemplars"}),)
+    asks_for: ClassVar[frozenset[str]] = frozenset({"exemplars"})
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sharpness, self.scale = (nn.Parameter(torch.tensor(value)) for value in (2.0, 0.1))
+
+    @property
+    def cell(self) -> int:
+        return 8
+
+    def encode_exemplars(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """Mean colour of each box, ``(E, 3)``."""
+        return roi_align(as_float(image)[None], [boxes], 1).flatten(1)
+
+    def forward(self, images: Tensor, queries: Sequence[Query]) -> CountOutput:
+        padded = nn.functional.pad(images, (0, -images.shape[-1] % 8, 0, -images.shape[-2] % 8))
+        colours = nn.functional.avg_pool2d(padded, 8)  # (B, 3, h, w)
+        maps = []
+        for image, colour, query in zip(images, colours, queries, strict=True):
+            features = query.exemplar_features
+            if features is None:
+                assert query.exemplars is not None, "check_query refuses a query without examples"
+                features = self.encode_exemplars(image, query.exemplars)
+            labels = query.exemplar_labels
+            labels = torch.zeros(len(features), dtype=torch.int64) if labels is None else labels
+            near = (-self.sharpness * (colour[None] - features[:, :, None, None]).square().sum(1)).exp()  # (E, h, w)
+            of_name = torch.nn.functional.one_hot(labels, len(query.names)).float()  # (E, K)
+            mean = torch.einsum("ek,ehw->khw", of_name, near) / of_name.sum(0).clamp(min=1)[:, None, None]
+            maps.append(self.scale * mean)
+        return CountOutput(torch.stack(maps))
+
+    def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
+        return {"count": (output.counts - batch["counts"])[:, 0].abs().mean()}
 
 
 class TinyPictures(CountingDataModule):

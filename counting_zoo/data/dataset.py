@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from counting_zoo.data.transforms import Augmentation
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.geometry import Preprocess, scale_boxes, scale_points
 from counting_zoo.images import decode_image
-from counting_zoo.types import Batch
+from counting_zoo.types import Batch, Query
 
 
 class TrainingSampler(DistributedSampler):
@@ -145,18 +146,19 @@ class CountingDataset(Dataset):
         if self.training and self.augmentation is not None:
             assert rng is not None  # training draws its generator above
             samples = [self.augmentation(sample, rng) for _ in range(self.augmentation.crops)]
-        items = [self._item(asked, one) for one in samples]
+        query = Query(tuple(asked.classes))
+        items = [self._item(asked, one, _with_exemplars(query, record, one)) for one in samples]
         for item in items:
             item.update(image_id=record.image_id, present=present_names(record), original_size=original_size)
         return items
 
-    def _item(self, asked: Record, sample: Sample) -> dict[str, Any]:
-        """Picture and annotation of a sample as tensors: what ``asked`` has, at the places that ``sample`` says."""
+    def _item(self, asked: Record, sample: Sample, query: Query) -> dict[str, Any]:
+        """Turn a sample into tensors: the image, its query and the annotation that ``asked`` has."""
         image = np.ascontiguousarray(sample.image) if self.training else sample.image
         picture = torch.from_numpy(image).permute(2, 0, 1)
         item: dict[str, Any] = {
             "image": picture.float() / 255 if self.training else picture,
-            "classes": list(asked.classes),
+            "query": query,
         }
         if asked.points is not None:
             item["points"] = torch.from_numpy(sample.points)
@@ -169,11 +171,20 @@ class CountingDataset(Dataset):
         if asked.boxes is not None:
             item["boxes"] = torch.from_numpy(sample.boxes)
             item["box_labels"] = torch.from_numpy(sample.box_labels)
-        if asked.exemplars is not None:
-            item["exemplars"] = torch.from_numpy(sample.exemplars)
         if asked.captions is not None:
             item["captions"] = list(asked.captions)
         return item
+
+
+def _with_exemplars(query: Query, record: Record, sample: Sample) -> Query:
+    """Add the example boxes of a record, which are of its first class, as they lie in a sample of it."""
+    if record.exemplars is None:
+        return query
+    boxes = torch.from_numpy(sample.exemplars)
+    column = query.names.index(record.classes[0]) if record.classes[:1] and record.classes[0] in query.names else None
+    if column is None:  # the class that the boxes show is not asked for
+        return replace(query, exemplars=boxes[:0])
+    return replace(query, exemplars=boxes, exemplar_labels=torch.full((len(boxes),), column) if column else None)
 
 
 def _moved(
@@ -203,18 +214,18 @@ def collate(
         InputError: training pictures differ in size, the pictures are asked about different numbers of names, or some
             have a kind of annotation that others lack.
     """
-    every = [one for given in loaded for one in (given if isinstance(given, list) else [given])]
+    every = [one for items in loaded for one in (items if isinstance(items, list) else [items])]
     failed = [item["failed"] for item in every if "failed" in item]
     items = [item for item in every if "failed" not in item]
     batch: dict[str, Any] = {
         "image": [item["image"] for item in items],
-        "classes": [item["classes"] for item in items],
+        "queries": [item["query"] for item in items],
         "image_id": [item["image_id"] for item in items],
     }
     if failed:
         batch["failed"] = failed
-    if len({len(names) for names in batch["classes"]}) > 1:
-        numbers = sorted({len(names) for names in batch["classes"]})
+    numbers = sorted({len(query.names) for query in batch["queries"]})
+    if len(numbers) > 1:
         raise InputError(
             f"pictures of one batch are asked about different numbers of names ({numbers}); "
             "set data.prompts to 'target', 'all' or a number"
@@ -228,7 +239,14 @@ def collate(
             )
         if len(sizes) == 1:
             batch["image"] = torch.stack(batch["image"])
-    keys = set().union(*items) - set(batch)
+    given = {item["image_id"]: item["query"].exemplars is not None for item in items}
+    if len(set(given.values())) > 1:
+        lacking, owner = (min(image_id for image_id, has in given.items() if has is wanted) for wanted in (False, True))
+        raise InputError(
+            f"{lacking} has no exemplars, but {owner} of the same batch has; annotate the exemplars of all images "
+            "(an empty list where there are none), or leave them out of all"
+        )
+    keys = set().union(*items) - set(batch) - {"query"}
     for key in sorted(keys):
         if lacking := [item["image_id"] for item in items if key not in item]:
             (owner, *_) = [item["image_id"] for item in items if key in item]

@@ -157,8 +157,8 @@ def croppable(record: Record) -> bool:
 
 
 def without_annotation(record: Record) -> Record:
-    """What prediction may know of a picture: its id, place, size, and the names to ask about."""
-    return Record(record.image_id, record.path, list(record.classes), size=record.size)
+    """Keep what prediction may know of an image: its id, path and size, and the names and example boxes of its query."""
+    return Record(record.image_id, record.path, list(record.classes), exemplars=record.exemplars, size=record.size)
 
 
 def drawn_names(record: Record, n: int, every: Sequence[str], rng: np.random.Generator) -> list[str]:

@@ -27,9 +27,9 @@ from counting_zoo.evaluation.report import Picture
 from counting_zoo.geometry import Preprocess, resize_image, scale_points
 from counting_zoo.io import progress
 from counting_zoo.loading import model_sha256
-from counting_zoo.module import Counter
+from counting_zoo.module import CountingModule
 from counting_zoo.ops import points_to_grid, resize_density, sum_blocks
-from counting_zoo.types import CountOutput
+from counting_zoo.types import CountOutput, Query
 from counting_zoo.version import __version__
 
 
@@ -252,7 +252,7 @@ class Cost:
         return self.one_by_one / self.together if self.together > 0 else math.nan
 
 
-def check_listens(model: Counter) -> None:
+def check_listens(model: CountingModule) -> None:
     """Refuse a model that cannot be asked about any name.
 
     Raises:
@@ -279,7 +279,7 @@ class Asker:
         prompts_at_once: most prompts in one pass.
     """
 
-    def __init__(self, model: Counter, prompts_at_once: int = 64) -> None:
+    def __init__(self, model: CountingModule, prompts_at_once: int = 64) -> None:
         self.model = model
         self.prompts_at_once = prompts_at_once
         #: Whether the prompts of a picture may go through together; see :meth:`compare`.
@@ -287,9 +287,7 @@ class Asker:
 
     def output(self, seen: Tensor, prompts: list[str], image_id: str, stored: tuple[int, int]) -> CountOutput:
         """One pass: what the model says of ``(3, H, W)`` as it sees it, for all prompts."""
-        outputs = self.model.count_batch([seen], [prompts], image_ids=[image_id], sizes=[stored])
-        assert isinstance(outputs, list)  # as for every list of pictures
-        return outputs[0]
+        return self.model.count_images([seen], [Query(tuple(prompts))], image_ids=[image_id], sizes=[stored])[0]
 
     def counts(self, seen: Tensor, prompts: Sequence[str], image_id: str, stored: tuple[int, int]) -> dict[str, float]:
         """The count of each prompt.
@@ -407,7 +405,7 @@ class Questions:
         asker: asks the model.
     """
 
-    model: Counter
+    model: CountingModule
     data: CountingDataset
     names: list[str]
     shown: dict[str, list[str]]
@@ -603,7 +601,7 @@ class Audit:
 
 
 def audit(
-    model: Counter,
+    model: CountingModule,
     datamodule: CountingDataModule,
     split: Split = "test",
     *,

@@ -33,7 +33,8 @@ from counting_zoo.evaluation.report import Picture
 from counting_zoo.loading import load, model_sha256
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.statistics import JOIN
-from counting_zoo.module import CountingModule, known_names
+from counting_zoo.module import CountingModule
+from counting_zoo.queries import known_names
 from counting_zoo.version import __version__
 
 log = logging.getLogger(__name__)
@@ -376,7 +377,7 @@ def _drawings(
             batch = collate([data[0]])
             if model.vocabulary is not None:
                 batch = known_names(batch, model.vocabulary)
-            prediction = count_again(model, batch, 0, batch["classes"][0])
+            prediction = count_again(model, batch, 0)
             name = table.name[row]
             drawings.append(
                 Picture(
@@ -397,7 +398,7 @@ def _costs(
     data = datamodule.evaluation_dataset(split, model.preprocess, records=chosen, tolerate=True)
     items: list[Any] = [item for i in range(len(data)) if "failed" not in (item := data[i])]
     known = model.vocabulary
-    names = [[name for name in item["classes"] if known is None or name in known] for item in items]
+    names = [[name for name in item["query"].names if known is None or name in known] for item in items]
     asked = [(item["image"], own) for item, own in zip(items, names, strict=True) if own]
     if not asked:
         return {}

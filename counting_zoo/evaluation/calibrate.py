@@ -93,7 +93,7 @@ def calibrate(
     """
     check_settings(level, width)
     if width == "bins":
-        model.check_law()
+        check_distribution(model)
     if split == "train":
         log.warning(
             "on pictures that a model was trained on it is less far off than on others: intervals get too narrow"
@@ -118,6 +118,19 @@ def calibrate(
         model.interval_calibration = kept
         model.train(training)
     return Calibrated(made, replace(counts, interval=made.bounds(counts.predicted, spread)))
+
+
+def check_distribution(model: CountingModule) -> None:
+    """Refuse a model that predicts a number alone where a distribution over counts is needed.
+
+    Raises:
+        InputError: says which models predict one.
+    """
+    if not model.predicts_distribution:
+        raise InputError(
+            f"{type(model).__name__} predicts a count and no distribution, so intervals of width 'bins' cannot be made "
+            "from it; take the width 'residual', or a CLIPEBC or EBC whose head is 'bins' or 'zip'"
+        )
 
 
 def write_calibrated(source: str | Path, out: str | Path, calibration: IntervalCalibration) -> Path:

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, ItemsView, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TextIO, TypedDict
@@ -32,9 +32,10 @@ from counting_zoo.geometry import Preprocess
 from counting_zoo.io import progress, unsafe_cell
 from counting_zoo.metrics.counts import COLUMNS, CountTable, grid_errors
 from counting_zoo.metrics.statistics import JOIN
-from counting_zoo.module import Counter, CountingModule, known_names
+from counting_zoo.module import CountingModule
 from counting_zoo.prediction import Prediction
-from counting_zoo.types import Batch, CountOutput
+from counting_zoo.queries import check_data, known_names
+from counting_zoo.types import Batch, CountOutput, Query
 
 
 class FinishedPictures:
@@ -123,7 +124,9 @@ class Costs(TypedDict):
     threads: int
 
 
-def measure_costs(model: Counter, pictures: Sequence[Tensor], names: Sequence[list[str]], *, repeats: int = 3) -> Costs:
+def measure_costs(
+    model: CountingModule, pictures: Sequence[Tensor], names: Sequence[list[str]], *, repeats: int = 3
+) -> Costs:
     """Count the same pictures several times, one by one as evaluation does, after a first round that is not timed.
 
     Args:
@@ -147,7 +150,7 @@ def measure_costs(model: Counter, pictures: Sequence[Tensor], names: Sequence[li
         for round_ in range(repeats + 1):
             start = time.perf_counter()
             for picture, asked in zip(pictures, names, strict=True):
-                model.count_batch([picture], [asked])
+                model.count_images([picture], [Query(tuple(asked))])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if round_:
@@ -361,7 +364,7 @@ class CountedSplit:
 
 
 def count_split(
-    model: Counter,
+    model: CountingModule,
     datamodule: CountingDataModule,
     split: Split = "test",
     *,
@@ -424,7 +427,7 @@ def _gathered(done: dict[str, dict[str, Any]], keys: dict[str, str]) -> CountedS
 
 
 def _pictures(
-    model: Counter, datamodule: CountingDataModule, split: Split, records: Sequence[Record]
+    model: CountingModule, datamodule: CountingDataModule, split: Split, records: Sequence[Record]
 ) -> Iterator[Batch]:
     data = datamodule.evaluation_dataset(split, model.preprocess, tolerate=True, records=records)
     if not records:
@@ -437,7 +440,8 @@ def _pictures(
     )
 
 
-def _check_names(model: Counter, datamodule: CountingDataModule, split: Split) -> None:
+def _check_names(model: CountingModule, datamodule: CountingDataModule, split: Split) -> None:
+    check_data(model, datamodule, split)
     asked = datamodule.class_names(split)
     if model.vocabulary is not None and asked and not set(asked) & set(model.vocabulary):
         raise NamesError(
@@ -446,35 +450,34 @@ def _check_names(model: Counter, datamodule: CountingDataModule, split: Split) -
         )
 
 
-def _counted(model: Counter, batch: Batch) -> dict[str, Any]:
+def _counted(model: CountingModule, batch: Batch) -> dict[str, Any]:
     """The rows of one picture, or why it has none."""
     image_id = batch["image_id"][0]
     if "counts" not in batch:
         raise InputError(f"{image_id} carries no counts, so nothing can be scored; use predict for such pictures")
-    if not batch["classes"][0]:
+    if not batch["queries"][0].names:
         return {"failed": NO_NAME}
     if model.vocabulary is not None:
-        asked = batch["classes"][0]
+        asked = batch["queries"][0].names
         batch = known_names(batch, model.vocabulary)
         if not batch["image_id"]:
             return {"failed": f"asked about {', '.join(asked[:12])}, which the model does not know"}
     try:
-        outputs = model.count_batch(
-            list(batch["image"]), batch["classes"], image_ids=batch["image_id"], sizes=batch.get("original_size")
+        outputs = model.count_images(
+            list(batch["image"]), batch["queries"], image_ids=batch["image_id"], sizes=batch.get("original_size")
         )
-        assert isinstance(outputs, list)  # as for every list of pictures
         return {"rows": _rows(model, batch, outputs[0])}
     except (InputError, FloatingPointError, RuntimeError) as error:  # torch's own, of pictures too small or too large
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def _rows(model: Counter, batch: Batch, output: CountOutput) -> list[Row]:
+def _rows(model: CountingModule, batch: Batch, output: CountOutput) -> list[Row]:
     """A row for each name of one picture.
 
     Raises:
         FloatingPointError: a count is not finite.
     """
-    image_id, names = batch["image_id"][0], batch["classes"][0]
+    image_id, names = batch["image_id"][0], list(batch["queries"][0].names)
     counts: Tensor = model.reported(output.counts)[0].cpu().double()  # Apple's devices have no float64
     target = batch["counts"][0].double()
     if model.class_blind:
@@ -506,11 +509,12 @@ def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
 
 
 @torch.no_grad()
-def count_again(module: CountingModule, batch: Batch, index: int, names: list[str]) -> Prediction:
-    """One picture of an evaluation batch, counted once more, with what drawing needs."""
+def count_again(module: CountingModule, batch: Batch, index: int, names: Sequence[str] | None = None) -> Prediction:
+    """Count one image of an evaluation batch once more, with what drawing needs; other ``names`` if given."""
+    query = batch["queries"][index]
+    query = query if names is None else replace(query, names=tuple(names))
     image = batch["image"][index]
     size = (int(image.shape[-2]), int(image.shape[-1]))
     stored = batch["original_size"][index] if "original_size" in batch else size
-    output = module.count_batch([image], [names], image_ids=[batch["image_id"][index]], sizes=[stored])
-    assert isinstance(output, list)  # as for every list of pictures
-    return module.to_prediction(output[0], names, size, batch["image_id"][index], image)
+    output = module.count_images([image], [query], image_ids=[batch["image_id"][index]], sizes=[stored])[0]
+    return module.to_prediction(output, list(query.names), size, batch["image_id"][index], image)

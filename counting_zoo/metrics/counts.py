@@ -711,8 +711,8 @@ class CountTable:
         name: N names asked about; several joined by " + " where the model counts without names.
         target: ``(N,)`` float64 true counts, NaN where they are not known.
         predicted: ``(N,)`` float64.
-        game: ``(N, 3)`` float64 grid errors of levels 1 to 3 (:func:`~counting_zoo.metrics.counts.grid_errors`), NaN where
-            the data have no points. Level 0 is the absolute error.
+        game: ``(N, 3)`` float64 grid errors of levels 1 to 3 (:func:`grid_errors`), NaN where the data have no
+            points. Level 0 is the absolute error.
         interval: ``(N, 2)`` float64 lower and upper bound of the count, NaN where the model gives none.
 
     Raises:

@@ -137,8 +137,8 @@ def summarise(
     Returns:
         - ``pictures``, ``rows``: how many are scored; ``rows_without_target`` and ``rows_not_finite``: how many are
           not. A model that predicts NaN or infinity anywhere has no errors.
-        - ``mae, rmse, nae, bias`` over rows (:func:`~counting_zoo.metrics.counts.count_errors`), ``n_nae``; ``game1`` to
-          ``game3`` and ``n_game`` where the data have points.
+        - ``mae, rmse, nae, bias`` over rows (:func:`~counting_zoo.metrics.counts.count_errors`), ``n_nae``;
+          ``game1`` to ``game3`` and ``n_game`` where the data have points.
         - ``interval``: by figure, its lower and upper bound.
         - ``totals``: the same figures of each picture's total, where pictures have several rows.
         - ``classes``: the mRMSE family (:mod:`counting_zoo.metrics.counts`), where several names are asked about in

@@ -210,6 +210,7 @@ class TextTower(nn.Module):
         for p in (*self.model.parameters(), *self.projection.parameters()):
             p.requires_grad_(train)
         self.tokenizer: Tokenizer | None = None
+        self.tokenizer_is_made = False
         self._cache: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}  # by prompt and whether autocast is on
 
     @property
@@ -227,7 +228,12 @@ class TextTower(nn.Module):
         # The reference drops the last n_context of 77 tokens instead, the end of text of a long prompt among them.
         room = 0 if self.pool == "official" else self.n_context
         self.tokenizer = Tokenizer(source, self.context_length - room)
+        self.tokenizer_is_made = False
         self._cache.clear()
+
+    def tokenizer_of(self, texts: Sequence[str]) -> TokenizerLike:
+        """Make a tokenizer of the words of some texts that fits the tower's vocabulary."""
+        return word_tokenizer(texts, self.model.embeddings.token_embedding.num_embeddings)
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """``(n, D)`` features of n prompts."""

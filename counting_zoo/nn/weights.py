@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _codecs
+import importlib
 import json
 import math
 import pickle
@@ -11,10 +13,64 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from counting_zoo.errors import WeightsError
+from counting_zoo.errors import CheckpointError, WeightsError
+
+# Scores beside the weights of the references' resume files; none of these runs anything.
+_MULTIARRAY: Any = importlib.import_module("numpy._core.multiarray")
+
+
+_PLAIN_NUMPY: list[Any] = [
+    _MULTIARRAY.scalar,
+    (_MULTIARRAY.scalar, "numpy.core.multiarray.scalar"),
+    _MULTIARRAY._reconstruct,
+    (_MULTIARRAY._reconstruct, "numpy.core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    _codecs.encode,
+]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint file as plain data and tensors on the CPU; pickled code is refused, never executed.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it holds more than plain data.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {str(path)!r}; expected a file such as best.ckpt")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise CheckpointError(f"{str(path)!r} cannot be read as safetensors: {_first_line(error)}") from error
+    try:
+        with torch.serialization.safe_globals(_PLAIN_NUMPY):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start[:1] != b"\x80" and start != b"PK":
+            raise CheckpointError(f"{str(path)!r} is no checkpoint: it begins with {start!r}") from error
+        raise CheckpointError(
+            f"{str(path)!r} holds Python objects beside plain data and tensors, and loading those could run code; "
+            f"refused. If you trust the file, save its state_dict alone with torch.save. ({_first_line(error)})"
+        ) from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint: {_first_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}; expected a checkpoint (a mapping)")
+    return loaded
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -184,3 +240,7 @@ def load_tensors(
             f"{unknown[:6]}, {len(wrong)} have another shape {wrong[:6]}"
         )
     module.load_state_dict(tensors, strict=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

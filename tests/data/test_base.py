@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from asking import names_of
 from tiny_zoo import TinyCounter
 
 from counting_zoo.data.base import CountingDataModule
@@ -190,13 +191,13 @@ def test_every_name_without_a_training_split(tmp_path: Path) -> None:
     data = Shared(tmp_path, **options)
     data.setup("test")
     (batch,) = _items(data, "test")
-    assert batch["classes"] == [["cups"]] * 5
+    assert names_of(batch) == [["cups"]] * 5
     with pytest.raises(InputError, match=r"(?s)data\.prompts is 'all'.*different names; list.* data\.classes .*root/0"):
         Absent(tmp_path, **options).setup("test")
     named = Absent(tmp_path, classes=CLASSES, **options)
     named.setup("test")
     (batch,) = _items(named, "test")
-    assert batch["classes"] == [CLASSES] * 5
+    assert names_of(batch) == [CLASSES] * 5
     assert batch["counts"].sum(1).tolist() == [1, 2, 3, 4, 5]
 
 
@@ -244,7 +245,7 @@ def test_validating_on_the_test_split_is_no_duplicate(tmp_path: Path) -> None:
 def test_target_prompts(tmp_path: Path) -> None:
     data = Pictures(tmp_path, multi=True)
     for batch in _items(data, "test"):
-        (names,) = batch["classes"]
+        (names,) = names_of(batch)
         assert len(names) == 1
         assert batch["counts"].item() == len(batch["points"][0])
         assert batch["present"][0][0] == names[0]
@@ -253,7 +254,7 @@ def test_target_prompts(tmp_path: Path) -> None:
 def test_all_prompts_count_absent_names_as_zero(tmp_path: Path) -> None:
     data = Pictures(tmp_path, multi=True, prompts="all", eval_batch_size=5)
     (batch,) = _items(data, "test")
-    assert batch["classes"] == [sorted(CLASSES)] * 5
+    assert names_of(batch) == [sorted(CLASSES)] * 5
     assert batch["counts"].shape == (5, 5)
     assert batch["counts"].sum() == sum(range(2, 7))
 
@@ -267,20 +268,20 @@ def test_a_number_of_prompts(tmp_path: Path, n: int, multi: bool) -> None:
         loader = data.train_dataloader()
         loader.sampler.set_epoch(epoch)
         (batch,) = loader
-        for names, present, counts in zip(batch["classes"], batch["present"], batch["counts"], strict=True):
+        for names, present, counts in zip(names_of(batch), batch["present"], batch["counts"], strict=True):
             assert len(set(names)) == n
             assert names[0] == present[0]
             absent = [k for k, name in enumerate(names) if name not in present]
             assert absent
             assert (counts[absent] == 0).all()
             assert counts[0] > 0
-    assert all(len(batch["classes"][0]) == 1 for batch in _items(data, "val"))
+    assert all(len(names_of(batch)[0]) == 1 for batch in _items(data, "val"))
 
 
 def test_pictures_of_every_class_still_get_n_prompts(tmp_path: Path) -> None:
     data = Pictures(tmp_path, 2, multi=True, prompts=3, batch_size=2)  # three names, two in each picture
     (batch,) = _items(data, "train")
-    assert [len(names) for names in batch["classes"]] == [3, 3]
+    assert [len(names) for names in names_of(batch)] == [3, 3]
     with pytest.raises(InputError, match=r"data\.prompts is 4, but training knows only"):
         Pictures(tmp_path, 2, multi=True, prompts=4).setup("fit")
 
@@ -312,7 +313,7 @@ def test_a_name_with_count_zero_is_absent(tmp_path: Path) -> None:
         loader = data.train_dataloader()
         loader.sampler.set_epoch(epoch)
         (batch,) = loader
-        for names, counts in zip(batch["classes"], batch["counts"].tolist(), strict=True):
+        for names, counts in zip(names_of(batch), batch["counts"].tolist(), strict=True):
             assert names[:2] == CLASSES[:2]
             assert len(set(names)) == 4
             assert counts == [2, 1, 0, 0]
@@ -324,13 +325,13 @@ def test_predict_never_shows_annotation(tmp_path: Path) -> None:
             return super().read_split("test" if split == "predict" else split)
 
     (batch,) = _items(Annotated(tmp_path, eval_batch_size=5), "predict")
-    assert set(batch) == {"image", "image_id", "classes", "original_size", "present"}
-    assert batch["classes"][0] == [CLASSES[0]]
+    assert set(batch) == {"image", "image_id", "queries", "original_size", "present"}
+    assert names_of(batch)[0] == [CLASSES[0]]
 
 
 def test_predict_asks_for_the_names_given(tmp_path: Path) -> None:
     batches = _items(Pictures(tmp_path, classes=["a", "b"]), "predict")
-    assert all(batch["classes"] == [["a", "b"]] and "counts" not in batch for batch in batches)
+    assert all(names_of(batch) == [["a", "b"]] and "counts" not in batch for batch in batches)
 
 
 # -- loaders ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import fakes
 import lightning as L
 import pytest
 import torch
+from asking import names_of
 from tiny_zoo import TinyCounter
 
 from counting_zoo import CaptionedPictures, PackedCounts, pack
@@ -130,7 +131,7 @@ def test_batches_keep_captions_and_may_be_cropped(tmp_path: Path) -> None:
     assert [tuple(batch["image"].shape) for batch in batches] == [(4, 3, 32, 32), (2, 3, 32, 32)]
     for batch in [*batches, *data.val_dataloader()]:
         assert not {"counts", "points", "labels", "boxes"} & set(batch)
-        for name, found, names in zip(batch["image_id"], batch["captions"], batch["classes"], strict=True):
+        for name, found, names in zip(batch["image_id"], batch["captions"], names_of(batch), strict=True):
             assert sorted(found) == sorted(truth[name])
             assert names == []
     data.augmentation = PlainAugmentation(crop=200)

@@ -67,7 +67,7 @@ def make_dataset(records: list[Record], choose: Any = all_names, **options: Any)
 
 
 def assert_true_counts(item: dict[str, Any]) -> None:
-    expected = [(item["labels"] == k).sum().item() for k in range(len(item["classes"]))]
+    expected = [(item["labels"] == k).sum().item() for k in range(len(item["query"].names))]
     assert item["counts"].tolist() == expected
     assert len(item["points"]) == len(item["labels"])
     height, width = item["image"].shape[-2:]
@@ -135,7 +135,7 @@ def test_preprocess_moves_points_and_boxes_with_the_picture() -> None:
     record = make_record(0)
     np.testing.assert_allclose(item["points"], record.points * [2, 2.5], rtol=1e-6)
     np.testing.assert_allclose(item["boxes"], record.boxes * [2, 2.5, 2, 2.5], rtol=1e-6)
-    np.testing.assert_allclose(item["exemplars"], record.exemplars * [2, 2.5, 2, 2.5], rtol=1e-6)
+    np.testing.assert_allclose(item["query"].exemplars, record.exemplars * [2, 2.5, 2, 2.5], rtol=1e-6)
     assert item["original_size"] == (40, 50)
 
 

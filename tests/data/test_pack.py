@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from asking import names_of
 
 from counting_zoo import VOCCounts
 from counting_zoo.data.base import CountingDataModule
@@ -29,6 +30,7 @@ from counting_zoo.data.records import Record, Split
 from counting_zoo.data.synthetic import SyntheticScenes
 from counting_zoo.data.transforms import PlainAugmentation
 from counting_zoo.errors import ImageError, InputError
+from counting_zoo.types import Query
 
 FEW = {"train": 6, "val": 3, "test": 4}
 
@@ -69,6 +71,8 @@ def assert_equal(a: Any, b: Any) -> None:
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         assert np.array_equal(a, b)
+    elif isinstance(a, Query):
+        assert_equal(vars(a), vars(b))
     elif isinstance(a, dict):
         assert a.keys() == b.keys()
         for key in a:
@@ -188,7 +192,7 @@ def test_only_unannotated(tmp_path: Path) -> None:
     source = Pictures(tmp_path, {"predict": [Record("a.png"), Record("b.png")]})
     data = PackedCounts(pack(source, tmp_path / "p.h5", splits=["predict"]), classes=["cats"], num_workers=0)
     assert_same_records(data.records("predict"), source.records("predict"))
-    assert [batch["classes"] for batch in data.predict_dataloader()] == [[["cats"]], [["cats"]]]
+    assert [names_of(batch) for batch in data.predict_dataloader()] == [[["cats"]], [["cats"]]]
 
 
 def test_a_picture_of_two_splits_is_stored_once(tmp_path: Path) -> None:

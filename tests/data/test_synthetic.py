@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asking import names_of
 
 from counting_zoo.data.folder import ImageFolder
 from counting_zoo.data.fsc147 import FSC147
@@ -86,7 +87,7 @@ def test_batches(easy: SyntheticScenes) -> None:
     batch = next(iter(make(easy.root, batch_size=3, prompts=3).train_dataloader()))
     assert batch["image"].shape == (3, 3, 192, 192)
     assert batch["counts"].shape == (3, 3)
-    for names, present in zip(batch["classes"], batch["present"], strict=True):
+    for names, present in zip(names_of(batch), batch["present"], strict=True):
         assert names[0] == present[0]
         assert not set(names) <= set(present)  # at least one of them is absent
     for counts, labels in zip(batch["counts"], batch["labels"], strict=True):
@@ -104,7 +105,7 @@ def test_predict_gives_names_but_no_annotation(easy: SyntheticScenes) -> None:
     assert all(r.points is None and r.counts is None and r.boxes is None for r in predict)
     assert predict[0].classes == test[0].classes
     asked = make(easy.root, classes=["red discs", "dogs"])
-    assert next(iter(asked.predict_dataloader()))["classes"] == [["red discs", "dogs"]]
+    assert names_of(next(iter(asked.predict_dataloader()))) == [["red discs", "dogs"]]
     files = sorted(path.name for path in (easy.root / TEST_PICTURES).iterdir())
     assert files == sorted(r.image_id for r in test)
 
@@ -117,12 +118,12 @@ def test_a_folder_of_scenes_is_predicted_in_order(tmp_path: Path) -> None:
         data.setup("predict")
         batches = list(data.predict_dataloader())
         assert [name for batch in batches for name in batch["image_id"]] == expected
-        assert all(batch["classes"] == [["red discs"]] * len(batch["image_id"]) for batch in batches)
+        assert all(names_of(batch) == [["red discs"]] * len(batch["image_id"]) for batch in batches)
 
 
 def test_low_answers_for_the_whole_list(low: SyntheticScenes) -> None:
     batch = next(iter(make(low.root, preset="low", eval_batch_size=4).test_dataloader()))
-    assert all(names == low.class_names("train") for names in batch["classes"])
+    assert all(names == low.class_names("train") for names in names_of(batch))
     assert batch["counts"].shape == (4, 12)
     assert (batch["counts"] == 0).sum() > 12
     assert batch["counts"].max() <= 8

@@ -12,6 +12,7 @@ import fakes
 import numpy as np
 import pytest
 import torch
+from asking import names_of
 
 from counting_zoo import VOCCounts
 from counting_zoo.class_lists import VOC_CLASSES
@@ -61,7 +62,7 @@ def test_all_classes_are_asked_about_in_their_order(tmp_path: Path) -> None:
     assert data.class_names("test") == list(VOC_CLASSES) == sorted(VOC_CLASSES)
     data.setup("test")
     (batch,) = data.test_dataloader()
-    assert batch["classes"] == [list(VOC_CLASSES)] * 3
+    assert names_of(batch) == [list(VOC_CLASSES)] * 3
     assert batch["counts"].shape == (3, 20)
     for i in range(3):
         assert torch.bincount(batch["labels"][i], minlength=20).tolist() == batch["counts"][i].tolist()

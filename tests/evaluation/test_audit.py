@@ -26,7 +26,7 @@ from counting_zoo.evaluation.audit_report import audit_figures, write_audit
 from counting_zoo.geometry import Preprocess
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.module import CountingModule
-from counting_zoo.types import Batch, CountOutput
+from counting_zoo.types import Batch, CountOutput, Query
 
 NAMES = ["dates", "figs", "kiwis", "plums"]
 #: How many objects of each name a picture shows, its own name first.
@@ -100,7 +100,7 @@ class Oracle(CountingModule):
         self.listens, self.competing = listens, competing
         self.passes: list[tuple[str, int]] = []
 
-    def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
+    def forward(self, image: Tensor, queries: Sequence[Query]) -> CountOutput:
         raise NotImplementedError
 
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
@@ -113,8 +113,8 @@ class Oracle(CountingModule):
         words = prompt.lower()
         return float(sum(n for name, n in shown.items() if name in words or name.removesuffix("s") == words))
 
-    def count_batch(self, images: Any, classes: Any, *args: Any, image_ids: Any = None, **kwargs: Any) -> Any:
-        (image_id,), (names,) = image_ids, classes
+    def count_images(self, images: Any, queries: Any, *args: Any, image_ids: Any = None, **kwargs: Any) -> Any:
+        (image_id,), names = image_ids, queries[0].names
         if image_id == self.too_small:
             raise RuntimeError("Kernel size can't be greater than actual input size")
         if len(self.passes) >= self.fails:

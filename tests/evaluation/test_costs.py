@@ -21,10 +21,10 @@ class Hungry(TinyCounter):
 
     calls = 0
 
-    def forward(self, image, classes) -> CountOutput:
+    def forward(self, image, queries) -> CountOutput:
         type(self).calls += 1
         held = torch.ones(16 * MEBI)
-        return CountOutput(super().forward(image, classes).density + 0 * held.sum())
+        return CountOutput(super().forward(image, queries).density + 0 * held.sum())
 
 
 def test_memory_and_speed_are_those_of_counting() -> None:

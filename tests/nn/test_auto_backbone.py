@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from asking import ask
 
 from counting_zoo import EBC, load, save
 from counting_zoo.errors import InputError, WeightsError
@@ -35,7 +36,7 @@ def test_any_picture_through_a_model(kind: str, reduction: int) -> None:
     ).eval()
     for height, width in ((64, 96), (50, 70), (9, 130)):
         with torch.inference_mode():
-            found = model(torch.rand(1, 3, height, width), [["people"]])
+            found = model(torch.rand(1, 3, height, width), ask([["people"]]))
         assert found.density.shape == (1, 1, -(-height // reduction), -(-width // reduction))
         assert torch.isfinite(found.counts).all()
 
@@ -58,13 +59,13 @@ def test_a_checkpoint_needs_no_download(kind: str, tmp_path: Path, monkeypatch: 
     model = EBC(f"auto:{tmp_path / 'folder'}", max_count=4, representatives="middle").eval()
     image = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
-        expected = model(image, [["x"]]).density
+        expected = model(image, ask([["x"]])).density
     save(model, tmp_path / "a.ckpt")
     for file in (tmp_path / "folder").iterdir():
         file.unlink()
     again = load(tmp_path / "a.ckpt")
     with torch.inference_mode():
-        assert torch.equal(again(image, [["x"]]).density, expected)
+        assert torch.equal(again(image, ask([["x"]])).density, expected)
 
 
 def test_folder_gives_the_weights_that_were_saved(tmp_path: Path) -> None:

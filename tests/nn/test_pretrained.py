@@ -11,6 +11,7 @@ import pytest
 import tiny_clip
 import torch
 import yaml
+from asking import ask
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import run
@@ -304,7 +305,7 @@ def test_clip_ebc_starts_from_it(kind: str, exports: dict[str, Path], tmp_path: 
     else:
         torch.testing.assert_close(body(x), model.encoder(x)[0])
     save(counter, tmp_path / "counter.ckpt")
-    expected = counter(x, [["people"]] * 2).counts
+    expected = counter(x, ask([["people"]] * 2)).counts
     assert torch.equal(load(tmp_path / "counter.ckpt")(x, [["people"]] * 2).counts, expected)
     torch.manual_seed(50)
     without = CLIPEBC(KINDS[kind]["clip"], **options).eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,13 +20,15 @@ from counting_zoo.models.clip_count.loss import (
     region_weights,
 )
 from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction, TextHead
-from counting_zoo.module import TextGuidedModule
+from counting_zoo.module import CountingModule
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, tokenizer_of
 from counting_zoo.nn.pretrained import PretrainedCLIP, clip_state, load_text, load_vision, read_pretrained
 from counting_zoo.nn.text import TextPool, TextTower, TokenizerLike
 from counting_zoo.nn.vision import PromptIndexing, Stem
+from counting_zoo.nn.weights import read_checkpoint
 from counting_zoo.ops import points_to_density
-from counting_zoo.types import Batch, CountOutput
+from counting_zoo.training import current_name, public_name
+from counting_zoo.types import Batch, CountOutput, Query
 
 
 @torch.no_grad()
@@ -50,21 +52,21 @@ def start_from_clip(network: CLIPCountNet, pretrained: PretrainedCLIP, tokenizer
                 layer.bias.zero_()
 
 
-def start_from_counter(network: CLIPCountNet, other: CLIPCountNet, settings: Mapping[str, Any], source: str) -> None:
+def start_from_counter(network: CLIPCountNet, counter: CLIPCount, source: str) -> None:
     """Take all of another counter but its interaction and decoder: towers, prompts, context and projections.
 
     Args:
         network: what begins to train.
-        other: what has trained.
-        settings: the hyper-parameters of ``other``.
+        counter: has trained.
         source: what it is called in messages.
 
     Raises:
         WeightsError: the architectures differ; says in what.
         InputError: its texts were read at another place.
     """
+    other = counter.network
     tokenizer = other.text.tokenizer
-    kept = {"clip": settings["clip"], "text_pool": other.text.pool}
+    kept = {"clip": counter.hparams["clip"], "text_pool": other.text.pool}
     kept |= {} if tokenizer is None else {"tokenizer": tokenizer.to_json()}
     towers = PretrainedCLIP(source, clip_state(other.vision, other.text), kept)
     load_vision(network.vision, towers)
@@ -96,7 +98,7 @@ _TOWERS = (
 )
 
 
-class CLIPCount(TextGuidedModule):
+class CLIPCount(CountingModule):
     """Text-guided zero-shot counting (Jiang et al., "CLIP-Count", ACM MM 2023, arXiv 2305.07304).
 
     The defaults are the published model with the reference's faults mended; ``load_official`` chooses the reference's
@@ -132,7 +134,9 @@ class CLIPCount(TextGuidedModule):
         count_weight: weight of the absolute count error of a picture.
     """
 
-    requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "labels"}),)
+    trains_on: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "labels"}),)
+    asks_for: ClassVar[frozenset[str]] = frozenset({"names"})
+    text_guided: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -218,22 +222,20 @@ class CLIPCount(TextGuidedModule):
         self.normalize_contrast, self.positives = normalize_contrast, positives
         self.sigma, self.splat, self.unique_points = sigma, splat, unique_points
         self.density_mask, self.count_weight = density_mask, count_weight
-        self.train_classes: list[str] = []
 
     def _start_from(self, pretrained_encoder: str, clip: CLIPSource) -> None:
         self.hparams["pretrained_encoder"] = None  # the checkpoint has the weights
         if not pretrained_encoder.endswith(".ckpt"):
             start_from_clip(self.network, read_pretrained(pretrained_encoder), tokenizer_of(clip))
             return
-        from counting_zoo.loading import load
-
-        counter = load(pretrained_encoder)
-        if not isinstance(counter, CLIPCount):
+        checkpoint = read_checkpoint(pretrained_encoder)
+        kind = current_name(str(checkpoint.get("counting_zoo", {}).get("class", "something else")))
+        if kind != public_name(CLIPCount):
             raise WeightsError(
-                f"pretrained_encoder={pretrained_encoder!r} is a checkpoint of {type(counter).__name__}; expected one "
+                f"pretrained_encoder={pretrained_encoder!r} is a checkpoint of {kind.rpartition('.')[2]}; expected one "
                 "of CLIPCount, or a CLIP that 'counting-zoo export-encoder' wrote"
             )
-        start_from_counter(self.network, counter.network, counter.hparams, pretrained_encoder)
+        start_from_counter(self.network, CLIPCount.of_checkpoint(checkpoint), pretrained_encoder)
 
     def train(self, mode: bool = True) -> CLIPCount:
         super().train(mode)
@@ -251,13 +253,13 @@ class CLIPCount(TextGuidedModule):
     def text_tower(self) -> TextTower:
         return self.network.text
 
-    def forward(self, image: Tensor, classes: list[list[str]]) -> CLIPCountOutput:
-        return self.network(image, self._prompts(classes))
+    def forward(self, images: Tensor, queries: Sequence[Query]) -> CLIPCountOutput:
+        return self.network(images, self._prompts(queries))
 
-    def _prompts(self, classes: list[list[str]]) -> list[list[str]]:
-        if any(not name.strip() for names in classes for name in names):
-            raise InputError(f"an empty prompt in {classes[:3]}; name what is to be counted")
-        return [[prompt for name in names for prompt in self.prompts_of(name)] for names in classes]
+    def _prompts(self, queries: Sequence[Query]) -> list[list[str]]:
+        if any(not name.strip() for query in queries for name in query.names):
+            raise InputError(f"an empty prompt in {[q.names for q in queries[:3]]}; name what is to be counted")
+        return [[prompt for name in query.names for prompt in self.prompts_of(name)] for query in queries]
 
     def prompts_of(self, name: str) -> list[str]:
         return [self.prompt_template.replace("{}", name)]
@@ -274,7 +276,7 @@ class CLIPCount(TextGuidedModule):
             return super().training_losses(batch)
         images = batch["image"]
         assert isinstance(images, Tensor), "training pictures come as one tensor"
-        seen = self.network.embed(images, self._prompts(batch["classes"]))
+        seen = self.network.embed(images, self._prompts(batch["queries"]))
         size = (images.shape[-2], images.shape[-1])
         return {"contrast": self.contrast_weight * self._contrast(seen.contrast, seen.text, batch, size)}
 
@@ -306,7 +308,7 @@ class CLIPCount(TextGuidedModule):
             batch["points"],
             size,
             labels=batch["labels"],
-            num_classes=len(batch["classes"][0]),
+            num_classes=len(batch["queries"][0].names),
             stride=stride,
             sigma=self.sigma,
             splat=self.splat,
@@ -317,7 +319,7 @@ class CLIPCount(TextGuidedModule):
         """The contrastive loss of ``(B, D, gh, gw)`` features and ``(B, K, D)`` texts."""
         if self.contrast == "region":
             return self._region_text(features, batch, size)
-        k = len(batch["classes"][0])
+        k = len(batch["queries"][0].names)
         grid = (int(features.shape[-2]), int(features.shape[-1]))
         if self.positives == "official":
             inner = (grid[0] * self.network.vision.patch, grid[1] * self.network.vision.patch)
@@ -333,12 +335,12 @@ class CLIPCount(TextGuidedModule):
         )
 
     def _region_text(self, features: Tensor, batch: Batch, size: tuple[int, int]) -> Tensor:
-        names = list(dict.fromkeys([*self.train_classes, *(n for asked in batch["classes"] for n in asked)]))
+        names = list(dict.fromkeys([*self.train_classes, *(n for query in batch["queries"] for n in query.names)]))
         text = self.network.text([prompt for name in names for prompt in self.prompts_of(name)])
         place = {name: i for i, name in enumerate(names)}
         targets = [
-            torch.tensor([place[n] for n in asked], device=features.device)[labels]
-            for asked, labels in zip(batch["classes"], batch["labels"], strict=True)
+            torch.tensor([place[n] for n in query.names], device=features.device)[labels]
+            for query, labels in zip(batch["queries"], batch["labels"], strict=True)
         ]
         # The same number on every rank, so that the mean of their gradients is that of one process.
         total = region_weights(targets, len(names)).sum().to(features.device)

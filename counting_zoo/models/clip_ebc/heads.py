@@ -177,7 +177,8 @@ class BinHead(nn.Module):
 
     def forward(self, x: Tensor) -> EBCOutput:
         logits = self.logits(x)
-        return EBCOutput(density=self.representatives(logits), logits=logits)
+        variance = None if self.training else self.representatives.variance(logits)
+        return EBCOutput(density=self.representatives(logits), logits=logits, variance=variance)
 
 
 class ZeroInflatedHead(nn.Module):
@@ -197,7 +198,8 @@ class ZeroInflatedHead(nn.Module):
         zero, logits = self.zero(x), self.rate(x)
         rate = self.representatives(logits)
         occupied = zero.float().softmax(1)[:, 1:]  # (B, 1, h, w)
-        return ZIPOutput(density=occupied * rate, logits=logits, zero_logits=zero, rate=rate)
+        variance = None if self.training else occupied * rate * (1 + (1 - occupied) * rate)
+        return ZIPOutput(density=occupied * rate, logits=logits, zero_logits=zero, rate=rate, variance=variance)
 
 
 class RegressionHead(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -46,11 +46,11 @@ from counting_zoo.nn.backbones import SmallEncoder
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
 from counting_zoo.nn.clip_resnet import CLIPResNet, CLIPResNetModel
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained
-from counting_zoo.nn.text import TextTower, TokenizerLike, word_tokenizer
+from counting_zoo.nn.text import TextTower, TokenizerLike
 from counting_zoo.nn.vision import Normalization, PromptedViT
 from counting_zoo.ops import points_to_counts, points_to_density
 from counting_zoo.schedules import WarmupCosineRestarts
-from counting_zoo.types import Batch, CountOutput
+from counting_zoo.types import Batch, CountOutput, Query
 
 CountLoss = Literal["dm", "mae", "mse", "multiscale", "none"]
 
@@ -94,7 +94,7 @@ class BlockwiseCounter(CountingModule):
         InputError: bins with gaps or overlaps, representatives outside their bins, or options that do not fit.
     """
 
-    requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points"}),)
+    trains_on: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points"}),)
     class_blind: ClassVar[bool] = True
     network: BlockwiseNet
 
@@ -155,6 +155,7 @@ class BlockwiseCounter(CountingModule):
         self.ot_reduction, self.log_domain = ot_reduction, log_domain
         self.unique_points, self.sigma = unique_points, sigma
         self.zip_weights = ZIP_WEIGHTS | (zip_weights or {})
+        self.predicts_distribution = head != "regression"
 
     @property
     def cell(self) -> int:
@@ -170,20 +171,8 @@ class BlockwiseCounter(CountingModule):
         values = None if self.known_values is None else self.known_values[first:]
         return Representatives(len(self.bins) - first, values)
 
-    def forward(self, image: Tensor, classes: list[list[str]]) -> CountOutput:
-        return self.network(image)
-
-    @property
-    def has_law(self) -> bool:
-        return self.head != "regression"
-
-    def count_variance(self, output: CountOutput) -> Tensor:
-        if isinstance(output, ZIPOutput):
-            occupied = output.zero_logits.float().softmax(1)[:, 1:]  # (B, 1, h, w)
-            return occupied * output.rate * (1 + (1 - occupied) * output.rate)  # of a zero-inflated Poisson law
-        if isinstance(output, EBCOutput):
-            return self.network.head.representatives.variance(output.logits)  # type: ignore[union-attr, operator]
-        return super().count_variance(output)
+    def forward(self, images: Tensor, queries: Sequence[Query]) -> CountOutput:
+        return self.network(images)
 
     def read_facts(self, datamodule: Any) -> None:
         known = getattr(self.network.head, "representatives", None)
@@ -397,6 +386,10 @@ class CLIPEBC(BlockwiseCounter):
             known = None if tower.tokenizer is None else tower.tokenizer.to_json()
             self.describe_bins(tower, tokenizer or known or tokenizer_of(clip))
 
+    @property
+    def text_tower(self) -> TextTower | None:
+        return self.text
+
     def _text_head(self, inside: int, dim: int) -> BinHead | ZeroInflatedHead:
         if self.head == "bins":
             return BinHead(TextHead(inside, dim, self._texts(self.bins), self.text), self._representatives())
@@ -413,19 +406,12 @@ class CLIPEBC(BlockwiseCounter):
         """
         heads = [module for module in self.network.head.modules() if isinstance(module, TextHead)]
         if tokenizer is None:
-            texts = [prompt for head in heads for prompt in head.prompts]
-            tokenizer = word_tokenizer(texts, text.model.embeddings.token_embedding.num_embeddings)
-        text.set_tokenizer(tokenizer)
+            text.set_tokenizer(text.tokenizer_of([prompt for head in heads for prompt in head.prompts]))
+            text.tokenizer_is_made = True
+        else:
+            text.set_tokenizer(tokenizer)
         for head in heads:
             head.remember(text)
-
-    def recipe(self) -> dict[str, Any]:
-        tokenizer = None if self.text is None else self.text.tokenizer
-        return {"tokenizer": None if tokenizer is None else tokenizer.to_json()}
-
-    def restore_recipe(self, recipe: dict[str, Any]) -> None:
-        if self.text is not None and recipe["tokenizer"] is not None:
-            self.text.set_tokenizer(recipe["tokenizer"])
 
 
 _NO_TEXT = {

@@ -355,4 +355,5 @@ class BlockwiseNet(nn.Module):
 
 def _cut(output: CountOutput, rows: int, columns: int) -> CountOutput:
     """Every map of an output without what lies beyond ``rows`` and ``columns``."""
-    return type(output)(**{name: value[..., :rows, :columns] for name, value in vars(output).items()})
+    maps = {name: value[..., :rows, :columns] for name, value in vars(output).items() if value is not None}
+    return type(output)(**maps)

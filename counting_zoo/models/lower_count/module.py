@@ -12,7 +12,7 @@ from torch import Tensor
 
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
-from counting_zoo.images import as_picture
+from counting_zoo.images import as_image
 from counting_zoo.metrics.counts import PointHits, reported_counts
 from counting_zoo.models.lower_count.instances import Instances, Retrieval, proposed_masks, traced_instances
 from counting_zoo.models.lower_count.loss import LowerCountLoss, Mean, SpatialNorm, picture_uniform, total_count_terms
@@ -28,9 +28,10 @@ from counting_zoo.models.lower_count.network import (
     peak_positions,
 )
 from counting_zoo.models.lower_count.proposals import Proposals
-from counting_zoo.module import CountingModule, known_names
+from counting_zoo.module import CountingModule
 from counting_zoo.prediction import Prediction
-from counting_zoo.types import Batch, CountOutput
+from counting_zoo.queries import known_names
+from counting_zoo.types import Batch, CountOutput, Query
 
 
 class LowerCount(CountingModule):
@@ -73,7 +74,8 @@ class LowerCount(CountingModule):
         InputError: options that do not fit.
     """
 
-    requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"counts"}),)
+    trains_on: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"counts"}),)
+    asks_for: ClassVar[frozenset[str]] = frozenset({"names"})
     network: LowerCountNet
 
     def __init__(
@@ -199,14 +201,14 @@ class LowerCount(CountingModule):
         # Training is told of every name, so that "none" differs from "not said".
         return batch if self.classes is None or self.training else known_names(batch, self.classes)
 
-    def forward(self, image: Tensor, classes: list[list[str]]) -> LowerCountOutput:
-        columns = [self._columns(names) for names in classes]
-        output = self.network(image)
+    def forward(self, images: Tensor, queries: Sequence[Query]) -> LowerCountOutput:
+        columns = [self._columns(query.names) for query in queries]
+        output = self.network(images)
         if all(row == list(range(len(self._column))) for row in columns):
             return output
-        return output.of(torch.tensor(columns, device=image.device))
+        return output.of(torch.tensor(columns, device=images.device))
 
-    def _columns(self, names: list[str]) -> list[int]:
+    def _columns(self, names: Sequence[str]) -> list[int]:
         if self.classes is None:
             raise InputError("this model has no classes yet: give it model.classes, or train it")
         unknown = [name for name in names if name not in self._column]
@@ -223,22 +225,22 @@ class LowerCount(CountingModule):
         assert self.classes is not None, "setup names them"
         given, rest = batch["counts"], len(self.classes)
         # Names that the model does not know are written to a column of their own, which is cut off.
-        columns = torch.tensor([[self._column.get(name, rest) for name in names] for names in batch["classes"]])
+        columns = torch.tensor([[self._column.get(name, rest) for name in query.names] for query in batch["queries"]])
         counts = given.new_full((len(given), rest + 1), torch.nan)
         counts = counts.scatter_(1, columns.to(given.device), given)[:, :rest]
         whole: Batch = {
             "image": images,
             "image_id": batch["image_id"],
-            "classes": [self.classes] * len(given),
+            "queries": [Query(tuple(self.classes))] * len(given),
             "counts": counts,
         }
-        return self.losses(self(images, whole["classes"]), whole)
+        return self.losses(self(images, whole["queries"]), whole)
 
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(output, LowerCountOutput)
         counts = self.loss.seen(batch["counts"])
         wanted = set((self.classes or ()) if self.counted_classes is None else self.counted_classes)
-        counted = torch.tensor([[n in wanted for n in names] for names in batch["classes"]], device=counts.device)
+        counted = torch.tensor([[n in wanted for n in query.names] for query in batch["queries"]], device=counts.device)
         spatial = self.current_epoch >= self.first_stage if self._trainer is not None else True
         net = self.network
         peaks = find_peaks(output.class_maps, radius=net.radius, above_median=net.above_median)
@@ -372,7 +374,7 @@ class LowerCount(CountingModule):
         Raises:
             InputError: an unknown name, no picture, or proposals that do not fit it.
         """
-        stored, image_id = as_picture(picture)
+        stored, image_id = as_image(picture)
         asked = [names] if isinstance(names, str) else list(names or self.default_classes or [])
         masks = proposed_masks(proposals, stored, image_id)
         return self.instances_of(self.preprocess(stored), asked, masks, retrieval, by_count, together)

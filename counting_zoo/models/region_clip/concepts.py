@@ -186,9 +186,9 @@ STOP_WORDS = frozenset(
     photo photos photograph picture pictures image images view shot scene close closeup close-up background
     sitting standing lying laying hanging holding wearing looking using showing walking riding playing eating
     sits stands lies holds wears looks shows filled covered shown seen taken placed parked
-""".split()
-)  # noqa: SIM905  (200 quotation marks would not help)
-"""Words that no concept contains: function words, quantities, places in a picture, talk of pictures, common verbs."""
+""".split()  # noqa: SIM905  (200 quotation marks would not help)
+)
+"""Stop words: never part of a concept."""
 
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError
-from counting_zoo.images import as_picture
+from counting_zoo.geometry import boxes_inside
+from counting_zoo.images import as_image
 from counting_zoo.metrics.counts import PictureRows
 from counting_zoo.models.region_clip.concepts import (
     Ensemble,
@@ -38,7 +39,6 @@ from counting_zoo.models.region_clip.network import (
     GRID,
     UNIT,
     Assign,
-    Fusion,
     RegionCLIPNet,
     RegionOutput,
     Score,
@@ -53,14 +53,14 @@ from counting_zoo.models.region_clip.network import (
     text_probabilities,
 )
 from counting_zoo.models.region_clip.proposals import ProposalSource, Proposed, proposal_source, tiled
-from counting_zoo.module import CountingModule, TextGuidedModule
+from counting_zoo.module import CountingModule
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained
 from counting_zoo.nn.regions import DenseMode, region_encoder
 from counting_zoo.nn.text import TextPool, TextTower, TokenizerLike
 from counting_zoo.nn.vision import Stem
 from counting_zoo.prediction import Prediction
-from counting_zoo.types import Batch, CountOutput
+from counting_zoo.types import Batch, CountOutput, Query
 
 
 @dataclass(frozen=True)
@@ -79,37 +79,6 @@ class ClassifiedRegions:
     def labels(self) -> list[str]:
         """The most probable name of each box."""
         return [self.names[i] for i in self.probabilities.argmax(1).tolist()]
-
-
-def boxes_inside(boxes: Any, size: tuple[int, int], seen: tuple[int, int]) -> Tensor:
-    """Boxes of a picture, clipped to it, in pixels of the picture as the model sees it.
-
-    Args:
-        boxes: ``(N, 4)`` x1, y1, x2, y2.
-        size: (H, W) of the picture that they are of.
-        seen: (H, W) of the picture that the model sees.
-
-    Returns:
-        ``(N, 4)`` float32.
-
-    Raises:
-        InputError: a box without area in the picture, or coordinates that are no or no finite numbers.
-    """
-    try:
-        given = torch.as_tensor(boxes, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: nothing like an array
-        raise InputError(f"boxes are no (N, 4) numbers: {error}") from error
-    given = given.reshape(0, 4) if not given.numel() else given
-    if given.ndim != 2 or given.shape[1] != 4 or not bool(given.isfinite().all()):
-        raise InputError(f"boxes are {tuple(given.shape)}; expected (N, 4) finite numbers x1, y1, x2, y2")
-    (height, width), corner = size, given.new_tensor([size[1], size[0]]).repeat(2)
-    clipped = given.clamp(min=0).minimum(corner)
-    if empty := (~(clipped[:, 2:] > clipped[:, :2]).all(1)).nonzero().flatten().tolist():
-        raise InputError(
-            f"box {empty[0]} is {given[empty[0]].tolist()}, which has no area in the picture of {width} x {height} "
-            "pixels (width x height); give x1, y1, x2, y2 in its pixels"
-        )
-    return clipped * given.new_tensor([seen[1] / width, seen[0] / height]).repeat(2)
 
 
 THRESHOLDS = torch.arange(1, 100) / 100
@@ -132,27 +101,368 @@ class ThresholdErrors(PictureRows):
         return best_threshold(errors, errors.new_zeros(len(errors), 1), THRESHOLDS.to(errors)) if len(errors) else None
 
 
-class CalibratedModule(CountingModule):
-    """Counts detections above a threshold, which each validation chooses, and scores itself at.
+class RegionCLIPCounter(CountingModule):
+    """Counts what it detects: proposals, their embeddings, texts, suppression (after Zhong et al., arXiv 2112.09106).
+
+    Each object counted has a box, and a name that is not in the picture has none. The heads that propose and score are
+    the zoo's own: RegionCLIP's detector caps its boxes at 100 or 300 and takes every region for a single name's object.
 
     Args:
-        threshold: at first.
-        calibrate: whether to choose it.
-        options: those of :class:`~counting_zoo.module.CountingModule`.
+        clip: CLIP weights: hub name, folder, file, or a config mapping for random weights; a vision transformer or a
+            ResNet.
+        pretrained_encoder: a file that ``RegionCLIPPretraining.export`` wrote, or ``small`` for the zoo's own small
+            CLIP, in place of ``clip``'s weights.
+        tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from the
+            class names of its training data.
+        stem, dense, freeze_at: see :func:`~counting_zoo.nn.regions.region_encoder`.
+        train_vision, train_text: whether CLIP's own weights train.
+        text_pool: where texts are read; see :class:`~counting_zoo.nn.text.TextTower`.
+        templates, wording, ensemble: see :func:`~counting_zoo.models.region_clip.concepts.embed_concepts`.
+        proposals: where boxes come from: trained ``peaks``, a ``grid`` (which needs no training, and whose boxes are
+            seldom right), a ``.json`` or ``.csv`` file of boxes, or a detector (``owlv2:`` or ``detr:`` and a folder or
+            hub name).
+        missing_proposals: a picture that the file of boxes does not name is an ``error``, or has no boxes (``empty``).
+        peak_floor: heat above which a local maximum proposes a box; there is no limit to their number.
+        tile_depth: how often a picture is cut into 2 x 2 magnified tiles while proposals are at their limit.
+        score: ``sigmoid`` of a trained scale and bias; ``softmax`` over the names asked about and ``negatives``, for a
+            CLIP that was not trained to count (zero-shot); ``official`` as the reference, see
+            :func:`~counting_zoo.models.region_clip.network.text_probabilities`.
+        scale, bias: of the cosines, at the beginning of training.
+        temperature: of the cosines of ``softmax`` and ``official``.
+        negatives: names that compete in ``softmax``; COCO's classes if ``None``. Those asked about are left out.
+        fusion: what a box scores: what its ``region`` says, or with the proposal's own score (``geometric``).
+        threshold: score above which a box counts, until it is calibrated; 0.5 if ``None``. Given to a checkpoint that
+            was made without it, it takes the place of the calibrated one.
+        calibrate: choose the threshold of the least validation error in each validation.
+        iou_threshold: overlap above which the lower of two boxes of one name goes.
+        suppression, assign: see :func:`~counting_zoo.models.region_clip.network.detect`.
+        boxes: what training learns sizes from: ``all`` boxes where the data has them, or only its ``examples``.
+        heat_weight, size_weight, text_weight: of the three losses; 0 gives a term no gradient.
+        n_regions: objects of a picture, and as many boxes beside them, whose texts are trained in a step, at most.
+        width: channels of the head that finds peaks.
+        options: those of :class:`~counting_zoo.module.CountingModule`, without windows.
     """
 
+    trains_on: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "labels"}),)
+    asks_for: ClassVar[frozenset[str]] = frozenset({"names"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"negatives"})
+    text_guided: ClassVar[bool] = True
     threshold: Tensor
 
-    def __init__(self, *, threshold: float, calibrate: bool, **options: Any) -> None:
+    def __init__(
+        self,
+        clip: CLIPSource = "openai/clip-vit-base-patch16",
+        *,
+        pretrained_encoder: str | None = None,
+        tokenizer: str | None = None,
+        stem: Stem = "patch",
+        dense: DenseMode = "patch",
+        freeze_at: int = 2,
+        train_vision: bool = False,
+        train_text: bool = False,
+        text_pool: TextPool = "eot",
+        templates: TemplateSet | list[str] = "photo",
+        wording: Wording = "corrected",
+        ensemble: Ensemble = "normalised",
+        proposals: str = "peaks",
+        missing_proposals: Literal["error", "empty"] = "error",
+        peak_floor: float = 0.1,
+        tile_depth: int = 1,
+        score: Score = "sigmoid",
+        scale: float = 14.0,
+        bias: float = -7.0,
+        temperature: float = 0.01,
+        negatives: list[str] | None = None,
+        fusion: Literal["region", "geometric"] = "region",
+        threshold: float | None = None,
+        calibrate: bool = True,
+        iou_threshold: float = 0.5,
+        suppression: Suppression = "hard",
+        assign: Assign = "each",
+        boxes: Literal["all", "examples"] = "all",
+        heat_weight: float = 1.0,
+        size_weight: float = 0.1,
+        text_weight: float = 1.0,
+        n_regions: int = 64,
+        width: int = 64,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
-        if not 0 <= threshold <= 1:
-            raise InputError(f"threshold is {threshold}; expected 0 to 1")
+        if self.window is not None:
+            raise InputError(
+                f"window is {self.window}; a detector sees whole pictures, and cuts them itself where "
+                "its proposals are at their limit (tile_depth)"
+            )
+        first = 0.5 if threshold is None else threshold
+        for name, value in (("iou_threshold", iou_threshold), ("peak_floor", peak_floor), ("threshold", first)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{name} is {value}; expected 0 to 1")
+        if n_regions < 1 or tile_depth < 0 or not scale > 0:
+            raise InputError(
+                f"n_regions is {n_regions}, tile_depth {tile_depth} and scale {scale}; expected at least "
+                "1, at least 0 and above 0"
+            )
+        for name, choice, choices in (
+            ("missing_proposals", missing_proposals, ("error", "empty")),
+            ("boxes", boxes, ("all", "examples")),
+            ("score", score, get_args(Score)),
+            ("fusion", fusion, ("region", "geometric")),
+            ("suppression", suppression, get_args(Suppression)),
+            ("assign", assign, get_args(Assign)),
+        ):
+            if choice not in choices:
+                raise InputError(f"{name} is {choice!r}; expected one of {', '.join(map(repr, choices))}")
+        if proposals == "random":
+            raise InputError(
+                "proposals are 'random', which suits pretraining; expected 'peaks', 'grid', a file of "
+                "boxes, or a detector ('owlv2:' or 'detr:' and a folder or hub name)"
+            )
+        weights = {"heat": heat_weight, "size": size_weight, "text": text_weight}
+        if not all(0 <= weight < math.inf for weight in weights.values()) or not text_weight + heat_weight:
+            raise InputError(
+                f"weights of the losses are {weights}; expected finite numbers of at least 0, and that of "
+                "texts or heat above it"
+            )
+        region_prompts("a name", templates, wording)  # refuses what is no template or wording
+        towers = build_towers(clip)
+        # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
+        self.hparams.update(clip=towers_config(towers), tokenizer=None, pretrained_encoder=None)
+        text = TextTower(towers, n_context=0, pool=text_pool, train=train_text)
+        encoder = region_encoder(towers, stem=stem, dense=dense, freeze_at=freeze_at)
+        if not train_vision:
+            encoder.requires_grad_(False)
+        self.network = RegionCLIPNet(encoder, text, peaks=proposals == "peaks", scale=scale, bias=bias, width=width)
+        given = tokenizer if tokenizer is not None or pretrained_encoder else tokenizer_of(clip)
+        if given is not None:
+            self.set_tokenizer(given)
+        if pretrained_encoder is not None:
+            source = read_pretrained(pretrained_encoder)
+            load_vision(encoder, source)
+            load_text(text, source, tokenizer_of(clip))
+        self.train_vision, self.train_text = train_vision, train_text
+        self.templates, self.wording, self.ensemble = templates, wording, ensemble
+        self.proposals, self.missing_proposals = proposals, missing_proposals
+        self.peak_floor, self.tile_depth = peak_floor, tile_depth
+        self.score, self.temperature, self.fusion = score, temperature, fusion
+        self.negatives = list(COCO_CLASSES) if negatives is None else negatives
+        self.iou_threshold, self.suppression, self.assign = iou_threshold, suppression, assign
+        self.weights = weights
+        self.boxes, self.n_regions = boxes, n_regions
+        self.embedded: dict[str, Tensor] = {}  # of names, while texts do not train
         self.calibrate = calibrate
-        self.register_buffer("threshold", torch.tensor(float(threshold)))
+        self.register_buffer("threshold", torch.tensor(float(first)))
         self.threshold_errors = ThresholdErrors()
         self._calibrated: float | None = None
         self._calibrating = False
         self._waiting: list[tuple[Any, ...]] | None = None
+        # Another source is made when it is needed: a checkpoint is loaded where its file of boxes is not.
+        self._source: ProposalSource | None = self.peaks if proposals == "peaks" else None
+        self.train(self.training)
+
+    # -- detection -----------------------------------------------------------------------------------------------------
+
+    @property
+    def source(self) -> ProposalSource:
+        """What proposes boxes."""
+        if self._source is None:
+            self._source = proposal_source(self.proposals, missing=self.missing_proposals)
+        return self._source
+
+    @source.setter
+    def source(self, value: ProposalSource) -> None:
+        self._source = value
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        assert self.source is not None  # what is wrong with it is said before the first picture
+
+    def set_tokenizer(self, source: TokenizerLike) -> None:
+        super().set_tokenizer(source)
+        self.embedded = {}
+
+    def train(self, mode: bool = True) -> RegionCLIPCounter:
+        if self.train_text and mode != self.training:
+            self.embedded = {}
+        super().train(mode)
+        for part, trains in ((self.network.encoder, self.train_vision), (self.network.text, self.train_text)):
+            if not trains:
+                part.eval()
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> RegionCLIPCounter:
+        self.embedded = {}
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.embedded = {}
+        return super().load_state_dict(*args, **kwargs)
+
+    def embed_names(self, names: Sequence[str]) -> Tensor:
+        """``(K, D)`` embeddings of names through the templates, of any length; remembered while texts do not train."""
+        if any(not name.strip() for name in names):
+            raise InputError(f"an empty name in {list(names)[:5]}; name what is to be counted")
+        options: Any = {"wording": self.wording, "ensemble": self.ensemble}
+        if self.training and self.train_text:
+            return trained_concepts(self.network.text, names, self.templates, **options)
+        # Name by name: two of them may have the same prompts, which a pool must not.
+        for name in [name for name in dict.fromkeys(names) if name not in self.embedded]:
+            # What is kept must not depend on the precision of the run that happened to be first.
+            with torch.autocast(self.device.type, enabled=False):
+                found = embed_concepts(self.network.text, [name], self.templates, **options)
+            self.embedded[name] = found[0].clone()
+        return torch.stack([self.embedded[name] for name in names])
+
+    def prompts_of(self, name: str) -> list[str]:
+        return region_prompts(name, self.templates, self.wording)
+
+    @property
+    def text_tower(self) -> TextTower:
+        return self.network.text
+
+    @property
+    def cell(self) -> int:
+        return GRID
+
+    def forward(self, images: Tensor, queries: Sequence[Query]) -> RegionOutput:
+        """Detections in evaluation; in training the maps that they are made of, and no detection."""
+        if not self.training:
+            return joined([self._detect(image, query) for image, query in zip(images, queries, strict=True)])
+        x = self.network.normalised(images)
+        features = self.network.encoder(x)[0]
+        heat, log_sizes = (None, None) if self.network.head is None else self.network.head(features, x)
+        grid = (-(-images.shape[-2] // GRID), -(-images.shape[-1] // GRID))
+        density = images.new_zeros(len(images), len(queries[0].names), *grid)
+        return RegionOutput(density, heat=heat, log_sizes=log_sizes, features=features)
+
+    def count_images(
+        self,
+        images: Sequence[Tensor],
+        queries: Sequence[Query],
+        window: int | None = None,
+        stride: int | None = None,
+        *,
+        image_ids: Sequence[str] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[CountOutput]:
+        """Detect in whole images; see :meth:`~counting_zoo.module.CountingModule.count_images`.
+
+        Raises:
+            InputError: a window or stride is given; saturated images are cut into tiles by themselves.
+        """
+        if window or stride:
+            raise InputError(
+                f"window {window} and stride {stride} for a detector, which sees whole images and cuts "
+                "them itself where proposals are at their limit (model.tile_depth)"
+            )
+        ids = [""] * len(images) if image_ids is None else image_ids
+        stored = [None] * len(images) if sizes is None else sizes
+        return [
+            self._detect(image.to(self.device), query, image_id, size)
+            for image, query, image_id, size in zip(images, queries, ids, stored, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _detect(
+        self, image: Tensor, query: Query, image_id: str = "", stored: tuple[int, int] | None = None
+    ) -> RegionOutput:
+        """Detect the names of a query in one image ``(3, H, W)``."""
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        x = self.network.normalised(image[None])
+        features = self.network.encoder(x)[0]
+        if self.network.head is not None:
+            found = self.network.proposed(features, x, [size], self.peak_floor)[0]
+        else:
+            found = self.source([image], [image_id], None if stored is None else [stored])[0]
+        if found.saturated and self.tile_depth:
+            step = 0 if self.network.head is None else CELL
+            found = tiled(self.source, [image], [image_id], first=[found], depth=self.tile_depth, step=step)[0]
+        probabilities = self._probabilities(features, found.boxes.to(image.device), query.names, query.negatives)
+        scores = fuse(probabilities, found.scores.to(image.device), self.fusion)
+        kept = detect(
+            found.boxes.to(image.device),
+            scores,
+            size=size,
+            threshold=self.floor,
+            iou_threshold=self.iou_threshold,
+            suppression=self.suppression,
+            assign=self.assign,
+        )
+        return detected(kept.boxes, kept.scores, kept.labels, size, len(query.names), found.saturated)
+
+    def peaks(
+        self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Proposed]:
+        """Peaks of pictures of any size; those of one size together."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for i, image in enumerate(images):
+            by_size.setdefault((int(image.shape[-2]), int(image.shape[-1])), []).append(i)
+        found: dict[int, Proposed] = {}
+        for size, places in by_size.items():
+            x = self.network.normalised(torch.stack([images[i] for i in places]))
+            proposed = self.network.proposed(self.network.encoder(x)[0], x, [size] * len(places), self.peak_floor)
+            found |= dict(zip(places, proposed, strict=True))
+        return [found[i] for i in range(len(images))]
+
+    def _probabilities(
+        self, features: Tensor, boxes: Tensor, names: Sequence[str], against: Sequence[str] = ()
+    ) -> Tensor:
+        """``(N, K)`` of the boxes of one image; names that compete are those ``against``, or else the model's."""
+        if not len(boxes):
+            return features.new_zeros(0, len(names), dtype=torch.float32)
+        regions = self.network.encoder.pool(features, [boxes])
+        texts = self.embed_names(names)
+        if self.score == "sigmoid":
+            scale, bias = self.network.log_scale.exp(), self.network.bias
+            return text_probabilities(regions, texts, score="sigmoid", scale=scale, bias=bias)
+        negatives = None
+        if self.score == "softmax":
+            others = concepts_from_classes(names, against or self.negatives)[len(concepts_from_classes(names, ())) :]
+            negatives = self.embed_names(others) if others else None
+        return text_probabilities(regions, texts, score=self.score, temperature=self.temperature, negatives=negatives)
+
+    def classify_regions(self, picture: Any, boxes: Any, prompts: str | Sequence[str]) -> ClassifiedRegions:
+        """What given boxes of a picture show, by the whole picture's features (not by crops).
+
+        Args:
+            picture: a path, PIL image, ``(H, W[, C])`` array or ``(3, H, W)`` tensor.
+            boxes: ``(N, 4)`` x1, y1, x2, y2 in its pixels; what is outside the picture is clipped.
+            prompts: K names.
+
+        Returns:
+            Probabilities of ``(N, K)``, as ``score`` makes them.
+
+        Raises:
+            InputError: a box without area in the picture, coordinates that are not finite, or no name.
+        """
+        image, _ = as_image(picture)
+        size, names = (image.shape[1], image.shape[2]), [prompts] if isinstance(prompts, str) else list(prompts)
+        if not names or len(set(names)) != len(names):
+            raise InputError(f"prompts are {names}; expected names, each once")
+        seen = self.preprocess(image)
+        inside = boxes_inside(boxes, size, (seen.shape[1], seen.shape[2])).to(self.device)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                features = self.network.encoder(self.network.normalised(seen[None].to(self.device)))[0]
+                found = self._probabilities(features, inside, names)
+        finally:
+            self.train(training)
+        return ClassifiedRegions(names, found.cpu())
+
+    def to_prediction(
+        self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor
+    ) -> Prediction:
+        assert isinstance(output, RegionOutput), f"a prediction of a {type(output).__name__}"
+        prediction = super().to_prediction(output, names, size, image_id, seen)
+        ratio = torch.tensor([size[1] / seen.shape[2], size[0] / seen.shape[1]]).repeat(2)
+        boxes, labels = output.boxes[0].float().cpu() * ratio, output.labels[0].cpu()
+        prediction.boxes = [boxes[labels == k] for k in range(len(names))]
+        prediction.scores = [output.scores[0].float().cpu()[labels == k] for k in range(len(names))]
+        prediction.points = [(own[:, :2] + own[:, 2:]) / 2 for own in prediction.boxes]
+        return prediction
+
+    # -- the threshold -------------------------------------------------------------------------------------------------
 
     @property
     def floor(self) -> float:
@@ -227,380 +537,6 @@ class CalibratedModule(CountingModule):
         if self.calibrate and self._calibrated is not None and "current_model_state" in checkpoint:  # averaged weights
             checkpoint["state_dict"]["threshold"] = torch.tensor(self._calibrated)
 
-
-class RegionDetector(CalibratedModule, TextGuidedModule):
-    """How ``RegionCLIPCounter``, which describes these attributes, detects."""
-
-    network: RegionCLIPNet
-    train_vision: bool
-    train_text: bool
-    templates: TemplateSet | list[str]
-    wording: Wording
-    ensemble: Ensemble
-    peak_floor: float
-    tile_depth: int
-    score: Score
-    temperature: float
-    negatives: list[str]
-    fusion: Fusion
-    iou_threshold: float
-    suppression: Suppression
-    assign: Assign
-    proposals: str
-    missing_proposals: Literal["error", "empty"]
-    _source: ProposalSource | None
-    #: Embeddings of names, while texts do not train.
-    embedded: dict[str, Tensor]
-
-    @property
-    def source(self) -> ProposalSource:
-        """What proposes boxes."""
-        if self._source is None:
-            self._source = proposal_source(self.proposals, missing=self.missing_proposals)
-        return self._source
-
-    @source.setter
-    def source(self, value: ProposalSource) -> None:
-        self._source = value
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        assert self.source is not None  # what is wrong with it is said before the first picture
-
-    def set_tokenizer(self, source: TokenizerLike) -> None:
-        super().set_tokenizer(source)
-        self.embedded = {}
-
-    def train(self, mode: bool = True) -> RegionDetector:
-        if self.train_text and mode != self.training:
-            self.embedded = {}
-        super().train(mode)
-        for part, trains in ((self.network.encoder, self.train_vision), (self.network.text, self.train_text)):
-            if not trains:
-                part.eval()
-        return self
-
-    def _apply(self, *args: Any, **kwargs: Any) -> RegionDetector:
-        self.embedded = {}
-        return super()._apply(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.embedded = {}
-        return super().load_state_dict(*args, **kwargs)
-
-    def embed_names(self, names: Sequence[str]) -> Tensor:
-        """``(K, D)`` embeddings of names through the templates, of any length; remembered while texts do not train."""
-        if any(not name.strip() for name in names):
-            raise InputError(f"an empty name in {list(names)[:5]}; name what is to be counted")
-        options: Any = {"wording": self.wording, "ensemble": self.ensemble}
-        if self.training and self.train_text:
-            return trained_concepts(self.network.text, names, self.templates, **options)
-        # Name by name: two of them may have the same prompts, which a pool must not.
-        for name in [name for name in dict.fromkeys(names) if name not in self.embedded]:
-            # What is kept must not depend on the precision of the run that happened to be first.
-            with torch.autocast(self.device.type, enabled=False):
-                found = embed_concepts(self.network.text, [name], self.templates, **options)
-            self.embedded[name] = found[0].clone()
-        return torch.stack([self.embedded[name] for name in names])
-
-    def prompts_of(self, name: str) -> list[str]:
-        return region_prompts(name, self.templates, self.wording)
-
-    @property
-    def text_tower(self) -> TextTower:
-        return self.network.text
-
-    @property
-    def cell(self) -> int:
-        return GRID
-
-    def forward(self, image: Tensor, classes: list[list[str]]) -> RegionOutput:
-        """Detections in evaluation; in training the maps that they are made of, and no detection."""
-        if not self.training:
-            return joined([self._detect(one, names) for one, names in zip(image, classes, strict=True)])
-        x = self.network.normalised(image)
-        features = self.network.encoder(x)[0]
-        heat, log_sizes = (None, None) if self.network.head is None else self.network.head(features, x)
-        grid = (-(-image.shape[-2] // GRID), -(-image.shape[-1] // GRID))
-        density = image.new_zeros(len(image), len(classes[0]), *grid)
-        return RegionOutput(density, heat=heat, log_sizes=log_sizes, features=features)
-
-    def count_batch(
-        self,
-        images: Tensor | Sequence[Tensor],
-        classes: list[list[str]],
-        window: int | None = None,
-        stride: int | None = None,
-        *,
-        image_ids: Sequence[str] | None = None,
-        sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> CountOutput | list[CountOutput]:
-        """Detect in whole pictures; see :meth:`~counting_zoo.module.Counter.count_batch`.
-
-        Raises:
-            InputError: a window or stride is given; saturated pictures are cut into tiles by themselves.
-        """
-        if window or stride:
-            raise InputError(
-                f"window {window} and stride {stride} for a detector, which sees whole pictures and cuts "
-                "them itself where proposals are at their limit (model.tile_depth)"
-            )
-        ids = [""] * len(images) if image_ids is None else image_ids
-        stored = [None] * len(images) if sizes is None else sizes
-        found = [
-            self._detect(image.to(self.device), names, image_id, size)
-            for image, names, image_id, size in zip(images, classes, ids, stored, strict=True)
-        ]
-        return joined(found) if isinstance(images, Tensor) else list(found)
-
-    @torch.no_grad()
-    def _detect(
-        self, image: Tensor, names: list[str], image_id: str = "", stored: tuple[int, int] | None = None
-    ) -> RegionOutput:
-        """What one picture ``(3, H, W)`` shows of some names."""
-        size = (int(image.shape[-2]), int(image.shape[-1]))
-        x = self.network.normalised(image[None])
-        features = self.network.encoder(x)[0]
-        if self.network.head is not None:
-            found = self.network.proposed(features, x, [size], self.peak_floor)[0]
-        else:
-            found = self.source([image], [image_id], None if stored is None else [stored])[0]
-        if found.saturated and self.tile_depth:
-            step = 0 if self.network.head is None else CELL
-            found = tiled(self.source, [image], [image_id], first=[found], depth=self.tile_depth, step=step)[0]
-        probabilities = self._probabilities(features, found.boxes.to(image.device), names)
-        scores = fuse(probabilities, found.scores.to(image.device), self.fusion)
-        kept = detect(
-            found.boxes.to(image.device),
-            scores,
-            size=size,
-            threshold=self.floor,
-            iou_threshold=self.iou_threshold,
-            suppression=self.suppression,
-            assign=self.assign,
-        )
-        return detected(kept.boxes, kept.scores, kept.labels, size, len(names), found.saturated)
-
-    def peaks(
-        self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None
-    ) -> list[Proposed]:
-        """Peaks of pictures of any size; those of one size together."""
-        by_size: dict[tuple[int, int], list[int]] = {}
-        for i, image in enumerate(images):
-            by_size.setdefault((int(image.shape[-2]), int(image.shape[-1])), []).append(i)
-        found: dict[int, Proposed] = {}
-        for size, places in by_size.items():
-            x = self.network.normalised(torch.stack([images[i] for i in places]))
-            proposed = self.network.proposed(self.network.encoder(x)[0], x, [size] * len(places), self.peak_floor)
-            found |= dict(zip(places, proposed, strict=True))
-        return [found[i] for i in range(len(images))]
-
-    def _probabilities(self, features: Tensor, boxes: Tensor, names: list[str]) -> Tensor:
-        """``(N, K)`` of the boxes of one picture."""
-        if not len(boxes):
-            return features.new_zeros(0, len(names), dtype=torch.float32)
-        regions = self.network.encoder.pool(features, [boxes])
-        texts = self.embed_names(names)
-        if self.score == "sigmoid":
-            scale, bias = self.network.log_scale.exp(), self.network.bias
-            return text_probabilities(regions, texts, score="sigmoid", scale=scale, bias=bias)
-        negatives = None
-        if self.score == "softmax":
-            others = concepts_from_classes(names, self.negatives)[len(concepts_from_classes(names, ())) :]
-            negatives = self.embed_names(others) if others else None
-        return text_probabilities(regions, texts, score=self.score, temperature=self.temperature, negatives=negatives)
-
-    def classify_regions(self, picture: Any, boxes: Any, prompts: str | Sequence[str]) -> ClassifiedRegions:
-        """What given boxes of a picture show, by the whole picture's features (not by crops).
-
-        Args:
-            picture: a path, PIL image, ``(H, W[, C])`` array or ``(3, H, W)`` tensor.
-            boxes: ``(N, 4)`` x1, y1, x2, y2 in its pixels; what is outside the picture is clipped.
-            prompts: K names.
-
-        Returns:
-            Probabilities of ``(N, K)``, as ``score`` makes them.
-
-        Raises:
-            InputError: a box without area in the picture, coordinates that are not finite, or no name.
-        """
-        image, _ = as_picture(picture)
-        size, names = (image.shape[1], image.shape[2]), [prompts] if isinstance(prompts, str) else list(prompts)
-        if not names or len(set(names)) != len(names):
-            raise InputError(f"prompts are {names}; expected names, each once")
-        seen = self.preprocess(image)
-        inside = boxes_inside(boxes, size, (seen.shape[1], seen.shape[2])).to(self.device)
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                features = self.network.encoder(self.network.normalised(seen[None].to(self.device)))[0]
-                found = self._probabilities(features, inside, names)
-        finally:
-            self.train(training)
-        return ClassifiedRegions(names, found.cpu())
-
-    def to_prediction(
-        self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor
-    ) -> Prediction:
-        assert isinstance(output, RegionOutput), f"a prediction of a {type(output).__name__}"
-        prediction = super().to_prediction(output, names, size, image_id, seen)
-        ratio = torch.tensor([size[1] / seen.shape[2], size[0] / seen.shape[1]]).repeat(2)
-        boxes, labels = output.boxes[0].float().cpu() * ratio, output.labels[0].cpu()
-        prediction.boxes = [boxes[labels == k] for k in range(len(names))]
-        prediction.scores = [output.scores[0].float().cpu()[labels == k] for k in range(len(names))]
-        prediction.points = [(own[:, :2] + own[:, 2:]) / 2 for own in prediction.boxes]
-        return prediction
-
-
-class RegionCLIPCounter(RegionDetector):
-    """Counts what it detects: proposals, their embeddings, texts, suppression (after Zhong et al., arXiv 2112.09106).
-
-    Each object counted has a box, and a name that is not in the picture has none. The heads that propose and score are
-    the zoo's own: RegionCLIP's detector caps its boxes at 100 or 300 and takes every region for a single name's object.
-
-    Args:
-        clip: CLIP weights: hub name, folder, file, or a config mapping for random weights; a vision transformer or a
-            ResNet.
-        pretrained_encoder: a file that ``RegionCLIPPretraining.export`` wrote, or ``small`` for the zoo's own small
-            CLIP, in place of ``clip``'s weights.
-        tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from the
-            class names of its training data.
-        stem, dense, freeze_at: see :func:`~counting_zoo.nn.regions.region_encoder`.
-        train_vision, train_text: whether CLIP's own weights train.
-        text_pool: where texts are read; see :class:`~counting_zoo.nn.text.TextTower`.
-        templates, wording, ensemble: see :func:`~counting_zoo.models.region_clip.concepts.embed_concepts`.
-        proposals: where boxes come from: trained ``peaks``, a ``grid`` (which needs no training, and whose boxes are
-            seldom right), a ``.json`` or ``.csv`` file of boxes, or a detector (``owlv2:`` or ``detr:`` and a folder or
-            hub name).
-        missing_proposals: a picture that the file of boxes does not name is an ``error``, or has no boxes (``empty``).
-        peak_floor: heat above which a local maximum proposes a box; there is no limit to their number.
-        tile_depth: how often a picture is cut into 2 x 2 magnified tiles while proposals are at their limit.
-        score: ``sigmoid`` of a trained scale and bias; ``softmax`` over the names asked about and ``negatives``, for a
-            CLIP that was not trained to count (zero-shot); ``official`` as the reference, see
-            :func:`~counting_zoo.models.region_clip.network.text_probabilities`.
-        scale, bias: of the cosines, at the beginning of training.
-        temperature: of the cosines of ``softmax`` and ``official``.
-        negatives: names that compete in ``softmax``; COCO's classes if ``None``. Those asked about are left out.
-        fusion: what a box scores: what its ``region`` says, or with the proposal's own score (``geometric``).
-        threshold: score above which a box counts, until it is calibrated; 0.5 if ``None``. Given to a checkpoint that
-            was made without it, it takes the place of the calibrated one.
-        calibrate: choose the threshold of the least validation error in each validation.
-        iou_threshold: overlap above which the lower of two boxes of one name goes.
-        suppression, assign: see :func:`~counting_zoo.models.region_clip.network.detect`.
-        boxes: what training learns sizes from: ``all`` boxes where the data has them, or only its ``examples``.
-        heat_weight, size_weight, text_weight: of the three losses; 0 gives a term no gradient.
-        n_regions: objects of a picture, and as many boxes beside them, whose texts are trained in a step, at most.
-        width: channels of the head that finds peaks.
-        options: those of :class:`~counting_zoo.module.CountingModule`, without windows.
-    """
-
-    requires: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "labels"}),)
-
-    def __init__(
-        self,
-        clip: CLIPSource = "openai/clip-vit-base-patch16",
-        *,
-        pretrained_encoder: str | None = None,
-        tokenizer: str | None = None,
-        stem: Stem = "patch",
-        dense: DenseMode = "patch",
-        freeze_at: int = 2,
-        train_vision: bool = False,
-        train_text: bool = False,
-        text_pool: TextPool = "eot",
-        templates: TemplateSet | list[str] = "photo",
-        wording: Wording = "corrected",
-        ensemble: Ensemble = "normalised",
-        proposals: str = "peaks",
-        missing_proposals: Literal["error", "empty"] = "error",
-        peak_floor: float = 0.1,
-        tile_depth: int = 1,
-        score: Score = "sigmoid",
-        scale: float = 14.0,
-        bias: float = -7.0,
-        temperature: float = 0.01,
-        negatives: list[str] | None = None,
-        fusion: Literal["region", "geometric"] = "region",
-        threshold: float | None = None,
-        calibrate: bool = True,
-        iou_threshold: float = 0.5,
-        suppression: Suppression = "hard",
-        assign: Assign = "each",
-        boxes: Literal["all", "examples"] = "all",
-        heat_weight: float = 1.0,
-        size_weight: float = 0.1,
-        text_weight: float = 1.0,
-        n_regions: int = 64,
-        width: int = 64,
-        **options: Any,
-    ) -> None:
-        super().__init__(threshold=0.5 if threshold is None else threshold, calibrate=calibrate, **options)
-        if self.window is not None:
-            raise InputError(
-                f"window is {self.window}; a detector sees whole pictures, and cuts them itself where "
-                "its proposals are at their limit (tile_depth)"
-            )
-        for name, value in (("iou_threshold", iou_threshold), ("peak_floor", peak_floor)):
-            if not 0 <= value <= 1:
-                raise InputError(f"{name} is {value}; expected 0 to 1")
-        if n_regions < 1 or tile_depth < 0 or not scale > 0:
-            raise InputError(
-                f"n_regions is {n_regions}, tile_depth {tile_depth} and scale {scale}; expected at least "
-                "1, at least 0 and above 0"
-            )
-        for name, choice, choices in (
-            ("missing_proposals", missing_proposals, ("error", "empty")),
-            ("boxes", boxes, ("all", "examples")),
-            ("score", score, get_args(Score)),
-            ("fusion", fusion, ("region", "geometric")),
-            ("suppression", suppression, get_args(Suppression)),
-            ("assign", assign, get_args(Assign)),
-        ):
-            if choice not in choices:
-                raise InputError(f"{name} is {choice!r}; expected one of {', '.join(map(repr, choices))}")
-        if proposals == "random":
-            raise InputError(
-                "proposals are 'random', which suits pretraining; expected 'peaks', 'grid', a file of "
-                "boxes, or a detector ('owlv2:' or 'detr:' and a folder or hub name)"
-            )
-        weights = {"heat": heat_weight, "size": size_weight, "text": text_weight}
-        if not all(0 <= weight < math.inf for weight in weights.values()) or not text_weight + heat_weight:
-            raise InputError(
-                f"weights of the losses are {weights}; expected finite numbers of at least 0, and that of "
-                "texts or heat above it"
-            )
-        region_prompts("a name", templates, wording)  # refuses what is no template or wording
-        towers = build_towers(clip)
-        # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
-        self.hparams.update(clip=towers_config(towers), tokenizer=None, pretrained_encoder=None)
-        text = TextTower(towers, n_context=0, pool=text_pool, train=train_text)
-        encoder = region_encoder(towers, stem=stem, dense=dense, freeze_at=freeze_at)
-        if not train_vision:
-            encoder.requires_grad_(False)
-        self.network = RegionCLIPNet(encoder, text, peaks=proposals == "peaks", scale=scale, bias=bias, width=width)
-        given = tokenizer if tokenizer is not None or pretrained_encoder else tokenizer_of(clip)
-        if given is not None:
-            self.set_tokenizer(given)
-        if pretrained_encoder is not None:
-            source = read_pretrained(pretrained_encoder)
-            load_vision(encoder, source)
-            load_text(text, source, tokenizer_of(clip))
-        self.train_vision, self.train_text = train_vision, train_text
-        self.templates, self.wording, self.ensemble = templates, wording, ensemble
-        self.proposals, self.missing_proposals = proposals, missing_proposals
-        self.peak_floor, self.tile_depth = peak_floor, tile_depth
-        self.score, self.temperature, self.fusion = score, temperature, fusion
-        self.negatives = list(COCO_CLASSES) if negatives is None else negatives
-        self.iou_threshold, self.suppression, self.assign = iou_threshold, suppression, assign
-        self.weights = weights
-        self.boxes, self.n_regions = boxes, n_regions
-        self.train_classes: list[str] = []
-        self.embedded: dict[str, Tensor] = {}
-        # Another source is made when it is needed: a checkpoint is loaded where its file of boxes is not.
-        self._source = self.peaks if proposals == "peaks" else None
-        self.train(self.training)
-
     # -- training -------------------------------------------------------------------------------------------------
 
     def read_facts(self, datamodule: Any) -> None:
@@ -632,27 +568,30 @@ class RegionCLIPCounter(RegionDetector):
         if self.boxes == "all" and "boxes" in batch and "box_labels" in batch:
             return batch["boxes"][i], batch["box_labels"][i]
         points = batch["points"][i]
-        examples = batch["exemplars"][i] if "exemplars" in batch else points.new_zeros(0, 4)
+        query = batch["queries"][i]
+        examples = points.new_zeros(0, 4) if query.exemplars is None else query.exemplars
+        if query.exemplar_labels is not None:
+            return examples, query.exemplar_labels
         return examples, torch.zeros(len(examples), dtype=torch.int64, device=points.device)
 
     def _text_loss(self, features: Tensor, batch: Batch, sides: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Regions on objects against all names of training, and regions beside them against those asked about."""
-        names = list(dict.fromkeys([*self.train_classes, *(n for asked in batch["classes"] for n in asked)]))
+        names = list(dict.fromkeys([*self.train_classes, *(n for query in batch["queries"] for n in query.names)]))
         place = {name: i for i, name in enumerate(names)}
         generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, ())))
         examples = [
             region_examples(
                 points,
                 labels,
-                torch.tensor([place[name] for name in asked]),
+                torch.tensor([place[name] for name in query.names]),
                 own,
                 size,
                 n_names=len(names),
                 n_regions=self.n_regions,
                 generator=generator,
             )
-            for points, labels, asked, own in zip(
-                batch["points"], batch["labels"], batch["classes"], sides, strict=True
+            for points, labels, query, own in zip(
+                batch["points"], batch["labels"], batch["queries"], sides, strict=True
             )
         ]
         boxes, targets, known = zip(*examples, strict=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_clip
 import torch
+from asking import ask
 from PIL import Image
 from tiny_clip import NAMES, counter, pictures, training_batch
 
@@ -104,7 +105,7 @@ def test_target_sums_to_the_number_of_points(interaction: str) -> None:
     model = counter(interaction=interaction)
     batch = training_batch([["pears", "forks"], ["spoons", "pears"]])
     batch["points"][0][:2] = torch.tensor([[32.0, 32.0], [32.0, 32.0]])  # twice the same corner of the closed frame
-    output = model(batch["image"], batch["classes"])  # type: ignore[arg-type]
+    output = model(batch["image"], batch["queries"])  # type: ignore[arg-type]
     target = model._target(batch, (32, 32), output.density.shape[-2:])
     torch.testing.assert_close(target.sum((-2, -1)), batch["counts"])
 
@@ -112,7 +113,7 @@ def test_target_sums_to_the_number_of_points(interaction: str) -> None:
 def test_loss_is_zero_for_the_target_itself() -> None:
     model = counter()
     batch = training_batch([["pears"], ["forks"]])
-    output = model(batch["image"], batch["classes"])  # type: ignore[arg-type]
+    output = model(batch["image"], batch["queries"])  # type: ignore[arg-type]
     output.raw_density = model._target(batch, (32, 32), torch.Size((32, 32))) * 60
     assert float(model.losses(output, batch)["density"]) == pytest.approx(0, abs=1e-10)
 
@@ -120,7 +121,7 @@ def test_loss_is_zero_for_the_target_itself() -> None:
 def test_random_clip_makes_its_tokenizer_from_the_training_classes() -> None:
     model = counter(tokens=False, prompt_template="many {}")
     with pytest.raises(InputError, match="no tokenizer yet"):
-        model(pictures(1), [["pears"]])
+        model(pictures(1), ask([["pears"]]))
     model.read_facts(SimpleNamespace(class_names=lambda split: ["pears", "forks"]))
     assert model.train_classes == ["pears", "forks"]
     ids, _ = model.network.text.tokenizer(["many pears"])  # type: ignore[misc]
@@ -130,9 +131,9 @@ def test_random_clip_makes_its_tokenizer_from_the_training_classes() -> None:
 @torch.no_grad()
 def test_template_is_used_and_braces_in_names_are_text() -> None:
     plain, template = counter(), counter(prompt_template="many {}")
-    found = template(pictures(1), [["pears"]]).density
-    assert torch.equal(found, plain(pictures(1), [["many pears"]]).density)
-    assert torch.isfinite(template(pictures(1), [["{0} pears {x}"]]).density).all()
+    found = template(pictures(1), ask([["pears"]])).density
+    assert torch.equal(found, plain(pictures(1), ask([["many pears"]])).density)
+    assert torch.isfinite(template(pictures(1), ask([["{0} pears {x}"]])).density).all()
 
 
 # -- counting pictures as they come -----------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_counting_leaves_the_mode_and_the_text_cache(model: CLIPCount, monkeypat
 def test_lists_of_names_of_different_lengths(model: CLIPCount) -> None:
     asked = [["pears"], ["forks", "spoons"]]
     for window in (0, 32):
-        found = model.count_batch(list(pictures(2)), asked, window=window)
+        found = model.count_images(list(pictures(2)), ask(asked), window=window)
         assert [tuple(o.counts.shape) for o in found] == [(1, 1), (1, 2)]  # type: ignore[union-attr]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_clip
 import torch
+from asking import ask
 from tiny_clip import NAMES, counter, pictures, relative
 from torch.nn.functional import cosine_similarity
 
@@ -37,30 +38,30 @@ def model(request: pytest.FixtureRequest) -> CLIPCount:
 def test_many_prompts_on_a_picture_equal_one_at_a_time(model: CLIPCount) -> None:
     image = pictures(2)
     asked = [["pears", "red apples", "forks"], ["sea shells", "pears", "a heap of green apples"]]
-    together = model(image, asked)
+    together = model(image, ask(asked))
     for k in range(3):
-        alone = model(image, [[names[k]] for names in asked])
+        alone = model(image, ask([names[k]] for names in asked))
         assert relative(together.density[:, k], alone.density[:, 0]) < 1e-5
         assert relative(together.counts[:, k], alone.counts[:, 0]) < 1e-5
 
 
 @torch.no_grad()
 def test_order_of_prompts_is_kept(model: CLIPCount) -> None:
-    forward, backward = model(pictures(1), [NAMES]), model(pictures(1), [NAMES[::-1]])
+    forward, backward = model(pictures(1), ask([NAMES])), model(pictures(1), ask([NAMES[::-1]]))
     assert relative(forward.density, backward.density.flip(1)) < 1e-5
 
 
 @torch.no_grad()
 def test_text_changes_the_count(model: CLIPCount) -> None:
-    counts = model(pictures(1), [["pears", "forks"]]).counts[0]
+    counts = model(pictures(1), ask([["pears", "forks"]])).counts[0]
     assert abs(float(counts[0] - counts[1])) > 1e-4 * float(counts.abs().max())
 
 
 @torch.no_grad()
 def test_batch_size_does_not_matter(model: CLIPCount) -> None:
     image, asked = pictures(5), [[name] for name in NAMES[:5]]
-    together = model(image, asked)
-    alone = torch.cat([model(image[i : i + 1], asked[i : i + 1]).density for i in range(5)])
+    together = model(image, ask(asked))
+    alone = torch.cat([model(image[i : i + 1], ask(asked[i : i + 1])).density for i in range(5)])
     assert relative(together.density, alone) < 1e-5
 
 
@@ -68,14 +69,14 @@ def test_batch_size_does_not_matter(model: CLIPCount) -> None:
 def test_picture_is_encoded_once_for_many_prompts(model: CLIPCount) -> None:
     seen: list[int] = []
     model.network.vision.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    model(pictures(2), [NAMES, NAMES])
+    model(pictures(2), ask([NAMES, NAMES]))
     assert seen == [2]
 
 
 @torch.no_grad()
 def test_density_sums_to_counts_in_float32_under_autocast(model: CLIPCount) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(pictures(2), [["pears", "forks"]] * 2)
+        output = model(pictures(2), ask([["pears", "forks"]] * 2))
         counts = output.counts
     assert output.density.dtype == torch.float32
     assert counts.dtype == torch.float32
@@ -87,9 +88,9 @@ def test_density_sums_to_counts_in_float32_under_autocast(model: CLIPCount) -> N
 def test_windows_of_several_pictures_equal_one_by_one(model: CLIPCount) -> None:
     images = [pictures(1, h, w, seed=h)[0] for h, w in ((40, 70), (32, 32), (20, 90))]
     asked = [["pears", "forks"], ["spoons", "pears"], ["forks", "red apples"]]
-    together = model.count_batch(images, asked, stride=16)
+    together = model.count_images(images, ask(asked), stride=16)
     for found, image, names in zip(together, images, asked, strict=True):  # type: ignore[arg-type]
-        (alone,) = model.count_batch([image], [names], stride=16)  # type: ignore[misc]
+        (alone,) = model.count_images([image], ask([names]), stride=16)  # type: ignore[misc]
         assert relative(found.density, alone.density) < 1e-5
 
 
@@ -104,12 +105,12 @@ def test_windows_of_several_pictures_equal_one_by_one(model: CLIPCount) -> None:
 def test_any_patch_and_window(patch: int, image: int, window: int, interaction: str) -> None:
     model = counter(tiny_clip.config(patch=patch, image=image), window=window, interaction=interaction)
     side = image // patch
-    output = model(pictures(2, window, window), [["pears"]] * 2)
+    output = model(pictures(2, window, window), ask([["pears"]] * 2))
     assert output.density.shape == (2, 1, window, window)
     assert output.grid == (side, side)
     assert output.patch_embeds.shape == output.contrast_embeds.shape == (2, side * side, 128)
     assert output.text_embeds.shape == (2, 1, 128)
-    wide = model(pictures(1, window, 2 * window), [["pears"]])
+    wide = model(pictures(1, window, 2 * window), ask([["pears"]]))
     assert wide.density.shape == (1, 1, window, 2 * window)
     assert wide.grid == (side, 2 * side)
     assert torch.isfinite(wide.density).all()
@@ -120,7 +121,7 @@ def test_any_patch_and_window(patch: int, image: int, window: int, interaction: 
 def test_density_of_text_heads_lies_on_the_encoders_grid(interaction: str) -> None:
     model = counter(tiny_clip.config(image=64), window=128, interaction=interaction)
     assert model.cell == 32
-    assert model(pictures(1, 128, 256), [["pears"]]).density.shape == (1, 1, 4, 8)
+    assert model(pictures(1, 128, 256), ask([["pears"]])).density.shape == (1, 1, 4, 8)
     conv = counter(tiny_clip.config(image=64), window=64, interaction=interaction, stem="conv", prompt_width=0)
     assert conv.cell == 8
     with pytest.raises(InputError, match=r"window 102 and input_size 64.*multiple of 4"):
@@ -166,18 +167,18 @@ def test_cosines_of_groups_are_those_of_their_channels() -> None:
 @torch.no_grad()
 def test_integer_pictures_equal_floating_ones() -> None:
     model, image = counter(), (pictures(1) * 255).to(torch.uint8)
-    assert torch.equal(model(image, [["pears"]]).density, model(image.float() / 255, [["pears"]]).density)
+    assert torch.equal(model(image, ask([["pears"]])).density, model(image.float() / 255, ask([["pears"]])).density)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "softplus", "none"])
 @torch.no_grad()
 def test_activation_and_scale(activation: str) -> None:
     model, image = counter(activation=activation, density_scale=7.0), pictures(1)
-    output = model(image, [["pears"]])
+    output = model(image, ask([["pears"]]))
     assert torch.equal(output.density, output.raw_density / 7.0)
     linear = counter(activation="none", density_scale=7.0)
     linear.load_state_dict(model.state_dict())
-    logits = linear(image, [["pears"]]).raw_density
+    logits = linear(image, ask([["pears"]])).raw_density
     expected = {
         "sigmoid": logits.sigmoid(),
         "relu": logits.clamp(min=0),
@@ -189,7 +190,7 @@ def test_activation_and_scale(activation: str) -> None:
 
 def test_fresh_softplus_does_not_count_a_thousand_objects_in_nothing() -> None:
     with torch.no_grad():
-        assert 0 <= float(counter(window=96)(torch.zeros(1, 3, 96, 96), [["pears"]]).counts) < 10
+        assert 0 <= float(counter(window=96)(torch.zeros(1, 3, 96, 96), ask([["pears"]])).counts) < 10
 
 
 def test_position_table() -> None:
@@ -204,7 +205,7 @@ def test_counting_does_not_disturb_later_training() -> None:
     model = counter(window=48)
     model.count(torch.zeros(3, 48, 48), "pears")
     model.train()
-    model(pictures(1, 48, 48), [["pears"]]).density.sum().backward()
+    model(pictures(1, 48, 48), ask([["pears"]])).density.sum().backward()
     assert model.network.text.context.grad is not None  # the text it had counted with was embedded anew
 
 

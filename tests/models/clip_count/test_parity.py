@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_clip
 import torch
+from asking import ask
 from places import GOLDEN
 from reference_clip_count import clip_count
 from tiny_clip import SETTINGS, fill, official_state, relative, tokenize
@@ -54,7 +55,7 @@ def random_pictures(seed: int, n: int, width: int) -> Tensor:
 def output(published: CLIPCount, golden: dict[str, Any]) -> CLIPCountOutput:
     set_heads(published, 8)
     with torch.inference_mode():
-        return published(random_pictures(0, 2, 384), [[text] for text in golden["texts"].tolist()])
+        return published(random_pictures(0, 2, 384), ask([text] for text in golden["texts"].tolist()))
 
 
 def test_embeddings(output: CLIPCountOutput, golden: dict[str, Any]) -> None:
@@ -72,7 +73,7 @@ def test_density_of_four_heads_as_the_checkpoint_says(published: CLIPCount, gold
     assert published.hparams["heads"] == 4
     set_heads(published, 4)
     with torch.inference_mode():
-        found = published(random_pictures(0, 2, 384), [[text] for text in golden["texts"].tolist()])
+        found = published(random_pictures(0, 2, 384), ask([text] for text in golden["texts"].tolist()))
     assert relative(found.raw_density[:, 0, ::8, ::8], golden["density_4_heads"]) < 1e-5
     assert relative(found.counts[:, 0], golden["count_4_heads"]) < 1e-5
 
@@ -93,9 +94,10 @@ def test_losses(output: CLIPCountOutput, golden: dict[str, Any]) -> None:
 def test_sliding_windows(published: CLIPCount, golden: dict[str, Any], width: int) -> None:
     set_heads(published, 8)
     with torch.inference_mode():
-        found = published.count_batch(random_pictures(2 + width, 1, width), [[golden["texts"].tolist()[1]]])
-    assert relative(found.density[0, 0, ::8, ::8] * 60, golden[f"slide_{width}"]) < 1e-5  # type: ignore[union-attr]
-    assert relative(found.counts[0, 0], golden[f"slide_{width}_count"]) < 1e-5  # type: ignore[union-attr]
+        queries = ask([[golden["texts"].tolist()[1]]])
+        (found,) = published.count_images(list(random_pictures(2 + width, 1, width)), queries)
+    assert relative(found.density[0, 0, ::8, ::8] * 60, golden[f"slide_{width}"]) < 1e-5
+    assert relative(found.counts[0, 0], golden[f"slide_{width}_count"]) < 1e-5
 
 
 # -- small sizes: every setting, against a second implementation ------------------------------------------------------
@@ -115,7 +117,7 @@ def test_every_setting_at_small_size(heads: int, depth: int, coop: bool, vpt: bo
     image, prompts = tiny_clip.pictures(3, 384, 384), ["cats", "hot dogs", "dogs"]
     expected = clip_count(state, image, tokenize(prompts), heads=heads, coop=coop, vpt=vpt)
     with torch.inference_mode():
-        found = model(image, [[p] for p in prompts])
+        found = model(image, ask([p] for p in prompts))
     assert relative(found.text_embeds[:, 0], expected["text"]) < 1e-5
     assert relative(found.patch_embeds, expected["patches"]) < 1e-5
     assert relative(found.contrast_embeds, expected["contrast"]) < 1e-5
@@ -136,9 +138,9 @@ def test_official_windows_are_composited_from_left_to_right() -> None:
         first, second = (
             clip_count(state, padded[..., x : x + 384], tokenize(["cats"]))["density"].double() for x in (0, 128)
         )
-        found = model.count_batch(image, [["cats"]])
+        (found,) = model.count_images(list(image), ask([["cats"]]))
     ramp = torch.sigmoid(torch.linspace(-3, 3, 256, dtype=torch.float64))
     middle = (1 - ramp) * first[..., 128:] + ramp * second[..., :256]
     expected = torch.cat([first[..., :128], middle, second[..., 256:]], -1)[..., :500]
-    assert relative(found.density[:, 0] * 60, expected) < 1e-5  # type: ignore[union-attr]
-    assert relative(found.counts[0, 0], expected.sum() / 60) < 1e-5  # type: ignore[union-attr]
+    assert relative(found.density[:, 0] * 60, expected) < 1e-5
+    assert relative(found.counts[0, 0], expected.sum() / 60) < 1e-5

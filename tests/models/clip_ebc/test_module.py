@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from asking import ask
 from torch import Tensor
 
 from counting_zoo import CLIPEBC, EBC, SyntheticScenes, load, save
@@ -28,7 +29,7 @@ def batch(counts: tuple[int, ...] = (5, 0), side: int = 32, seed: int = 0) -> Ba
         "image": torch.rand(len(counts), 3, side, side, generator=g),
         "points": points,
         "labels": [torch.zeros(n, dtype=torch.long) for n in counts],
-        "classes": [["people"]] * len(counts),
+        "queries": ask([["people"]] * len(counts)),
         "counts": torch.tensor(counts)[:, None].float(),
         "image_id": [str(i) for i in range(len(counts))],
     }
@@ -161,7 +162,7 @@ def test_representatives_are_the_training_datas_mean() -> None:
         [[1, 1], [2, 2], [3, 3], [9, 1], [1, 9], [2, 9], [9, 9], [10, 10], [11, 11], [12, 12]], np.float32
     )
     with pytest.raises(InputError, match="not set"):
-        model(torch.rand(1, 3, 16, 16), [["people"]])
+        model(torch.rand(1, 3, 16, 16), ask([["people"]]))
     model.read_facts(Facts([points], [(16, 16)]))
     torch.testing.assert_close(model.network.head.representatives.values, torch.tensor([0.0, 1.0, 3.0]))  # 3, 2 and 4
     model.read_facts(Facts([points[:4]], [(16, 16)]))  # known by now
@@ -186,7 +187,7 @@ def test_facts_are_taken_in_the_models_frame() -> None:
 def test_zip_has_representatives_of_the_bins_above_zero() -> None:
     model = EBC(**SMALL | {"head": "zip"})
     assert model.network.head.representatives.values.tolist() == [1.0, 2.0, 3.0, 4.0]
-    found = model(torch.rand(1, 3, 32, 32), [["people"]])
+    found = model(torch.rand(1, 3, 32, 32), ask([["people"]]))
     assert isinstance(found, ZIPOutput)
     assert found.logits.shape == (1, 4, 4, 4)
 
@@ -212,7 +213,7 @@ def test_clip_ebc_comes_back_with_its_texts(options: dict[str, Any], tmp_path: P
     model = clip_ebc(**options)
     image = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = model(image, [["people"]])
+        expected = model(image, ask([["people"]]))
         again = load(save(model, tmp_path / "a.ckpt"))(image, [["people"]])
     assert torch.equal(again.density, expected.density)
     assert expected.density.std() > 0
@@ -228,7 +229,7 @@ def test_ebc_comes_back_with_its_representatives(tmp_path: Path) -> None:
     again = load(save(model, tmp_path / "a.ckpt"))
     image = torch.rand(1, 3, 33, 50)
     with torch.inference_mode():
-        assert torch.equal(again(image, [["x"]]).density, model(image, [["x"]]).density)
+        assert torch.equal(again(image, ask([["x"]])).density, model(image, ask([["x"]])).density)
     assert again.hparams["representatives"] == "mean"
 
 
@@ -254,7 +255,7 @@ def test_clip_resnet_trains_and_gives_every_reduction() -> None:
         torch.manual_seed(0)
         model = CLIPEBC(tiny.resnet_config(), reduction=reduction, max_count=4, representatives="middle", decoder=[8])
         assert all(p.requires_grad for p in model.network.encoder.parameters())
-        found = model(torch.rand(1, 3, 70, 64), [["people"]])
+        found = model(torch.rand(1, 3, 70, 64), ask([["people"]]))
         assert found.density.shape[-2:] == (-(-70 // reduction), 64 // reduction)
         assert math.isfinite(float(found.counts.sum().detach()))
 
@@ -267,7 +268,7 @@ def test_regression_has_no_texts() -> None:
 def test_blocks_smaller_than_an_object() -> None:
     model = EBC(**SMALL | {"reduction": 2}).eval()
     assert len(model.bins) == 2
-    assert model(torch.rand(1, 3, 9, 16), [["x"]]).density.shape == (1, 1, 5, 8)
+    assert model(torch.rand(1, 3, 9, 16), ask([["x"]])).density.shape == (1, 1, 5, 8)
     fine = EBC(**SMALL | {"reduction": 2, "head": "regression", "sigma": 1.5, "count_loss": "mse"}).train()
     assert torch.isfinite(total(fine.training_losses(batch((5, 2)))))
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asking import ask
 from places import GOLDEN
 from tiny_clip import fill, relative
 from torch import Tensor
@@ -57,12 +58,12 @@ def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any], Blockwise
 def test_logits_density_and_count(case: tuple[str, dict[str, Any], BlockwiseCounter]) -> None:
     _, golden, model = case
     with torch.inference_mode():
-        found = model(picture(10, 2, 224, 224), [["people"]] * 2)
+        found = model(picture(10, 2, 224, 224), ask([["people"]] * 2))
     assert relative(found.logits[:, :, ::4, ::4], golden["logits"]) < 1e-5
     assert relative(found.density, golden["density"]) < 1e-5
     assert relative(found.counts[:, 0], golden["count"]) < 1e-5
     if "text_features" in golden:
-        assert relative(model.network.head.logits.text_features, golden["text_features"]) < 1e-5  # type: ignore[union-attr]
+        assert relative(model.network.head.logits.text_features, golden["text_features"]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["mae", "mse", "dmcount"])
@@ -70,12 +71,12 @@ def test_losses_and_gradients(case: tuple[str, dict[str, Any], BlockwiseCounter]
     _, golden, model = case
     model.count_loss = {"dmcount": "dm"}.get(kind, kind)  # type: ignore[assignment]
     with torch.no_grad():
-        logits = model(picture(10, 2, 224, 224), [["people"]] * 2).logits
+        logits = model(picture(10, 2, 224, 224), ask([["people"]] * 2)).logits
     logits.requires_grad_()
     output = EBCOutput(density=model.network.head.representatives(logits), logits=logits)
     batch: Batch = {
         "image": torch.zeros(2, 3, 224, 224),
-        "classes": [["people"]] * 2,
+        "queries": ask([["people"]] * 2),
         "image_id": ["a", "b"],
         "points": [torch.from_numpy(golden["points"]), torch.zeros(0, 2)],
     }
@@ -91,6 +92,8 @@ def test_sliding_windows(case: tuple[str, dict[str, Any], BlockwiseCounter]) -> 
     _, golden, model = case
     height, width, window, stride = golden["slide_args"].tolist()
     with torch.inference_mode():
-        found = model.count_batch(picture(12, 1, height, width), [["people"]], window=window, stride=stride)
-    assert relative(found.density, golden["slide_density"]) < 1e-5  # type: ignore[union-attr]
-    assert relative(found.counts[0, 0], golden["slide_count"]) < 1e-5  # type: ignore[union-attr]
+        (found,) = model.count_images(
+            list(picture(12, 1, height, width)), ask([["people"]]), window=window, stride=stride
+        )
+    assert relative(found.density, golden["slide_density"]) < 1e-5
+    assert relative(found.counts[0, 0], golden["slide_count"]) < 1e-5

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from asking import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def blockwise(**options: Any) -> EBC:
     model = EBC(encoder="vgg11", representatives="middle", **options)
     model.network.encoder = BlockMeans()
     head = torch.nn.Conv2d(3, len(model.bins), 1)
-    model.network.head.logits.layers = nn.Sequential(head)  # type: ignore[union-attr]
+    model.network.head.logits.layers = nn.Sequential(head)
     return model.eval()
 
 
@@ -47,14 +48,14 @@ def test_tiles_change_nothing(height: int, width: int, window: int, stride: int)
     # What lies beyond the picture is black in tiles and mean grey without, so blocks that reach there may differ.
     inner = (height // 8, width // 8)
     with torch.inference_mode():
-        whole = model.count_batch(image, [["people"]])
-        tiled = model.count_batch(image, [["people"]], window=window, stride=stride)
-    assert whole.density.shape == tiled.density.shape == (1, 1, -(-height // 8), -(-width // 8))  # type: ignore[union-attr]
+        (whole,) = model.count_images(list(image), ask([["people"]]))
+        (tiled,) = model.count_images(list(image), ask([["people"]]), window=window, stride=stride)
+    assert whole.density.shape == tiled.density.shape == (1, 1, -(-height // 8), -(-width // 8))
     torch.testing.assert_close(
         tiled.density[..., : inner[0], : inner[1]],
         whole.density[..., : inner[0], : inner[1]],
         rtol=1e-4,
-        atol=1e-5,  # type: ignore[union-attr]
+        atol=1e-5,
     )
 
 

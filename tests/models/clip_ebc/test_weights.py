@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asking import ask
 from reference_clip_ebc import clip_ebc, text_features
 from safetensors.torch import save_file
 from tiny_clip import clip_shapes, fill, pictures, relative, resnet_state
@@ -90,7 +91,7 @@ def check(model: Any, state: State, *, reduction: int = 8, style: str = "word", 
     texts = text_features(state, tokenize(prompts))
     logits, density = clip_ebc(state, image, texts, torch.tensor(ANCHORS), reduction)
     with torch.inference_mode():
-        found = model(image, [["people"]] * 2)
+        found = model(image, ask([["people"]] * 2))
     assert relative(model.network.head.logits.text_features, texts) < 1e-5
     assert relative(found.logits, logits) < 1e-5
     assert relative(found.density, density) < 1e-5
@@ -214,7 +215,7 @@ def test_convert_and_load_give_the_same_numbers(tmp_path: Path, monkeypatch: pyt
     model, expected = load(tmp_path / "out.ckpt"), load_official("clip_ebc", source, own)
     image = pictures(1, 40, 56)
     with torch.inference_mode():
-        assert torch.equal(model(image, [["x"]]).density, expected(image, [["x"]]).density)
+        assert torch.equal(model(image, ask([["x"]])).density, expected(image, ask([["x"]])).density)
 
 
 # -- encoders without CLIP --------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def test_heads_without_clip(head: str) -> None:
         else:
             logits = torch.conv2d(features, state["classifier.weight"], state["classifier.bias"])
             expected = (logits.softmax(1) * torch.tensor(ANCHORS)[:, None, None]).sum(1, keepdim=True)
-        assert relative(model(image, [["x"]]).density, expected) < 1e-5
+        assert relative(model(image, ask([["x"]])).density, expected) < 1e-5
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

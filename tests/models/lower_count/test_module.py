@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from asking import ask, names_of
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from test_resume import assert_same_run
 from torch import Tensor
@@ -26,7 +28,7 @@ from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import InputError, NamesError
 from counting_zoo.models.lower_count.loss import picture_uniform
 from counting_zoo.models.lower_count.network import find_peaks
-from counting_zoo.module import known_names
+from counting_zoo.queries import known_names
 from counting_zoo.schedules import WarmupHoldDecay
 from counting_zoo.types import Batch
 
@@ -54,7 +56,7 @@ def batch(counts: Any, names: list[str] = NAMES, seed: int = 0) -> Batch:
     rows = torch.tensor(counts, dtype=torch.float32)
     return {
         "image": pictures(len(rows), seed=seed),
-        "classes": [list(names)] * len(rows),
+        "queries": ask([list(names)] * len(rows)),
         "counts": rows,
         "image_id": [f"{i}.png" for i in range(len(rows))],
     }
@@ -147,7 +149,7 @@ def test_losses_are_those_of_the_network() -> None:
     model, given = counter().train(), batch([[0, 1, 7, 2], [3, 0, 0, 4]])
     with torch.no_grad():
         terms = model.training_losses(given)
-        output = model(given["image"], given["classes"])  # type: ignore[arg-type]
+        output = model(given["image"], given["queries"])  # type: ignore[arg-type]
     estimate = output.raw_density.mean((-2, -1))
     low, t = given["counts"] <= 4, given["counts"]
     assert float(terms["count"]) == pytest.approx(float((estimate - t).square()[low].mean()), rel=1e-5)
@@ -187,14 +189,14 @@ def test_any_names_in_any_order_have_the_numbers_of_the_whole() -> None:
 
 def test_pictures_of_a_batch_may_have_names_of_their_own() -> None:
     model, images = counter(1), pictures(3)
-    whole = model(images, [NAMES] * 3)
+    whole = model(images, ask([NAMES] * 3))
     asked = [["dates", "figs"], ["figs", "kiwis"], ["plums", "dates"]]
-    some = model(images, asked)
+    some = model(images, ask(asked))
     for i, names in enumerate(asked):
         columns = [NAMES.index(name) for name in names]
         for field in ("density", "class_maps", "raw_density", "class_scores"):
             assert torch.equal(getattr(some, field)[i], getattr(whole, field)[i, columns])
-    ragged = model.count_batch(list(images), [["dates"], NAMES, ["figs", "plums"]])
+    ragged = model.count_images(list(images), ask([["dates"], NAMES, ["figs", "plums"]]))
     assert [o.density.shape[1] for o in ragged] == [1, 4, 2]  # type: ignore[union-attr]
     torch.testing.assert_close(ragged[2].counts[0], whole.counts[2, [0, 2]])  # type: ignore[index]
 
@@ -219,7 +221,7 @@ def test_evaluation_leaves_out_names_it_does_not_know() -> None:
     given: Batch = {
         "image": list(pictures(3)),
         "image_id": ["a", "b", "c"],
-        "classes": [["stones", "figs", "plums"], ["stones", "nuts", "hay"], ["plums", "stones", "figs"]],
+        "queries": ask([["stones", "figs", "plums"], ["stones", "nuts", "hay"], ["plums", "stones", "figs"]]),
         "counts": torch.tensor([[2.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 2.0]]),
         "points": [torch.arange(8.0).view(4, 2), torch.ones(1, 2), torch.arange(6.0).view(3, 2)],
         "labels": [torch.tensor([0, 2, 1, 0]), torch.tensor([0]), torch.tensor([1, 2, 2])],
@@ -228,23 +230,24 @@ def test_evaluation_leaves_out_names_it_does_not_know() -> None:
         "present": [["stones"], ["stones"], ["figs", "stones"]],
         "original_size": [(1, 1), (2, 2), (3, 3)],
         "failed": [("d", "broken")],
-        "exemplars": [torch.ones(3, 4), torch.ones(1, 4), torch.ones(2, 4)],
     }
+    shown = (torch.ones(3, 4), torch.ones(1, 4), torch.ones(2, 4))  # of the first name
+    given["queries"] = [replace(q, exemplars=boxes) for q, boxes in zip(given["queries"], shown, strict=True)]
     found = known_names(given, NAMES)
     assert found["image_id"] == ["a", "c"]
-    assert found["classes"] == [["figs", "plums"], ["plums", "figs"]]
+    assert names_of(found) == [["figs", "plums"], ["plums", "figs"]]
     assert found["counts"].tolist() == [[1, 1], [0, 2]]
     assert [p.tolist() for p in found["points"]] == [[[2, 3], [4, 5]], [[2, 3], [4, 5]]]
     assert [k.tolist() for k in found["labels"]] == [[1, 0], [1, 1]]
     assert [b.tolist() for b in found["boxes"]] == [[], [[0, 1, 2, 3], [4, 5, 6, 7]]]
     assert [k.tolist() for k in found["box_labels"]] == [[], [1, 0]]
     assert found["original_size"] == [(1, 1), (3, 3)]
-    assert [len(e) for e in found["exemplars"]] == [0, 2]  # they show the first name
+    assert [len(query.exemplars) for query in found["queries"]] == [0, 2]  # type: ignore[arg-type]
     assert found["failed"] == [("d", "broken")]
     for i in range(2):
         assert torch.bincount(found["labels"][i], minlength=2).tolist() == found["counts"][i].tolist()
     assert known_names(found, NAMES) is found
-    assert known_names({"image": [], "image_id": ["a"], "classes": [[]]}, NAMES)["image_id"] == ["a"]
+    assert known_names({"image": [], "image_id": ["a"], "queries": ask([[]])}, NAMES)["image_id"] == ["a"]
     nobody = known_names(given, ["grapes"])
     assert nobody["image_id"] == []
     assert nobody["counts"].shape[0] == 0
@@ -487,7 +490,7 @@ def test_points_are_the_highest_peaks_in_pixels_of_the_picture_given(
     assert isinstance(found, Prediction)
     seen = model.preprocess(picture.mul(255).round().to(torch.uint8))
     with torch.inference_mode():
-        maps = model(seen[None].float() / 255, [NAMES]).class_maps
+        maps = model(seen[None].float() / 255, ask([NAMES])).class_maps
     peaks = find_peaks(maps)[0]
     scale = torch.tensor([size[1] / seen.shape[2], size[0] / seen.shape[1]]) * 8
     for k in range(4):
@@ -712,7 +715,12 @@ def squares(n: int, seed: int) -> Batch:
                 y, x = 8 * (place // 4) + 1, 8 * (place % 4) + 1
                 image[i, :, y : y + 6, x : x + 6] = torch.tensor(list(COLOURS.values())[k]).float()[:, None, None]
                 counts[i, k] += 1
-    return {"image": image, "classes": [list(COLOURS)] * n, "counts": counts, "image_id": [str(i) for i in range(n)]}
+    return {
+        "image": image,
+        "queries": ask([list(COLOURS)] * n),
+        "counts": counts,
+        "image_id": [str(i) for i in range(n)],
+    }
 
 
 def test_a_class_of_which_only_presence_is_known_is_counted_too() -> None:
@@ -738,7 +746,7 @@ def test_a_class_of_which_only_presence_is_known_is_counted_too() -> None:
         schedule.step()
     test = squares(128, 99)
     with torch.no_grad():
-        found = model.eval()(test["image"], test["classes"]).counts  # type: ignore[arg-type]
+        found = model.eval()(test["image"], test["queries"]).counts  # type: ignore[arg-type]
     error = (found - test["counts"]).abs().mean(0) / test["counts"].mean(0)
     assert (error[:4] < 0.8).all(), error
     # Never told how many: still better than nothing, and more where there are more.

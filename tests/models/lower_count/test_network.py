@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from asking import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_clip import fill
@@ -234,7 +235,7 @@ def test_every_encoder_counts_pictures_of_any_size(kind: str, reduction: int) ->
     model = LowerCount(TINY.get(kind, kind), width=4, reduction=reduction, classes=["a", "b"]).eval()
     for height, width in ((64, 96), (50, 70), (9, 130)):
         with torch.inference_mode():
-            found = model(torch.rand(2, 3, height, width), [["a", "b"]] * 2)
+            found = model(torch.rand(2, 3, height, width), ask([["a", "b"]] * 2))
         for maps in (found.density, found.class_maps, found.raw_density):
             assert maps.shape == (2, 2, -(-height // reduction), -(-width // reduction))
             assert torch.isfinite(maps).all()
@@ -250,13 +251,13 @@ def test_a_folder_of_weights_and_a_checkpoint_that_needs_it_no_more(kind: str, t
         assert torch.equal(model.network.encoder.state_dict()[key], value), key  # type: ignore[union-attr]
     image = torch.rand(1, 3, 56, 70)
     with torch.inference_mode():
-        expected = model(image, [["a", "b"]])
+        expected = model(image, ask([["a", "b"]]))
     save(model, tmp_path / "a.ckpt")
     for file in (tmp_path / "folder").iterdir():
         file.unlink()
     loaded = load(tmp_path / "a.ckpt")
     with torch.inference_mode():
-        again = loaded(image, [["a", "b"]])
+        again = loaded(image, ask([["a", "b"]]))
     assert torch.equal(again.raw_density, expected.raw_density)  # type: ignore[attr-defined]
     assert expected.raw_density.std() > 0
 
@@ -279,7 +280,12 @@ def test_every_weight_gets_a_gradient_in_both_stages(kind: str, density_branch: 
     counts = torch.tensor([[2.0, 0.0], [0.0, 9.0]])
     with torch.autocast("cpu", torch.bfloat16):
         terms = model.training_losses(
-            {"image": torch.rand(2, 3, 64, 64), "classes": [["a", "b"]] * 2, "image_id": ["0", "1"], "counts": counts}
+            {
+                "image": torch.rand(2, 3, 64, 64),
+                "queries": ask([["a", "b"]] * 2),
+                "image_id": ["0", "1"],
+                "counts": counts,
+            }
         )
     assert {"absent", "present"}.issubset(terms) == (first_stage == 0)
     loss = torch.stack(list(terms.values())).sum()

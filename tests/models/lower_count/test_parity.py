@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asking import ask
 from places import GOLDEN
 from tiny_clip import fill, relative
 from torch import Tensor
@@ -59,21 +60,23 @@ def pictures() -> Tensor:
 
 def test_evaluation(model: LowerCount, golden: dict[str, Any], pictures: Tensor, tmp_path: Path) -> None:
     with torch.inference_mode():
-        found = model(pictures, ASKED)
+        found = model(pictures, ask(ASKED))
     assert relative(found.class_scores, golden["score"]) < 1e-5
     assert relative(found.class_maps, golden["M"]) < 1e-5
     assert relative(found.raw_density, golden["D"]) < 1e-5
     assert torch.equal(model.reported(found.counts), torch.from_numpy(golden["count"]))
     again = load(save(model, tmp_path / "model.ckpt"))
     with torch.inference_mode():
-        assert torch.equal(again(pictures[:1], ASKED[:1]).raw_density, model(pictures[:1], ASKED[:1]).raw_density)
+        assert torch.equal(
+            again(pictures[:1], ask(ASKED[:1])).raw_density, model(pictures[:1], ask(ASKED[:1])).raw_density
+        )
     assert torch.equal(again.reported(torch.tensor([0.5, 1.5, -0.6])), torch.tensor([0.0, 2.0, -1.0]))
 
 
 def test_training(model: LowerCount, golden: dict[str, Any], pictures: Tensor) -> None:
     model.train()
     with torch.no_grad():
-        found = model(pictures, ASKED)
+        found = model(pictures, ask(ASKED))
     counts = torch.from_numpy(golden["gt"]).float()
     assert relative(found.class_scores, golden["train_score"]) < 1e-5
     assert relative(found.class_maps, golden["train_M"]) < 1e-5
@@ -87,13 +90,13 @@ def test_losses_and_gradients(model: LowerCount, golden: dict[str, Any], picture
     model.train()
     batch: Batch = {
         "image": pictures,
-        "classes": ASKED,
+        "queries": ask(ASKED),
         "image_id": ["a", "b", "c"],
         "counts": torch.from_numpy(golden["gt"]).float(),
     }
     model.first_stage = 20 if stage == 1 else 0
     model._trainer = _Epoch()  # type: ignore[assignment]
-    terms = model.losses(model(pictures, ASKED), batch)
+    terms = model.losses(model(pictures, ask(ASKED)), batch)
     wanted: dict[str, float] = {}
     for name, value in zip(golden[f"termnames_stage{stage}"], golden[f"terms_stage{stage}"], strict=True):
         key = TERMS[str(name)]

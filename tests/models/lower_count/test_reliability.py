@@ -15,6 +15,7 @@ import fakes
 import pytest
 import tiny
 import torch
+from asking import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models.lower_count.test_module import NAMES, batch, counter, gradients, total
@@ -54,12 +55,12 @@ def test_tiles_change_nothing(height: int, width: int, window: int, stride: int)
     # What lies beyond the picture is black in tiles and mean grey without, so cells that reach there may differ.
     rows, columns = height // 8, width // 8
     with torch.inference_mode():
-        whole = MODEL.count_batch(image, [NAMES[:2]])
-        tiled = MODEL.count_batch(image, [NAMES[:2]], window=window, stride=stride)
-    assert whole.density.shape == tiled.density.shape == (1, 2, -(-height // 8), -(-width // 8))  # type: ignore[union-attr]
+        (whole,) = MODEL.count_images(list(image), ask([NAMES[:2]]))
+        (tiled,) = MODEL.count_images(list(image), ask([NAMES[:2]]), window=window, stride=stride)
+    assert whole.density.shape == tiled.density.shape == (1, 2, -(-height // 8), -(-width // 8))
     # The density of a picture is D over all its cells, and that of a tile over those of the tile.
     cells, own = -(-height // 8) * -(-width // 8), (window // 8) ** 2
-    raw = [found.density[..., :rows, :columns] * n for found, n in ((whole, cells), (tiled, own))]  # type: ignore[union-attr]
+    raw = [found.density[..., :rows, :columns] * n for found, n in ((whole, cells), (tiled, own))]
     torch.testing.assert_close(raw[1], raw[0], rtol=1e-4, atol=1e-5)
 
 

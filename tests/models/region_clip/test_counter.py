@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from asking import ask
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from models.region_clip.test_proposals import folders  # noqa: F401  (a fixture)
@@ -118,7 +120,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def look(model: RegionCLIPCounter, image: Tensor, names: list[str], image_id: str = "a.png") -> RegionOutput:
     """What is detected in one picture."""
-    found = model.count_batch([image], [names], image_ids=[image_id])
+    found = model.count_images([image], ask([names]), image_ids=[image_id])
     assert isinstance(found, list)
     assert isinstance(found[0], RegionOutput)
     return found[0]
@@ -126,7 +128,7 @@ def look(model: RegionCLIPCounter, image: Tensor, names: list[str], image_id: st
 
 def look_at(model: RegionCLIPCounter, item: Any, names: list[str] | None = None) -> RegionOutput:
     """What is detected in one picture of a data set."""
-    return look(model, item["image"], item["classes"] if names is None else names, item["image_id"])
+    return look(model, item["image"], list(item["query"].names) if names is None else names, item["image_id"])
 
 
 def one(found: Any) -> Prediction:
@@ -147,9 +149,9 @@ def test_a_step(kind: str, supervision: str) -> None:
     model.read_facts(data)
     given = batch(data)
     if supervision == "no name present":
-        given["classes"] = [["stones"]] * 4
+        given["queries"] = [replace(q, names=("stones",), exemplars=torch.zeros(0, 4)) for q in given["queries"]]
         given["counts"] = torch.zeros(4, 1)
-        for key in ("points", "labels", "boxes", "box_labels", "exemplars"):
+        for key in ("points", "labels", "boxes", "box_labels"):
             given[key] = [value[:0] for value in given[key]]  # type: ignore[literal-required]
     terms = model.train().training_losses(given)
     assert terms.keys() == {"heat", "size", "text"}
@@ -245,7 +247,7 @@ def test_remembered_texts_follow_weights_and_tokenizer() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"window": 32}, "whole pictures"),
+        ({"window": 32}, "window|stride"),
         ({"threshold": 1.5}, "threshold is 1"),
         ({"threshold": -0.1}, "threshold"),
         ({"threshold": math.nan}, "threshold"),
@@ -285,11 +287,11 @@ def test_pictures_in_which_nothing_was_found(tmp_path: Path) -> None:
         model = counter(proposals=str(file), missing_proposals=missing, threshold=0.0)
         pictures, asked = [torch.zeros(3, 48, 64)] * 2, [["figs"]] * 2
         if missing == "empty":
-            named, unnamed = model.count_batch(pictures, asked, image_ids=["a.png", "b.png"])
+            named, unnamed = model.count_images(list(pictures), ask(asked), image_ids=["a.png", "b.png"])
             assert (named.counts.tolist(), unnamed.counts.tolist()) == ([[1.0]], [[0.0]])
         else:
             with pytest.raises(InputError, match=r"none for the picture b\.png"):
-                model.count_batch(pictures, asked, image_ids=["a.png", "b.png"])
+                model.count_images(list(pictures), ask(asked), image_ids=["a.png", "b.png"])
 
 
 def test_names_of_one_spelling_leave_the_negatives_alone() -> None:
@@ -312,7 +314,7 @@ def test_remembered_names_are_those_of_full_precision() -> None:
 
 def test_no_windows() -> None:
     for words in ({"window": 32}, {"window": 32, "stride": 16}, {"stride": 8}):
-        with pytest.raises(InputError, match="whole pictures"):
+        with pytest.raises(InputError, match=r"window|stride"):
             counter().count(torch.zeros(3, 48, 64), "figs", **words)
 
 
@@ -431,7 +433,7 @@ def test_saturated_pictures_are_cut_and_nothing_is_counted_twice() -> None:
     for depth in (0, 1):
         model = counter(tile_depth=depth, proposals="peaks")
         model.network.head = Bright()  # type: ignore[assignment]
-        model._probabilities = lambda features, boxes, names: torch.ones(len(boxes), 1)  # type: ignore[method-assign]
+        model._probabilities = lambda features, boxes, *_: torch.ones(len(boxes), 1)  # type: ignore[method-assign]
         output = look(model, image, ["figs"])
         outputs.append(output)
     whole, tiles = outputs
@@ -451,7 +453,7 @@ def test_pictures_that_are_not_saturated_are_not_cut() -> None:
     model.network.head = Bright()  # type: ignore[assignment]
     looks: list[int] = []
     model.source = lambda images, *_: looks.append(len(images))  # type: ignore[assignment, return-value]
-    model._probabilities = lambda features, boxes, names: torch.ones(len(boxes), 1)  # type: ignore[method-assign]
+    model._probabilities = lambda features, boxes, *_: torch.ones(len(boxes), 1)  # type: ignore[method-assign]
     output = look(model, image, ["figs"])
     assert float(output.counts) == 16
     assert not looks
@@ -601,15 +603,14 @@ def test_batches_and_types_change_nothing(kind: str) -> None:
     model = counter(**KINDS[kind], threshold=0.3, peak_floor=0.0, tile_depth=0, scale=1.0, bias=0.0)
     pictures = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8)
     names = [["figs", "dates"]] * 3
-    together = model.count_batch(pictures, names)
-    assert isinstance(together, RegionOutput)
-    apart = model.count_batch(list(pictures.float() / 255), names)
-    assert isinstance(apart, list)
-    assert float(together.counts.sum()) > 0
-    assert torch.equal(together.counts, torch.cat([output.counts for output in apart]))
+    together = model.count_images(list(pictures), ask(names))
+    apart = model.count_images(list(pictures.float() / 255), ask(names))
+    counts = torch.cat([output.counts for output in together])
+    assert float(counts.sum()) > 0
+    assert torch.equal(counts, torch.cat([output.counts for output in apart]))
     with torch.no_grad():
-        assert torch.equal(model(pictures.float() / 255, names).counts, together.counts)
-    assert torch.equal(one(model.train().count(pictures[0], names[0])).counts, together.counts[0])
+        assert torch.equal(model(pictures.float() / 255, ask(names)).counts, counts)
+    assert torch.equal(one(model.train().count(pictures[0], names[0])).counts, counts[0])
     assert model.training
 
 

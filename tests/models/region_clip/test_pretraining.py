@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_clip
 import torch
+from asking import ask, names_of
 from places import GOLDEN
 from tiny_clip import relative
 from torch import Tensor
@@ -283,7 +284,7 @@ def test_sizes_of_one_batch_may_differ() -> None:
         "image": images,
         "image_id": ["a", "b"],
         "captions": [["x"], ["y"]],
-        "classes": [["x"], ["x"]],
+        "queries": ask([["x"], ["x"]]),
         "boxes": [torch.tensor([[1.0, 2, 20, 30]]), torch.tensor([[40.0, 1, 70, 16]])],
         "box_labels": [torch.tensor([0]), torch.tensor([0])],
     }
@@ -356,7 +357,7 @@ def test_validation_is_one_pass(kind: dict[str, Any], tmp_path: Path, monkeypatc
         for i in range(4):
             picture = collate([every[i]], training=False)
             found = model(picture["image"], picture["boxes"])
-            own = [data.class_names("val").index(picture["classes"][0][k]) for k in picture["box_labels"][0].tolist()]
+            own = [data.class_names("val").index(names_of(picture)[0][k]) for k in picture["box_labels"][0].tolist()]
             nearest, first = (text_logits(x, texts).argmax(1).tolist() for x in found)
             if own:
                 regions.append(sum(a == b for a, b in zip(own, nearest, strict=True)) / len(own))
@@ -389,7 +390,7 @@ def test_what_validation_draws_does_not_depend_on_batches(regions: str, tmp_path
 
 def test_captions_are_drawn_by_the_name_of_a_picture() -> None:
     captions = [[f"text {k}" for k in range(5)]] * 40
-    batch: Any = {"image_id": [f"{i}.png" for i in range(40)], "captions": captions, "classes": [["x"]] * 40}
+    batch: Any = {"image_id": [f"{i}.png" for i in range(40)], "captions": captions, "queries": ask([["x"]] * 40)}
     first = drawn_captions(batch, "{}", picture_generators(batch["image_id"]))
     back: Any = {key: value[::-1] for key, value in batch.items()}
     assert drawn_captions(back, "{}", picture_generators(back["image_id"]))[::-1] == first
@@ -859,7 +860,7 @@ def reference_batch(golden: dict[str, Any]) -> Any:
         "image": golden["images"],
         "image_id": ["0", "1", "2"],
         "captions": [["0"], ["1"], ["2"]],
-        "classes": [["x"]] * 3,
+        "queries": ask([["x"]] * 3),
         "boxes": golden["boxes"],
         "box_labels": [torch.zeros(len(own), dtype=torch.int64) for own in golden["boxes"]],
     }
