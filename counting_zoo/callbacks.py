@@ -18,6 +18,7 @@ from counting_zoo.evaluation.counting import count_again
 from counting_zoo.evaluation.predictions import PartWriter, merge_parts
 from counting_zoo.evaluation.report import ClassRow, CountRow, Picture, class_rows, read_curve, write_report
 from counting_zoo.io import replacing, write_table
+from counting_zoo.metrics.counts import CountTable
 from counting_zoo.module import CountingModule
 from counting_zoo.queries import wrong_prompts
 from counting_zoo.types import Batch
@@ -165,6 +166,7 @@ class TestReport(L.Callback):
         self._names: dict[str, list[str]] = {}
         self._shown: list[Picture] = []
         self._rows: list[CountRow] = []
+        self._table = CountTable()
         self._batches: dict[int, int] = {}
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -204,24 +206,28 @@ class TestReport(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, CountingModule)
-        rows = {row["image_id"]: row for row in pl_module.test_errors.per_image()}  # the module forgets them next
-        mine = (rows, self._names)
+        table = pl_module.test_counts  # the module forgets it next
+        mine = list(
+            zip(table.image, table.name, table.column("target", "predicted", "low", "high").tolist(), strict=True)
+        )
         everyone: list[Any] = [mine]
         if trainer.world_size > 1:
             everyone = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, mine)
-        counted = {image_id: (row, names[image_id]) for rows, names in everyone for image_id, row in rows.items()}
-        for image_id, (row, names) in sorted(counted.items()):
-            labels = names if len(names) == len(row["predicted"]) else [" + ".join(names)]
-            for name, target, predicted in zip(labels, row["target"], row["predicted"], strict=True):
-                self._rows.append(CountRow(image_id, name, target, predicted))
+        counted: dict[str, dict[str, list[float]]] = {}
+        for image, name, numbers in (row for rows in everyone for row in rows):
+            counted.setdefault(image, {})[name] = numbers
+        self._table = CountTable.of((i, n, *numbers) for i in sorted(counted) for n, numbers in counted[i].items())
+        rows = zip(
+            self._table.image, self._table.name, *self._table.column("target", "predicted").T.tolist(), strict=True
+        )
+        self._rows = [CountRow(*row) for row in rows]
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of all processes: it is broadcast
         if not trainer.is_global_zero:
             return
-        table = [(row.image_id, row.name, row.target, row.predicted) for row in self._rows]
-        write_table(folder / "test_counts.csv", ("image", "name", "true", "predicted"), table)
+        self._table.write(folder / "test_counts.csv")
         classes = self._class_rows(pl_module)
         if classes:
             named = [f"{name}_mae" for name in classes[0].constants]
@@ -257,7 +263,7 @@ class TestReport(L.Callback):
             return []
         constants = {
             name: dict(zip(names, value if isinstance(value, list) else [value] * len(names), strict=True))
-            for name, value in module.test_errors.constants.items()
+            for name, value in module.test_counts.constants.items()
         }
         return class_rows(self._rows, constants)
 

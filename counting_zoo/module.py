@@ -17,8 +17,8 @@ from counting_zoo.data.records import Split, present_names, unasked_objects
 from counting_zoo.errors import InputError, NamesError
 from counting_zoo.geometry import Preprocess, boxes_inside
 from counting_zoo.images import as_image, as_uint8_array
-from counting_zoo.metrics.counts import GAME, ClassCountErrors, CountErrors, PromptErrors
-from counting_zoo.metrics.intervals import IntervalCalibration, IntervalScores
+from counting_zoo.metrics.counts import CountTable, PromptErrors, grid_errors
+from counting_zoo.metrics.intervals import IntervalCalibration
 from counting_zoo.ops import peak_points
 from counting_zoo.prediction import Prediction
 from counting_zoo.queries import check_data, check_query, listed, wrong_prompts
@@ -75,11 +75,8 @@ class CountingModule(TrainingModule):
         self.blend, self.pad = blend, pad
         self.default_classes = default_classes
         self.train_classes: list[str] = []
-        self.val_errors, self.test_errors = CountErrors(), CountErrors()
-        self.val_classes, self.test_classes = ClassCountErrors(present_1=True), ClassCountErrors(present_1=True)
-        self.val_game, self.test_game = GAME(), GAME()
+        self.val_counts, self.test_counts = CountTable(), CountTable()
         self.val_prompts, self.test_prompts = PromptErrors(), PromptErrors()
-        self.val_intervals, self.test_intervals = IntervalScores(), IntervalScores()
 
     # -- what a model implements ----------------------------------------------------------------------------------
 
@@ -309,13 +306,8 @@ class CountingModule(TrainingModule):
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
 
-    def _metrics(self, split: Split) -> tuple[CountErrors, ClassCountErrors, GAME, PromptErrors]:
-        if split == "val":
-            return self.val_errors, self.val_classes, self.val_game, self.val_prompts
-        return self.test_errors, self.test_classes, self.test_game, self.test_prompts
-
-    def _intervals(self, split: Split) -> IntervalScores:
-        return self.val_intervals if split == "val" else self.test_intervals
+    def _metrics(self, split: Split) -> tuple[CountTable, PromptErrors]:
+        return (self.val_counts, self.val_prompts) if split == "val" else (self.test_counts, self.test_prompts)
 
     def _score(self, batch: Batch, split: Split) -> None:
         if "counts" not in batch:
@@ -350,22 +342,21 @@ class CountingModule(TrainingModule):
             extra: wrong names that were asked about too, or ``None``.
             split: whose scores.
         """
-        errors, classes, game, prompts = self._metrics(split)
+        table, prompts = self._metrics(split)
         asked = [list(query.names) for query in batch["queries"]]
+        names = [[" + ".join(own)] for own in asked] if self.class_blind else asked
         counts = self.reported(torch.cat([o.counts for o in outputs]))  # (B, K [+ 3])
         target = batch["counts"].sum(1, keepdim=True) if self.class_blind else batch["counts"]
-        errors.update(counts[:, : target.shape[1]], target, batch["image_id"])
-        bounds = [bounds for output in outputs if (bounds := self.interval(output)) is not None]
-        if bounds:
-            self._intervals(split).update(torch.cat(bounds)[:, : target.shape[1]], target, batch["image_id"])
-        if target.shape[1] > 1 and asked[0] == (classes.classes or asked[0]) and len({tuple(n) for n in asked}) == 1:
-            classes.classes = list(asked[0])
-            classes.update(counts[:, : target.shape[1]], target, batch["image_id"])
+        k, game = target.shape[1], None
+        bounds = [bounds[:, :k] for output in outputs if (bounds := self.interval(output)) is not None]
         if "points" in batch and "labels" in batch:
-            density = [o.density[0, : target.shape[1]] for o in outputs]
-            labels = None if self.class_blind else batch["labels"]
-            extents = [self.extent(d, size) for d, size in zip(density, sizes, strict=True)]
-            game.update(density, batch["points"], sizes, batch["image_id"], labels=labels, extents=extents)
+            grids = []
+            for i, (output, size) in enumerate(zip(outputs, sizes, strict=True)):
+                density, labels = output.density[0, :k], None if self.class_blind else batch["labels"][i]
+                grids.append(grid_errors(density, batch["points"][i], size, labels, self.extent(density, size)))
+            game = torch.stack(grids)
+        interval = torch.cat(bounds) if bounds else None
+        table.update(batch["image_id"], names, counts[:, :k], target, game=game, interval=interval)
         self.score_more(outputs, batch, split)
         if extra is not None:
             own = torch.tensor([[name == a[0] for name in e] for a, e in zip(asked, extra, strict=True)])
@@ -373,20 +364,17 @@ class CountingModule(TrainingModule):
             prompts.update(batch["image_id"], counts[:, 0], batch["counts"][:, 0], *wrong.unbind(1))
 
     def _log_scores(self, split: Split) -> None:
-        errors, classes, game, prompts = self._metrics(split)
-        constants = self._constants(split)
-        errors.constants = {f"train_{name}": value for name, value in constants.items()}
-        classes.constants = dict(errors.constants)
+        table, prompts = self._metrics(split)
+        table.constants = {f"train_{name}": value for name, value in self._constants(split).items()}
         with warnings.catch_warnings():
-            # A rank without pictures computes too, or the others would wait for it for ever.
+            # A rank without images computes too, or the others would wait for it for ever.
             warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
-            scores = prompts.compute() | game.compute() | classes.compute() | errors.compute() | self.more_scores(split)
-            if self.interval_calibration is not None:
-                scores |= self._intervals(split).compute() | {"interval_level": self.interval_calibration.level}
+            scores = prompts.compute() | table.compute() | self.more_scores(split)
+        if self.interval_calibration is not None:
+            scores["interval_level"] = self.interval_calibration.level
         self.log_dict({f"{split}/{name}": float(value) for name, value in scores.items() if not name.startswith("n_")})
-        for metric in (errors, classes, game, prompts, self._intervals(split)):
-            metric.reset()
-        classes.classes = None
+        table.reset()
+        prompts.reset()
 
     def score_more(self, outputs: list[CountOutput], batch: Batch, split: Split) -> None:
         """Keep what a model's own scores need of a batch, one output for each picture."""

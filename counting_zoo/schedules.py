@@ -8,8 +8,28 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+POSITION = ("last_epoch", "_step_count", "_last_lr", "base_lrs")
+"""The state of a schedule that a checkpoint restores; its settings, among them its length, are those of the run."""
 
-class WarmupHoldDecay(LRScheduler):
+
+class ResumableSchedule(LRScheduler):
+    """A schedule that a longer or shorter run takes up where a checkpoint left it.
+
+    torch restores every attribute, so that a run resumed with more epochs kept the rates of the old length.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict().items() if name in POSITION}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({name: value for name, value in state_dict.items() if name in POSITION})
+        # The optimizer's groups hold the rates of the old length until the next step.
+        self._last_lr = [float(rate) for rate in self.get_lr()]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+class WarmupHoldDecay(ResumableSchedule):
     """Linear warm-up, a constant stretch, then linear decay; steps are optimizer steps.
 
     Args:
@@ -47,7 +67,7 @@ class WarmupHoldDecay(LRScheduler):
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
 
-class WarmupCosineRestarts(LRScheduler):
+class WarmupCosineRestarts(ResumableSchedule):
     """Linear warm-up, then cosine decay that restarts; steps are epochs (CLIP-EBC: trainer.py).
 
     Args:
@@ -86,7 +106,7 @@ class WarmupCosineRestarts(LRScheduler):
         return [self.rate(self.last_epoch, float(base)) for base in self.base_lrs]
 
 
-class WarmupSteps(LRScheduler):
+class WarmupSteps(ResumableSchedule):
     """Linear warm-up, then a constant rate that falls at some steps (RegionCLIP, as detectron2 has it).
 
     Args:

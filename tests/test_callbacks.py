@@ -78,7 +78,7 @@ def test_predictions_agree_with_the_model(tmp_path: Path, model: TinyCounter) ->
     with h5py.File(tmp_path / "densities.h5") as file:
         for row in rows:
             k = int(row["name"] != "dots")
-            assert float(row["count"]) == pytest.approx(float(expected.counts[k]), rel=1e-6)
+            assert float(row["predicted"]) == pytest.approx(float(expected.counts[k]), rel=1e-6)
             density = file[row["density"]]
             assert density.fletcher32
             assert density.attrs["image"] == row["image"]
@@ -344,7 +344,7 @@ def test_the_report_of_a_test(tmp_path: Path, model: TinyCounter, ranks: int) ->
     made.test(model, TinyPictures(), verbose=False)
     rows = table(tmp_path / "test_counts.csv")
     assert [row["image"] for row in rows] == [f"test/{i:02d} ü.png" for i in range(5)]
-    assert [float(row["true"]) for row in rows] == [1, 2, 3, 4, 5]
+    assert [float(row["target"]) for row in rows] == [1, 2, 3, 4, 5]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "always the training median" in page
     assert page.count("<circle") == 5

@@ -166,7 +166,7 @@ def fit_test_predict(how: Commands | Library, model_name: str, data_name: str, c
         assert ids == {row["image"] for row in per_image}
     with h5py.File(Path("out") / "densities.h5") as file:
         for row in predicted:
-            assert file[row["density"]][:].sum() == pytest.approx(float(row["count"]), rel=1e-5, abs=1e-5)
+            assert file[row["density"]][:].sum() == pytest.approx(float(row["predicted"]), rel=1e-5, abs=1e-5)
             assert (Path("out") / row["overlay"]).is_file()
 
 
@@ -245,7 +245,7 @@ def test_no_annotation_at_all_still_predicts(copies: dict[str, list[str]], tmp_p
     library = load(best).count(tmp_path / "photos" / "one.jpg", ["plums", "kiwis"])
     assert isinstance(library, Prediction)
     for row, count in zip(found, library.counts.tolist(), strict=True):
-        assert float(row["count"]) == pytest.approx(count, rel=1e-5)  # the command and the library agree
+        assert float(row["predicted"]) == pytest.approx(count, rel=1e-5)  # the command and the library agree
 
 
 def test_every_data_module_has_a_configuration() -> None:

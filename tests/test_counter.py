@@ -58,7 +58,7 @@ def test_cells_lie_where_the_model_counts(window: int | None) -> None:
             blocks = {tuple(block) for block in (own // 8).tolist()}
             assert {tuple(block) for block in (prediction.points[0] // 8).tolist()} <= blocks
     model._score(batch, "val")
-    game = model.val_game.compute()
+    game = model.val_counts.compute()
     assert game["game0"] == 0
     expected = torch.cat([_game(model, batch, i) for i in range(len(SIZES))]).mean(0)
     assert [game[f"game{level}"] for level in range(4)] == pytest.approx(expected.tolist(), abs=1e-6)

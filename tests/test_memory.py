@@ -94,7 +94,7 @@ def test_a_picture_of_400_megapixels_takes_less_than_4_gb(tmp_path: Path, size: 
     assert found["exit"] == 0
     with (tmp_path / "out" / "counts.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert float(row["count"]) == pytest.approx(expected, rel=0.02)
+    assert float(row["predicted"]) == pytest.approx(expected, rel=0.02)
     assert (int(row["height"]), int(row["width"])) == size
     drawn = cv2.imread(str(tmp_path / "out" / row["overlay"]))
     assert max(drawn.shape[:2]) <= 4096

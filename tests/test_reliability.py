@@ -157,7 +157,7 @@ def test_every_orientation_counts_alike(checkpoint: Path) -> None:
         assert prediction.density.shape == found[0].density.shape
     assert run("predict", *predict_words(checkpoint)) == 0
     for row, prediction in zip(rows("predictions/counts.csv"), found, strict=True):
-        assert float(row["count"]) == pytest.approx(float(prediction.counts[0]), rel=1e-5)
+        assert float(row["predicted"]) == pytest.approx(float(prediction.counts[0]), rel=1e-5)
         assert (row["height"], row["width"]) == ("40", "56")
 
 
@@ -178,7 +178,7 @@ def test_odd_pictures(either: Path) -> None:
     for name, picture in pictures.items():
         assert cv2.imwrite(f"data/{name}.png", picture)
     assert run("predict", *predict_words(either)) == 0
-    counts = {row["image"].removesuffix(".png"): float(row["count"]) for row in rows("predictions/counts.csv")}
+    counts = {row["image"].removesuffix(".png"): float(row["predicted"]) for row in rows("predictions/counts.csv")}
     assert counts.keys() == pictures.keys()
     assert np.isfinite(list(counts.values())).all()
     assert counts["grey"] == pytest.approx(counts["as colour"], rel=1e-6)
@@ -405,7 +405,7 @@ def test_mixed_precision_counts_alike(name: str) -> None:
     for precision in ("32-true", "bf16-mixed"):
         words = [*trainer(callbacks=[], precision=precision), *folder_words(), "--data.classes=[objects]"]
         assert run("predict", *words, "--ckpt_path=runs/a/checkpoints/last.ckpt") == 0
-        counts.append([float(row["count"]) for row in rows("predictions/counts.csv")])
+        counts.append([float(row["predicted"]) for row in rows("predictions/counts.csv")])
     exact, mixed = np.array(counts)
     assert not np.array_equal(exact, mixed)
     assert np.abs(exact - mixed).mean() <= 0.01 * np.abs(exact).mean() + 1e-3
@@ -424,7 +424,7 @@ def test_batches_change_nothing(checkpoint: Path) -> None:
     assert isinstance(together, list)
     torch.testing.assert_close(torch.cat([o.counts[:, 0] for o in together]), counts, rtol=1e-5, atol=1e-6)
     assert run("predict", *predict_words(checkpoint), "--data.eval_batch_size=3") == 0
-    written = torch.tensor([float(row["count"]) for row in rows("predictions/counts.csv")])
+    written = torch.tensor([float(row["predicted"]) for row in rows("predictions/counts.csv")])
     torch.testing.assert_close(written, counts, rtol=1e-5, atol=1e-6)
     saved = load(save(counter, "copy.ckpt")).count(paths[0], "apples")
     assert isinstance(saved, Prediction)

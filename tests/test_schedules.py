@@ -49,6 +49,19 @@ def test_warm_up_hold_and_decay() -> None:
     assert found[100] == pytest.approx(0.1)
 
 
+def test_a_longer_run_takes_up_the_position_and_keeps_its_own_length() -> None:
+    """Two epochs of three steps resumed to six stayed at 2 % of the rate for the last 12 of 18 steps."""
+    whole = rates(WarmupHoldDecay(optimizer(1.0), total_steps=18, warmup=2), 18)
+    short = WarmupHoldDecay(optimizer(1.0), total_steps=6, warmup=2)
+    assert rates(short, 6)[-1] < 0.5
+    resumed = optimizer(1.0)
+    longer = WarmupHoldDecay(resumed, total_steps=18, warmup=2)
+    resumed.load_state_dict(short.optimizer.state_dict())
+    longer.load_state_dict(short.state_dict())
+    assert resumed.param_groups[0]["lr"] == whole[6]
+    assert rates(longer, 12) == whole[6:]
+
+
 def test_warm_up_and_falls_are_the_references() -> None:
     """0.002 after 1000 steps from a thousandth of it, and a tenth at each fall; detectron2's WarmupMultiStepLR."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.002)

@@ -191,7 +191,8 @@ def _parsed(kind: str, *arguments: str) -> tuple[Any, Any]:
     from counting_zoo.config_safety import restrict_imports
     from counting_zoo.lightning_cli import _import_classes
 
-    restrict_imports(["tiny_zoo", *os.environ.get("COUNTING_ZOO_ALLOW", "").split(",")])  # models elsewhere
+    allowed = os.environ.get("COUNTING_ZOO_ALLOW", "tiny_zoo")  # models elsewhere
+    restrict_imports(["tiny_zoo", *allowed.split(",")])
     _import_classes()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")

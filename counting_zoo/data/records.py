@@ -157,7 +157,7 @@ def croppable(record: Record) -> bool:
 
 
 def without_annotation(record: Record) -> Record:
-    """Keep what prediction may know of an image: its id, path and size, and the names and example boxes of its query."""
+    """Keep what prediction may know of an image: its id, path, size, and the names and examples of its query."""
     return Record(record.image_id, record.path, list(record.classes), exemplars=record.exemplars, size=record.size)
 
 

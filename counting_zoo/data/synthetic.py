@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -364,14 +364,15 @@ class SyntheticScenes(CountingDataModule):
         return list(self._split_names["test" if split == "predict" else split])
 
     def read_split(self, split: Split) -> list[Record]:
-        """Scenes with everything in them; ``predict`` gives the test pictures with names but without annotation."""
+        """Scenes with everything in them; those of ``predict`` are the test images, for the names of their queries."""
         self.prepare_data()
         assert self.root is not None
         wanted = "test" if split == "predict" else split
         pictures = [p for p in read_json(self.root / ANNOTATION)["pictures"] if p["split"] == wanted]
-        if split == "predict":
-            return [self._without_annotation(picture) for picture in pictures]
-        return [self._record(picture) for picture in pictures]
+        records = [self._record(picture) for picture in pictures]
+        if split == "predict" and self.classes is not None:  # whoever predicts names what to count
+            return [replace(record, classes=[], exemplars=None) for record in records]
+        return records
 
     def _record(self, picture: dict[str, Any]) -> Record:
         name = f"{ANNOTATION}: {picture['file']}"
@@ -394,15 +395,6 @@ class SyntheticScenes(CountingDataModule):
             exemplars=exemplars,
             counts=np.bincount(labels, minlength=len(classes)).astype(np.float32),
             captions=list(picture["captions"]),
-            size=(picture["size"][0], picture["size"][1]),
-        )
-
-    def _without_annotation(self, picture: dict[str, Any]) -> Record:
-        names = self._split_names["test"] if self.fixed_list else picture["classes"]
-        return Record(
-            image_id=picture["file"],
-            path=self._path(picture),
-            classes=[] if self.classes is not None else list(names),
             size=(picture["size"][0], picture["size"][1]),
         )
 

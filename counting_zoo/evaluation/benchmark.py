@@ -361,7 +361,7 @@ def _drawings(
     model: CountingModule, datamodule: CountingDataModule, split: Split, table: CountTable, n: int
 ) -> list[Picture]:
     """The pictures with the largest and the smallest error, the latter in proportion to what they hold."""
-    ids, index = table.pictures()
+    ids, index = table.images()
     error = np.bincount(index, np.abs(table.predicted - table.target))
     share = error / np.maximum(np.bincount(index, table.target), 1)
     full = np.bincount(index, table.target) > 0

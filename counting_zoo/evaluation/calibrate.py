@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from counting_zoo.io import replacing
 from counting_zoo.loading import read_checkpoint
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.intervals import (
-    EPSILON,
     IntervalCalibration,
     Width,
     check_settings,
@@ -52,7 +51,7 @@ class Calibrated:
         unit = "log((1 + true) / (1 + predicted))" if made.width == "residual" else "(true - predicted) / std"
         lines = [
             f"intervals that hold {made.level:.4g} of the true counts, from {len(counts)} counts of "
-            f"{len(counts.pictures()[0])} pictures; quantiles of {unit}",
+            f"{len(counts.images()[0])} pictures; quantiles of {unit}",
             f"{'predicted':>16} {'rows':>6} {'low':>8} {'high':>8} {'width':>8} {'coverage*':>9}",
         ]
         for s, (low, high) in enumerate(zip(made.low, made.high, strict=True)):
@@ -99,8 +98,7 @@ def calibrate(
             "on pictures that a model was trained on it is less far off than on others: intervals get too narrow"
         )
     training, kept = model.training, model.interval_calibration
-    # With an interval of one deviation the counts come with what the width 'bins' needs, in tiles as in one piece.
-    model.interval_calibration = _ONE_DEVIATION if width == "bins" else None
+    model.interval_calibration = None
     model.eval()
     try:
         datamodule.prepare_data()
@@ -111,13 +109,13 @@ def calibrate(
                 raise InputError(f"none of the {n} pictures of {split!r} could be counted; {image}: {reason}")
             log.warning("%d pictures could not be counted and are left out, such as %s: %s", n, image, reason)
         counts = _known(found.table, split, level)
-        spread = counts.interval[:, 1] - np.maximum(counts.predicted, 0) - EPSILON if width == "bins" else None
+        spread = counts.column("deviation") if width == "bins" else None
         made = fit_intervals(counts.predicted, counts.target, level=level, width=width, spread=spread)
         kept = made
     finally:
         model.interval_calibration = kept
         model.train(training)
-    return Calibrated(made, replace(counts, interval=made.bounds(counts.predicted, spread)))
+    return Calibrated(made, counts.with_interval(made.bounds(counts.predicted, spread)))
 
 
 def check_distribution(model: CountingModule) -> None:
@@ -149,9 +147,6 @@ def write_calibrated(source: str | Path, out: str | Path, calibration: IntervalC
     return out
 
 
-_ONE_DEVIATION = IntervalCalibration(0.5, "bins", (), (-1.0,), (1.0,), (0,), False)
-
-
 def _known(counts: CountTable, split: str, level: float) -> CountTable:
     """The rows whose truth is known.
 
@@ -164,11 +159,4 @@ def _known(counts: CountTable, split: str, level: float) -> CountTable:
             f"the {split!r} split has {len(known)} known counts, and intervals that hold {level:.4g} of the counts "
             f"need at least {rows_needed(level)}, better 1000; give more pictures, another --split, or a lower --level"
         )
-    return CountTable(
-        [counts.image[i] for i in known],
-        [counts.name[i] for i in known],
-        counts.target[known],
-        counts.predicted[known],
-        counts.game[known],
-        counts.interval[known],
-    )
+    return counts.select(known)

@@ -30,7 +30,7 @@ from counting_zoo.data.records import Record, Split, ask
 from counting_zoo.errors import InputError, NamesError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.io import progress, unsafe_cell
-from counting_zoo.metrics.counts import COLUMNS, CountTable, grid_errors
+from counting_zoo.metrics.counts import CountTable, grid_errors
 from counting_zoo.metrics.statistics import JOIN
 from counting_zoo.module import CountingModule
 from counting_zoo.prediction import Prediction
@@ -341,7 +341,7 @@ def _by(image_ids: list[str], key: Callable[[str], str]) -> dict[str, list[str]]
     return grouped
 
 
-Row = list[str | float | None]
+Row = dict[str, str | float]
 
 
 NO_NAME = (
@@ -472,7 +472,7 @@ def _counted(model: CountingModule, batch: Batch) -> dict[str, Any]:
 
 
 def _rows(model: CountingModule, batch: Batch, output: CountOutput) -> list[Row]:
-    """A row for each name of one picture.
+    """Make a row for each name of one image.
 
     Raises:
         FloatingPointError: a count is not finite.
@@ -484,17 +484,23 @@ def _rows(model: CountingModule, batch: Batch, output: CountOutput) -> list[Row]
         names, target = [" + ".join(names)], target.sum(0, keepdim=True)
     if not bool(counts.isfinite().all()):
         raise FloatingPointError(f"the count is {counts.tolist()}")
-    rows: list[Row] = [[image_id, name, float(t), float(c)] for name, t, c in zip(names, target, counts, strict=True)]
+    rows: list[Row] = [
+        {"image": image_id, "name": name, "target": float(t), "predicted": float(c)}
+        for name, t, c in zip(names, target, counts, strict=True)
+    ]
     if "points" in batch and "labels" in batch:
         size = (int(batch["image"][0].shape[-2]), int(batch["image"][0].shape[-1]))
         density = output.density[0, : len(names)]
         labels = None if model.class_blind else batch["labels"][0]
         errors = grid_errors(density, batch["points"][0], size, labels, model.extent(density, size))
         for row, game in zip(rows, errors.cpu().tolist(), strict=True):
-            row += game[1:]
+            row |= {f"game{level}": error for level, error in enumerate(game)}
     if (bounds := model.interval(output)) is not None:
-        for row, own in zip(rows, bounds[0, : len(rows)].tolist(), strict=True):
-            row += [*[None] * (COLUMNS.index("low") - len(row)), *own]
+        for row, (low, high) in zip(rows, bounds[0, : len(rows)].tolist(), strict=True):
+            row |= {"low": low, "high": high}
+    if (deviation := output.deviation) is not None:
+        for row, value in zip(rows, deviation[0, : len(rows)].tolist(), strict=True):
+            row["deviation"] = value
     return rows
 
 

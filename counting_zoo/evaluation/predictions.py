@@ -21,9 +21,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from counting_zoo.errors import ImageError
 from counting_zoo.io import replacing, write_table
+from counting_zoo.metrics.counts import SCHEMA
 from counting_zoo.prediction import Prediction
 
-COUNT_COLUMNS = ("image", "name", "count", "low", "high", "points", "width", "height", "overlay", "density")
+COUNT_COLUMNS = (*SCHEMA, "points", "width", "height", "overlay", "density")
 
 
 POINT_COLUMNS = ("image", "name", "x", "y")
@@ -212,7 +213,7 @@ def _count_lines(row: dict[str, Any], stems: dict[str, str], shown: bool) -> Ite
     for k, (name, count, points) in enumerate(zip(row["names"], row["counts"], row["points"], strict=True)):
         overlay = _overlay(row, k, stems) if shown else ""
         density = f"{stems[image]}/{k}" if row["mapped"] else ""
-        yield image, name, float(count), *bounds[k], len(points), width, height, overlay, density
+        yield image, name, "", float(count), *bounds[k], len(points), width, height, overlay, density
 
 
 def _box_lines(row: dict[str, Any]) -> Iterator[tuple[str | float, ...]]:

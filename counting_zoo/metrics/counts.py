@@ -6,7 +6,6 @@ import csv
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -115,8 +114,8 @@ def grid_errors(
     return torch.stack([sum_blocks(error, n >> level).abs().sum((-2, -1)) for level in range(levels)], -1)
 
 
-class PictureRows(Metric):
-    """Rows of numbers, one for each picture and class, that survive any distribution over processes.
+class ImageRows(Metric):
+    """Rows of numbers, one for each image and kind, that survive any distribution over processes.
 
     Args:
         columns: names of the numbers in a row.
@@ -124,53 +123,54 @@ class PictureRows(Metric):
     """
 
     full_state_update = False
-    picture: list[Tensor] | Tensor
-    kind: list[Tensor] | Tensor
 
     def __init__(self, columns: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.columns = tuple(columns)
-        self.names: dict[int, str] = {}
-        for state in ("picture", "kind", *columns):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
+        self.texts: dict[int, str] = {}  # of the keys that this process has seen
+        for state in (*_KEYS, *columns):
+            self.add_state(f"{state}_", default=[], dist_reduce_fx="cat")
 
-    def append(self, image_ids: Sequence[str], **columns: Tensor) -> None:
-        """Add ``(B, K)`` numbers for B pictures under each column."""
+    def append(self, image_ids: Sequence[str], names: Sequence[Sequence[str]] | None = None, **columns: Tensor) -> None:
+        """Add ``(B, K)`` numbers for B images under each column.
+
+        Args:
+            image_ids: B ids.
+            names: B x K names, by which rows are told from each other; by their place among the K if ``None``.
+            columns: the numbers.
+
+        Raises:
+            InputError: shapes that do not fit each other.
+        """
         shapes = {name: tuple(value.shape) for name, value in columns.items()}
         shape = next(iter(shapes.values()))
-        if len(shape) != 2 or len(image_ids) != shape[0] or len(set(shapes.values())) > 1:
+        lengths = {shape[1]} if names is None or len(shape) != 2 else {len(own) for own in names}
+        if len(shape) != 2 or len(image_ids) != shape[0] or len(set(shapes.values())) > 1 or lengths - {shape[1]}:
             raise InputError(
-                f"{len(image_ids)} image ids came with {shapes}; expected (pictures, classes), the same for each"
+                f"{len(image_ids)} image ids came with {shapes}; expected (images, names), the same for each"
             )
-        keys = [_key(image_id) for image_id in image_ids]
-        self.names.update(zip(keys, image_ids, strict=True))
-        picture = torch.tensor(keys, dtype=torch.int64, device=self.device)
-        kind = torch.arange(shape[1], device=self.device)
-        self._state("picture").append(picture.repeat_interleave(shape[1]))
-        self._state("kind").append(kind.repeat(shape[0]))
-        for name, value in columns.items():
-            self._state(name).append(value.detach().to(self.device, exact_dtype(self.device)).flatten())
+        place = torch.arange(shape[1]).repeat(shape[0])
+        kind = (
+            place if names is None else torch.tensor(self._keys([n for own in names for n in own]), dtype=torch.int64)
+        )
+        image = torch.tensor(self._keys(image_ids), dtype=torch.int64).repeat_interleave(shape[1])
+        for state, value in (("image_key", image), ("kind", kind), ("place", place)):
+            self._state(state).append(value.to(self.device))
+        for state, value in columns.items():
+            self._state(state).append(value.detach().to(self.device, exact_dtype(self.device)).flatten())
 
     def rows(self) -> dict[str, Tensor]:
-        """All columns without repetitions, ordered by picture and class: the same for every distribution."""
-        joined = {name: self._joined(name) for name in ("picture", "kind", *self.columns)}
+        """All columns without repetitions, ordered by image and place: the same for every distribution."""
+        joined = {name: self._joined(name) for name in (*_KEYS, *self.columns)}
         order = joined["kind"].argsort(stable=True)
-        order = order[joined["picture"][order].argsort(stable=True)]
-        joined = {name: value[order] for name, value in joined.items()}
-        key = torch.stack([joined["picture"], joined["kind"]])
-        first = torch.ones_like(joined["kind"], dtype=torch.bool)
+        order = order[joined["image_key"][order].argsort(stable=True)]
+        key = torch.stack([joined["image_key"], joined["kind"]])[:, order]
+        first = torch.ones_like(order, dtype=torch.bool)
         first[1:] = (key[:, 1:] != key[:, :-1]).any(0)
-        return {name: value[first] for name, value in joined.items()}
-
-    def per_image(self) -> list[dict[str, Any]]:
-        """One row for each picture this process saw: ``image_id`` and, for each column, its K numbers."""
-        rows = self.rows()
-        lengths = rows["picture"].unique_consecutive(return_counts=True)[1].tolist()
-        pieces = {name: [part.tolist() for part in value.split(lengths)] for name, value in rows.items()}
-        return [
-            {"image_id": self.names[pieces["picture"][i][0]], **{name: pieces[name][i] for name in self.columns}}
-            for i in range(len(lengths))
-        ]
+        order = order[first]
+        order = order[joined["place"][order].argsort(stable=True)]
+        order = order[joined["image_key"][order].argsort(stable=True)]
+        return {name: value[order] for name, value in joined.items()}
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the rows of all processes.
@@ -178,134 +178,296 @@ class PictureRows(Metric):
         A process without rows takes part with empty tensors of the right type; torchmetrics' own stand-in is always
         float32, which a gather of int64 and float64 rows does not survive.
         """
-        for name in ("picture", "kind", *self.columns):
-            if len(getattr(self, name)) == 0:
-                setattr(self, name, [self._joined(name)])
+        for name in (*_KEYS, *self.columns):
+            if len(self._state(name)) == 0:
+                setattr(self, f"{name}_", [self._joined(name)])
         super().sync(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
         """Follow to another device but keep the type: ``to(bfloat16)`` must not round counts."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
+    def _keys(self, texts: Sequence[str]) -> list[int]:
+        """64 bits that stand for each text on every process, as signed integers."""
+        keys = [int.from_bytes(blake2b(t.encode(), digest_size=8).digest(), "big", signed=True) for t in texts]
+        self.texts.update(zip(keys, texts, strict=True))
+        return keys
+
     def _state(self, name: str) -> list[Tensor]:
-        return getattr(self, name)
+        return getattr(self, f"{name}_")  # the columns' own names are free for what subclasses make of them
 
     def _joined(self, name: str) -> Tensor:
         """One state as one tensor, whether it is a list still or was gathered."""
-        value = getattr(self, name)
+        value: Any = self._state(name)
         if isinstance(value, Tensor):
             return value
-        dtype = torch.int64 if name in ("picture", "kind") else exact_dtype(self.device)
+        dtype = torch.int64 if name in _KEYS else exact_dtype(self.device)
         return torch.cat(value) if value else torch.zeros(0, dtype=dtype, device=self.device)
 
 
-class CountErrors(PictureRows):
-    """MAE, RMSE, NAE and bias of counts over a data set.
+_KEYS = ("image_key", "kind", "place")
 
-    With several classes the figures run over all (picture, class) pairs, and those that start with ``sum_`` over the
-    total of each picture.
+
+GAME_COLUMNS = ("game1", "game2", "game3")
+
+
+SCHEMA = ("image", "name", "target", "predicted", "low", "high")
+"""Columns of every file of counts; a number that is not known is an empty cell, and more columns may follow."""
+
+
+class CountTable(ImageRows):
+    """Predicted and true counts by image and name: the one metric of validation, test, benchmark and calibration.
+
+    A row holds the true count (``target``, NaN where it is not known), the predicted one, the grid errors ``game0`` to
+    ``game3`` (:func:`grid_errors`; NaN where the data have no points), the bounds ``low`` and ``high`` of a calibrated
+    model and the ``deviation`` of one that predicts a distribution. Rows are known by image id and name, so that the
+    scores are those of one process whatever the sampler repeats.
 
     Args:
-        constants: constant predictions to be scored on the same pictures, as in :func:`constant_rows`; a constant
-            called ``train_mean`` adds ``train_mean_mae`` and ``train_mean_rmse``.
+        constants: constant predictions by name that are scored on the same rows: one number, or one for each of the
+            names that every image is asked for. One called ``train_mean`` adds ``train_mean_mae`` and so on.
         kwargs: those of :class:`torchmetrics.Metric`.
 
     Example:
-        >>> metric = CountErrors({"train_median": 5.0})
-        >>> metric.update(torch.tensor([[2.0], [4.0]]), torch.tensor([[1.0], [4.0]]), ["a.jpg", "b.jpg"])
-        >>> metric.update(torch.tensor([[4.0]]), torch.tensor([[4.0]]), ["b.jpg"])  # the sampler repeats it
-        >>> result = metric.compute()
+        >>> table = CountTable({"train_median": 5.0})
+        >>> table.update(["a.jpg", "b.jpg"], [["figs"]] * 2, torch.tensor([[2.0], [4.0]]), torch.tensor([[1.0], [4.0]]))
+        >>> table.update(["b.jpg"], [["figs"]], torch.tensor([[4.0]]), torch.tensor([[4.0]]))  # the sampler repeats it
+        >>> result = table.compute()
         >>> result["mae"], result["train_median_mae"], result["n"]
         (0.5, 2.5, 2)
     """
 
     def __init__(self, constants: Mapping[str, float | Sequence[float] | Tensor] | None = None, **kwargs: Any) -> None:
-        super().__init__(("predicted", "target"), **kwargs)
+        columns = ("target", "predicted", "game0", *GAME_COLUMNS, "low", "high", "deviation")
+        super().__init__(columns, **kwargs)
         self.constants = dict(constants or {})
 
-    def update(self, predicted: Tensor, target: Tensor, image_ids: Sequence[str]) -> None:
-        """Add ``(B, K)`` predicted and true counts of B pictures."""
-        self.append(image_ids, predicted=predicted, target=target)
+    # -- the metric -----------------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        image_ids: Sequence[str],
+        names: Sequence[Sequence[str]],
+        predicted: Tensor,
+        target: Tensor,
+        *,
+        game: Tensor | None = None,
+        interval: Tensor | None = None,
+        deviation: Tensor | None = None,
+    ) -> None:
+        """Add B images with K names each.
+
+        Args:
+            image_ids: B ids.
+            names: B x K names.
+            predicted, target: ``(B, K)`` counts; a target of NaN is not known.
+            game: ``(B, K, 4)`` grid errors.
+            interval: ``(B, K, 2)`` lower and upper bounds.
+            deviation: ``(B, K)`` standard deviations.
+        """
+        unknown = torch.full_like(target, torch.nan)
+        grid = [unknown] * GAME_LEVELS if game is None else list(game.unbind(-1))
+        low, high = (unknown, unknown) if interval is None else interval.unbind(-1)
+        numbers = [target, predicted, *grid, low, high, unknown if deviation is None else deviation]
+        self.append(image_ids, names, **dict(zip(self.columns, numbers, strict=True)))
 
     def compute(self) -> dict[str, float]:
-        """:func:`count_errors` over all pictures; see the class for further keys."""
+        """Scores over all rows.
+
+        Returns:
+            :func:`count_errors`; with several names an image also ``sum_`` errors of the total of each image and the
+            means over classes of :func:`class_count_errors`, beside always 0, always 1 and a perfect judge of presence
+            (``present_1``); ``game0`` to ``game3``; ``interval_coverage`` and ``interval_width``; the errors of each
+            constant.
+        """
         rows = self.rows()
-        result = count_errors(rows["predicted"], rows["target"])
-        picture = rows["picture"].unique_consecutive(return_inverse=True)[1]
-        if len(picture) and bool((rows["kind"] > 0).any()):
-            n = int(picture[-1]) + 1
-            total = {c: rows[c].new_zeros(n).index_add_(0, picture, rows[c]) for c in self.columns}
+        result: dict[str, float] = {}
+        placed = ~rows["game0"].isnan()
+        if bool(placed.any()):
+            result |= {name: rows[name][placed].mean().item() for name in ("game0", *GAME_COLUMNS)}
+        known = rows["target"].isfinite() & rows["low"].isfinite()
+        if bool(known.any()):
+            inside = (rows["low"] <= rows["target"]) & (rows["target"] <= rows["high"])
+            result["interval_coverage"] = float(inside[known].double().mean())
+            result["interval_width"] = float((rows["high"] - rows["low"])[known].mean())
+        image = rows["image_key"].unique_consecutive(return_inverse=True)[1]
+        several = len(image) > 0 and bool((rows["place"] > 0).any())
+        if several:
+            result |= self._class_scores(rows, image)
+        result |= count_errors(rows["predicted"], rows["target"])
+        if several:
+            total = {
+                c: rows[c].new_zeros(int(image[-1]) + 1).index_add_(0, image, rows[c]) for c in ("predicted", "target")
+            }
             result |= {f"sum_{key}": value for key, value in count_errors(total["predicted"], total["target"]).items()}
         for name, value in self.constants.items():
             constant = torch.as_tensor(value, dtype=rows["target"].dtype, device=self.device)
-            if constant.ndim and len(picture) and len(constant) != int(rows["kind"].max()) + 1:
+            if constant.ndim and len(image) and len(constant) != int(rows["place"].max()) + 1:
                 raise InputError(
-                    f"the constant {name!r} has {len(constant)} entries for {int(rows['kind'].max()) + 1} classes; "
-                    "give one number, or one for each class"
+                    f"the constant {name!r} has {len(constant)} entries for {int(rows['place'].max()) + 1} names; "
+                    "give one number, or one for each name"
                 )
-            each = constant[rows["kind"]] if constant.ndim else constant.expand_as(rows["target"])
+            each = constant[rows["place"]] if constant.ndim else constant.expand_as(rows["target"])
             errors = count_errors(each, rows["target"])
             result |= {f"{name}_{key}": errors[key] for key in ("mae", "rmse") if key in errors}
         return result
 
+    def _class_scores(self, rows: dict[str, Tensor], image: Tensor) -> dict[str, float]:
+        """Means over classes of the model and of what needs no image; classes stand in the order of their places."""
+        first: dict[int, int] = {}
+        for kind, place in zip(rows["kind"].tolist(), rows["place"].tolist(), strict=True):
+            first[kind] = min(place, first.get(kind, place))
+        kinds = sorted(first, key=lambda kind: (first[kind], kind))
+        column = torch.tensor([kinds.index(kind) for kind in rows["kind"].tolist()], device=self.device)
+        predicted = rows["target"].new_full((int(image[-1]) + 1, len(kinds)), torch.nan)
+        target = predicted.clone()
+        predicted[image, column], target[image, column] = rows["predicted"], rows["target"]
+        names = [self.texts.get(kind, str(kind)) for kind in kinds]
+        result = class_count_errors(predicted, target, names)
+        baselines = {"always_0": torch.zeros_like(target), "always_1": torch.ones_like(target)}
+        for name, value in self.constants.items():
+            constant = torch.as_tensor(value, dtype=target.dtype, device=target.device)
+            if not constant.ndim or constant.shape == target.shape[1:]:
+                baselines[name] = constant.expand_as(target)
+        baselines["present_1"] = (target > 0).to(target)
+        for name, values in baselines.items():
+            result |= {f"{name}_{key}": value for key, value in _means(errors_by_class(values, target)).items()}
+        return result
 
-class GAME(PictureRows):
-    """Grid average mean absolute error, levels 0 to 3: counts that are right in the right places.
+    # -- the table ------------------------------------------------------------------------------------------------
 
-    See :func:`grid_errors`. ``game0`` is the MAE; with several classes, over all (picture, class) pairs.
+    def __len__(self) -> int:
+        return len(self._joined("image_key"))
 
-    Args:
-        kwargs: those of :class:`torchmetrics.Metric`.
+    @property
+    def image(self) -> list[str]:
+        """Ids of the images of all rows, in the order in which they came."""
+        return [self.texts[key] for key in self._joined("image_key").tolist()]
 
-    Example:
-        >>> metric = GAME()
-        >>> left = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-        >>> metric.update([left], [torch.tensor([[9.0, 1.0]])], [(10, 10)], ["a.jpg"])
-        >>> metric.compute()
-        {'n': 1, 'game0': 0.0, 'game1': 2.0, 'game2': 2.0, 'game3': 2.0}
-    """
+    @property
+    def name(self) -> list[str]:
+        """Names of all rows; several joined by " + " where the model counts without names."""
+        return [self.texts[key] for key in self._joined("kind").tolist()]
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__([f"game{level}" for level in range(GAME_LEVELS)], **kwargs)
+    def column(self, *names: str) -> np.ndarray:
+        """``(N,)`` float64 numbers of one column, or ``(N, C)`` of several."""
+        found = [self._joined(name).cpu().double().numpy() for name in names]
+        return found[0] if len(found) == 1 else np.stack(found, 1)
 
-    def update(
-        self,
-        densities: Sequence[Tensor] | Tensor,
-        points: Sequence[Tensor],
-        sizes: Sequence[tuple[int, int]],
-        image_ids: Sequence[str],
-        labels: Sequence[Tensor] | None = None,
-        extents: Sequence[tuple[float, float] | None] | None = None,
-    ) -> None:
-        """Add B pictures.
+    @property
+    def target(self) -> np.ndarray:
+        """``(N,)`` true counts, NaN where they are not known."""
+        return self.column("target")
 
-        Args:
-            densities: B maps ``(K, h, w)`` of predicted objects per cell.
-            points: B tensors ``(N_i, 2)`` of x, y in pixels.
-            sizes: B times ``(H, W)``, in the frame of the points.
-            image_ids: B ids.
-            labels: B tensors ``(N_i,)`` of class indices; needed when K is above 1.
-            extents: B heights and widths of pictures in cells, ``None`` where the map covers exactly its picture,
-                as all do by default; see :func:`grid_errors`.
+    @property
+    def predicted(self) -> np.ndarray:
+        """``(N,)`` predicted counts."""
+        return self.column("predicted")
+
+    @property
+    def game(self) -> np.ndarray:
+        """``(N, 3)`` grid errors of levels 1 to 3, NaN where the data have no points."""
+        return self.column(*GAME_COLUMNS)
+
+    @property
+    def interval(self) -> np.ndarray:
+        """``(N, 2)`` lower and upper bounds, NaN where the model gives none."""
+        return self.column("low", "high")
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any] | Sequence[Any]]) -> CountTable:
+        """Build a table from rows: mappings of columns, or values in the order of the file; what a row lacks is NaN.
+
+        Example:
+            >>> table = CountTable.of([("a.jpg", "figs", 3, 2.5), {"image": "b.jpg", "name": "figs", "predicted": 1}])
+            >>> table.predicted - table.target, table.game.shape
+            (array([-0.5,  nan]), (2, 3))
         """
-        extents = [None] * len(densities) if extents is None else extents
-        if not len(densities) == len(points) == len(sizes) == len(image_ids) == len(extents):
-            raise InputError(
-                f"{len(densities)} densities, {len(points)} point sets, {len(sizes)} sizes, {len(image_ids)} image "
-                f"ids and {len(extents)} extents; expected one of each for every picture"
-            )
-        for i, (density, dots, size, extent) in enumerate(zip(densities, points, sizes, extents, strict=True)):
-            errors = grid_errors(density, dots, size, None if labels is None else labels[i], extent)
-            self.append(image_ids[i : i + 1], **dict(zip(self.columns, errors.mT[:, None], strict=True)))
+        order = (*SCHEMA, *GAME_COLUMNS)
+        table = cls()
+        made = [row if isinstance(row, Mapping) else dict(zip(order, row, strict=False)) for row in rows]
+        if not made:
+            return table
+        images, place = [str(row["image"]) for row in made], []
+        seen: dict[str, int] = {}
+        for image in images:
+            seen[image] = seen.get(image, -1) + 1
+            place.append(seen[image])
+        keys = (table._keys(images), table._keys([str(row["name"]) for row in made]), place)
+        for state, values in zip(_KEYS, keys, strict=True):
+            table._state(state).append(torch.tensor(values, dtype=torch.int64))
+        for column in table.columns:
+            numbers = [math.nan if (v := row.get(column)) is None else float(v) for row in made]
+            table._state(column).append(torch.tensor(numbers, dtype=torch.float64))
+        return table
 
-    def compute(self) -> dict[str, float]:
-        """``game0`` to ``game3`` and ``n``; only ``n`` where no picture was scored."""
-        rows = self.rows()
-        n = len(rows["picture"])
-        return {"n": n} | ({name: rows[name].mean().item() for name in self.columns} if n else {})
+    def select(self, rows: np.ndarray) -> CountTable:
+        """Keep some rows, by a mask or indices."""
+        table, index = CountTable(self.constants), torch.from_numpy(np.arange(len(self))[rows])
+        table.texts = self.texts
+        for state in (*_KEYS, *self.columns):
+            table._state(state).append(self._joined(state).cpu()[index])
+        return table
+
+    def with_interval(self, bounds: np.ndarray) -> CountTable:
+        """The same rows with ``(N, 2)`` other bounds."""
+        table = self.select(np.arange(len(self)))
+        table.low_, table.high_ = ([torch.from_numpy(np.ascontiguousarray(side))] for side in bounds.T)
+        return table
+
+    def images(self) -> tuple[list[str], np.ndarray]:
+        """Ids of the images in the order in which they first come, and for each row the index into them."""
+        place: dict[str, int] = {}
+        index = [place.setdefault(image, len(place)) for image in self.image]
+        return list(place), np.array(index, np.int64)
+
+    def write(self, path: str | Path) -> Path:
+        """Write as CSV in one piece; :meth:`read` gives the same table, to float32."""
+        numbers = self.column(*SCHEMA[2:], *GAME_COLUMNS).tolist()
+        return write_table(
+            Path(path),
+            (*SCHEMA, *GAME_COLUMNS),
+            (
+                (image, name, *("" if math.isnan(v) else v for v in row))
+                for image, name, row in zip(self.image, self.name, numbers, strict=True)
+            ),
+        )
+
+    @classmethod
+    def read(cls, path: str | Path) -> CountTable:
+        """Read a CSV file with the columns of :data:`SCHEMA`, and further ones that this table knows.
+
+        Raises:
+            InputError: the file is not there, lacks a column, or holds something that is no number.
+        """
+        path = Path(path)
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                lines = list(csv.reader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}: cannot be read as a table of counts: {error}") from error
+        header = lines[0] if lines else []
+        if set(SCHEMA) - set(header):
+            raise InputError(f"{path}: its first line is {','.join(header) or 'missing'}; expected {','.join(SCHEMA)}")
+        known = {"image", "name", *SCHEMA, *GAME_COLUMNS}
+        rows = []
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                if len(line) != len(header):
+                    raise ValueError(f"{len(line)} cells")
+                row: dict[str, Any] = {}
+                for column, cell in zip(header, line, strict=True):
+                    if column in ("image", "name"):
+                        row[column] = unsafe_cell(cell)
+                    elif column in known and cell:
+                        row[column] = float(cell)
+                rows.append(row)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: {error}; expected {','.join(header)}") from error
+        return cls.of(rows)
 
 
-class PromptErrors(PictureRows):
+class PromptErrors(ImageRows):
     """Whether a text-guided model counts what it was asked for, after the questions of PrACo (Ciampi et al., 2024).
 
     ``absent_ratio``: what the model counts for a name that is not in the picture, over what it counts for the one that
@@ -341,12 +503,12 @@ class PromptErrors(PictureRows):
         """
         columns = {"predicted": predicted, "target": target, "absent": absent}
         columns |= {"hard_absent": hard_absent, "shuffled": shuffled}
-        self.append(image_ids, **{name: value.reshape(-1, 1) for name, value in columns.items()})
+        self.append(image_ids, None, **{name: value.reshape(-1, 1) for name, value in columns.items()})
 
     def compute(self) -> dict[str, float]:
         """The figures of the class docstring and ``n``; those that nothing was asked for are left out."""
         rows = self.rows()
-        result: dict[str, float] = {"n": len(rows["picture"])}
+        result: dict[str, float] = {"n": len(rows["image_key"])}
         for name in ("absent", "hard_absent"):
             asked = ~rows[name].isnan()
             right = rows["predicted"][asked].sum().item()
@@ -360,11 +522,6 @@ class PromptErrors(PictureRows):
             if bool(asked.any()):
                 result[key] = (rows[name] - rows["target"])[asked].abs().mean().item()
         return result
-
-
-def _key(image_id: str) -> int:
-    """64 bits that stand for an id on every process, as a signed integer."""
-    return int.from_bytes(blake2b(image_id.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 ClassStatistic = Literal["mae", "rmse", "rmse_nz", "rel_rmse", "rel_rmse_nz"]
@@ -517,84 +674,7 @@ def bootstrap_interval(
     return low, high
 
 
-class ClassCountErrors(PictureRows):
-    """The mRMSE family over a data set with a fixed list of classes, beside what needs no picture at all.
-
-    Always 0 and always 1 are scored on the same pictures, under keys such as ``always_0_mrmse``: where most classes are
-    absent from most pictures, a low mRMSE says little until it is read beside them.
-
-    Args:
-        classes: K names for warnings; may be set later.
-        constants: further constant predictions by name, one number or one for each class: ``{"train_mean": [...]}``
-            adds ``train_mean_mrmse`` and so on.
-        present_1: also score a perfect judge of presence that says 1 for every class that is there, as ``present_1_*``.
-            On PASCAL VOC 2007 without difficult objects its relative errors are below all published ones.
-        kwargs: those of :class:`torchmetrics.Metric`.
-
-    Example:
-        >>> metric = ClassCountErrors(["cat", "dog"])
-        >>> metric.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]), ["a.jpg"])
-        >>> metric.update(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 4.0]]), ["b.jpg"])
-        >>> metric.update(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 4.0]]), ["b.jpg"])  # the sampler repeats it
-        >>> result = metric.compute()
-        >>> result["n"], result["mrmse_nz"], result["always_1_mrmse_nz"]
-        (2, 0.5, 2.0)
-    """
-
-    def __init__(
-        self,
-        classes: Sequence[str] | None = None,
-        constants: Mapping[str, float | Sequence[float] | Tensor] | None = None,
-        *,
-        present_1: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(("predicted", "target"), **kwargs)
-        self.classes = classes
-        self.constants = dict(constants or {})
-        self.present_1 = present_1
-
-    def update(self, predicted: Tensor, target: Tensor, image_ids: Sequence[str]) -> None:
-        """Add ``(B, K)`` predicted and true counts of B pictures; a target of NaN is not annotated."""
-        self.append(image_ids, predicted=predicted, target=target)
-
-    def compute(self) -> dict[str, float]:
-        """:func:`class_count_errors` over all pictures, and its four means for every row of the class docstring."""
-        predicted, target = self._tables()
-        if not len(target):
-            return {"n": 0, "n_classes": 0, "n_classes_nz": 0}
-        result = class_count_errors(predicted, target, self.classes)
-        rows = {"always_0": torch.zeros_like(target), "always_1": torch.ones_like(target)}
-        rows |= {name: self._constant(name, target) for name in self.constants}
-        if self.present_1:
-            rows["present_1"] = (target > 0).to(target)
-        for name, row in rows.items():
-            result |= {f"{name}_{key}": value for key, value in _means(errors_by_class(row, target)).items()}
-        return result
-
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        """Predicted and true counts as ``(N, K)``; NaN where a picture was not asked about a class."""
-        rows = self.rows()
-        if not len(rows["kind"]):
-            return rows["predicted"].reshape(0, 1), rows["target"].reshape(0, 1)
-        picture = rows["picture"].unique_consecutive(return_inverse=True)[1]
-        predicted = rows["target"].new_full((int(picture[-1]) + 1, int(rows["kind"].max()) + 1), torch.nan)
-        target = predicted.clone()
-        predicted[picture, rows["kind"]] = rows["predicted"]
-        target[picture, rows["kind"]] = rows["target"]
-        return predicted, target
-
-    def _constant(self, name: str, target: Tensor) -> Tensor:
-        value = torch.as_tensor(self.constants[name], dtype=target.dtype, device=target.device)
-        if value.ndim and value.shape != target.shape[1:]:
-            raise InputError(
-                f"the constant {name!r} has {len(value)} entries for {target.shape[1]} classes; give one number, or "
-                "one for each class"
-            )
-        return value.expand_as(target)
-
-
-class PointHits(PictureRows):
+class PointHits(ImageRows):
     """How many of the points found lie on an object of their class, among the classes that are in the picture.
 
     Args:
@@ -693,107 +773,3 @@ def _warn_of_absent(by_class: Mapping[str, Tensor], classes: Sequence[str] | Non
 def _split(n: int, most: int) -> list[int]:
     """n in parts of at most ``most``."""
     return [min(most, n - first) for first in range(0, n, most)]
-
-
-GAME_COLUMNS = ("game1", "game2", "game3")
-
-
-COLUMNS = ("image", "name", "target", "predicted", *GAME_COLUMNS, "low", "high")
-"""Of the CSV file; a number that is not known is an empty cell."""
-
-
-@dataclass(frozen=True)
-class CountTable:
-    """One row for each picture and name asked about; the rows of a picture stand together.
-
-    Args:
-        image: N ids of pictures.
-        name: N names asked about; several joined by " + " where the model counts without names.
-        target: ``(N,)`` float64 true counts, NaN where they are not known.
-        predicted: ``(N,)`` float64.
-        game: ``(N, 3)`` float64 grid errors of levels 1 to 3 (:func:`grid_errors`), NaN where the data have no
-            points. Level 0 is the absolute error.
-        interval: ``(N, 2)`` float64 lower and upper bound of the count, NaN where the model gives none.
-
-    Raises:
-        InputError: the columns differ in length.
-
-    Example:
-        >>> table = CountTable.of([("a.jpg", "figs", 3.0, 2.5)])
-        >>> table.predicted - table.target, table.game.shape
-        (array([-0.5]), (1, 3))
-    """
-
-    image: list[str]
-    name: list[str]
-    target: np.ndarray
-    predicted: np.ndarray
-    game: np.ndarray
-    interval: np.ndarray
-
-    def __post_init__(self) -> None:
-        lengths = {field: len(value) for field, value in vars(self).items()}
-        if len(set(lengths.values())) > 1:
-            raise InputError(f"a table of counts has columns of different lengths: {lengths}")
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    @classmethod
-    def of(cls, rows: Iterable[Sequence[str | float | None]]) -> CountTable:
-        """From rows of ``image, name, target, predicted[, game1, game2, game3[, low, high]]``."""
-        made = [[*row, *[None] * (len(COLUMNS) - len(row))] for row in rows]
-        numbers = np.array([[math.nan if v is None else v for v in row[2:]] for row in made], np.float64)
-        numbers = numbers.reshape(-1, len(COLUMNS) - 2)
-        return cls(
-            [str(row[0]) for row in made],
-            [str(row[1]) for row in made],
-            numbers[:, 0],
-            numbers[:, 1],
-            numbers[:, 2:5],
-            numbers[:, 5:7],
-        )
-
-    def pictures(self) -> tuple[list[str], np.ndarray]:
-        """Ids of the pictures in the order in which they first come, and for each row the index into them."""
-        place: dict[str, int] = {}
-        index = [place.setdefault(image, len(place)) for image in self.image]
-        return list(place), np.array(index, np.int64)
-
-    def write(self, path: str | Path) -> Path:
-        """Write as CSV in one piece; :meth:`read` gives the same table, to float32."""
-        numbers = np.column_stack([self.target, self.predicted, self.game, self.interval])
-        return write_table(
-            Path(path),
-            COLUMNS,
-            (
-                (image, name, *("" if math.isnan(v) else v for v in row))
-                for image, name, row in zip(self.image, self.name, numbers.tolist(), strict=True)
-            ),
-        )
-
-    @classmethod
-    def read(cls, path: str | Path) -> CountTable:
-        """Read a CSV file that :meth:`write` wrote.
-
-        Raises:
-            InputError: the file is not there, has other columns, or holds something that is no number.
-        """
-        path = Path(path)
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                lines = list(csv.reader(file))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{path}: cannot be read as a table of counts: {error}") from error
-        if not lines or tuple(lines[0]) != COLUMNS:
-            found = ",".join(lines[0]) if lines else "missing"
-            raise InputError(f"{path}: its first line is {found}; expected {','.join(COLUMNS)}")
-        rows: list[list[str | float | None]] = []
-        for number, line in enumerate(lines[1:], 2):
-            try:
-                if len(line) != len(COLUMNS):
-                    raise ValueError(f"{len(line)} cells")
-                rows.append([*map(unsafe_cell, line[:2]), *(float(v) if v else None for v in line[2:])])
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: {error}; expected {','.join(COLUMNS)}") from error
-        return cls.of(rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import box_iou
-from counting_zoo.metrics.counts import PictureRows
+from counting_zoo.metrics.counts import ImageRows
 from counting_zoo.ops import exact_dtype
 
 THRESHOLDS = (0.25, 0.5, 0.75)
@@ -111,7 +111,7 @@ def average_precision(right: Tensor, scores: Tensor, n_true: int) -> float:
     return float((recall.diff(prepend=recall.new_zeros(1)) * envelope).sum())
 
 
-class InstancePrecision(PictureRows):
+class InstancePrecision(ImageRows):
     """Precision and overlap of what is found object by object, from the overlaps in each picture.
 
     ``map50`` and so on: the mean over classes of the average precision at that IoU. ``abo``: average best overlap, the

@@ -14,11 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from counting_zoo.errors import CheckpointError, InputError
-from counting_zoo.metrics.counts import PictureRows
 
 Width = Literal["residual", "bins"]
 
@@ -268,30 +265,6 @@ def count_strata(predicted: np.ndarray, min_rows: int = MIN_ROWS) -> list[float]
             edges.append(float(edge))
             start = end
     return edges
-
-
-class IntervalScores(PictureRows):
-    """How often intervals hold the true count, and how wide they are; exact for any number of processes."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(("target", "low", "high"), **options)
-
-    def update(self, bounds: Tensor, target: Tensor, image_ids: Sequence[str]) -> None:
-        """Add ``(B, K, 2)`` bounds and ``(B, K)`` true counts, NaN where they are not known, of B pictures."""
-        self.append(image_ids, target=target, low=bounds[..., 0], high=bounds[..., 1])
-
-    def compute(self) -> dict[str, float]:
-        """``interval_coverage`` and the mean ``interval_width``; nothing where no count is known."""
-        rows = self.rows()
-        low, high, target = (rows[name] for name in ("low", "high", "target"))
-        known = torch.isfinite(target) & torch.isfinite(low)
-        if not known.any():
-            return {}
-        inside = (low <= target) & (target <= high)
-        return {
-            "interval_coverage": float(inside[known].double().mean()),
-            "interval_width": float((high - low)[known].mean()),
-        }
 
 
 def _errors(predicted: np.ndarray, target: np.ndarray, width: Width, spread: np.ndarray | None) -> np.ndarray:

@@ -237,8 +237,7 @@ def interval_coverage(table: CountTable, level: float = 0.95) -> dict[str, Any]:
         where there are no intervals.
 
     Example:
-        >>> rows = [("a", "figs", 3, 3, None, None, None, 2, 4), ("b", "figs", 9, 3, None, None, None, 2, 4)]
-        >>> found = interval_coverage(CountTable.of(rows))
+        >>> found = interval_coverage(CountTable.of([("a", "figs", 3, 3, 2, 4), ("b", "figs", 9, 3, 2, 4)]))
         >>> found["share"], found["mean_width"]
         (0.5, 2.0)
     """
@@ -492,7 +491,7 @@ def _rows(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple
 
 def _totals(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple[float, float]]:
     """True and predicted total by picture and everything it is asked about."""
-    images, picture = table.pictures()
+    images, picture = table.images()
     asked: list[set[str]] = [set() for _ in images]
     for i, name in zip(picture.tolist(), table.name, strict=True):
         asked[i].add(name)

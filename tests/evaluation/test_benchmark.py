@@ -193,7 +193,7 @@ def test_the_protocol_says_what_intervals_promise(tmp_path: Path) -> None:
 def test_the_worst_and_the_best_pictures_are_drawn(tmp_path: Path, prompts: Any) -> None:
     data = Mixed(n=6, prompts=prompts)
     (run,) = benchmark({"a": model()}, {"d": data}, tmp_path, accelerator="cpu", costs=False, pictures=2).runs
-    ids, index = run.table.pictures()
+    ids, index = run.table.images()
     error = np.bincount(index, np.abs(run.table.predicted - run.table.target))
     true = np.bincount(index, run.table.target)
     by_error = sorted(range(len(ids)), key=lambda i: -error[i])

@@ -35,8 +35,10 @@ def table(noise: float, names: list[str], n: int = 20, points: bool = True, inte
         pair = [float(rng.integers(0, 10 ** int(rng.integers(1, 4)))) for _ in range(2)]
         for name, target in zip(names, pair if len(names) == 2 else [sum(pair)], strict=True):
             said = target + fault.normal() * noise
-            game = [abs(said - target) + level for level in range(1, 4)] if points else [None] * 3
-            rows.append([f"{i}{NASTY}", name, target, said, *game, *([said - 5, said + 5] if intervals else [])])
+            game = [abs(said - target) + level for level in range(1, 4)] if points else []
+            rows.append(
+                [f"{i}{NASTY}", name, target, said, *([said - 5, said + 5] if intervals else [None] * 2), *game]
+            )
     return CountTable.of(rows)
 
 
@@ -120,14 +122,7 @@ def test_written_twice_it_is_the_same_to_the_byte(tmp_path: Path) -> None:
     own = runs[0].table
     runs[0] = replace(
         runs[0],
-        table=CountTable(
-            [own.image[i] for i in order],
-            [own.name[i] for i in order],
-            own.target[order],
-            own.predicted[order],
-            own.game[order],
-            own.interval[order],
-        ),
+        table=own.select(np.array(order)),
     )
     write(tmp_path / "b", three())
     write(tmp_path / "c", runs)

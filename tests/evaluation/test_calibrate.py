@@ -105,7 +105,7 @@ def test_the_description_is_right_by_stratum() -> None:
     target = np.round(predicted * rng.uniform(0.8, 1.2, 1000))
     made = fit_intervals(predicted, target)
     rows = [
-        (str(i), "figs", t, p, None, None, None, *b)
+        (str(i), "figs", t, p, *b)
         for i, (t, p, b) in enumerate(zip(target, predicted, made.bounds(predicted).tolist(), strict=True))
     ]
     lines = Calibrated(made, counting_zoo.metrics.counts.CountTable.of(rows)).describe().splitlines()  # type: ignore[attr-defined]
@@ -266,9 +266,9 @@ def test_predict_writes_bounds(tmp_path: Path, calibrated: bool) -> None:
     run.predict(model, TinyPictures(n=2, classes=["dots", "=stars"]), return_predictions=False)
     with (tmp_path / "out" / "counts.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0])[:5] == ["image", "name", "count", "low", "high"]
+    assert list(rows[0])[:6] == ["image", "name", "target", "predicted", "low", "high"]
     for row in rows:
-        expected = ONE.bounds(np.array(float(row["count"]))).tolist() if calibrated else ["", ""]
+        expected = ONE.bounds(np.array(float(row["predicted"]))).tolist() if calibrated else ["", ""]
         assert [float(v) if v else v for v in (row["low"], row["high"])] == expected
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from counting_zoo.errors import InputError
-from counting_zoo.metrics.counts import COLUMNS, CountTable
+from counting_zoo.metrics.counts import SCHEMA, CountTable
 
 
 def test_comes_back_from_its_file(tmp_path) -> None:
     table = CountTable.of(
-        [("=a.jpg", "figs", 3, 2.1, 1, 2, 3, 1.5, 4), ("b,\n.jpg", "figs + 'dates'", math.nan, -0.25), ("é", "x", 0, 0)]
+        [("=a.jpg", "figs", 3, 2.1, 1.5, 4, 1, 2, 3), ("b,\n.jpg", "figs + 'dates'", math.nan, -0.25), ("é", "x", 0, 0)]
     )
     found = CountTable.read(table.write(tmp_path / "counts.csv"))
     assert (found.image, found.name) == (table.image, table.name)
@@ -25,7 +25,7 @@ def test_comes_back_from_its_file(tmp_path) -> None:
 
 def test_pictures_keep_their_order() -> None:
     table = CountTable.of([("b", "x", 1, 1), ("b", "y", 1, 1), ("a", "x", 1, 1)])
-    names, index = table.pictures()
+    names, index = table.images()
     assert names == ["b", "a"]
     assert index.tolist() == [0, 0, 1]
 
@@ -40,9 +40,9 @@ def test_an_empty_table_has_its_columns(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,count\na,1\n", "its first line is image,count"),
-        (",".join(COLUMNS) + "\na,b,1,x,,,,,\n", "line 2: could not convert"),
-        (",".join(COLUMNS) + "\na,b\n", "line 2: 2 cells"),
+        ("image,count\na,1\n", "image,count"),
+        (",".join(SCHEMA) + "\na,b,1,x,,\n", "line 2"),
+        (",".join(SCHEMA) + "\na,b\n", "line 2: 2 cells"),
         ("", "missing"),
     ],
 )
@@ -53,6 +53,17 @@ def test_other_files_are_refused(tmp_path, text: str, message: str) -> None:
         CountTable.read(path)
 
 
-def test_columns_of_different_lengths_are_refused() -> None:
-    with pytest.raises(InputError, match="different lengths"):
-        CountTable(["a"], [], np.zeros(1), np.zeros(1), np.zeros((1, 3)), np.zeros((1, 2)))
+def test_further_columns_are_passed_over(tmp_path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("image,overlay," + ",".join(SCHEMA[1:]) + "\na,a.png,figs,,2,,\n")
+    table = CountTable.read(path)
+    assert (table.image, table.name, table.predicted.tolist()) == (["a"], ["figs"], [2.0])
+    assert np.isnan(table.target).all()
+
+
+def test_rows_are_selected_with_all_that_they_have() -> None:
+    table = CountTable.of([("a", "x", 1, 2, 0, 3, 4, 5, 6), ("b", "x", 3, 4), ("c", "y", 5, 6)])
+    few = table.select(table.target > 2)
+    assert (few.image, few.name, few.predicted.tolist()) == (["b", "c"], ["x", "y"], [4.0, 6.0])
+    assert table.with_interval(np.array([[0, 1], [2, 3], [4, 5]])).interval.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert table.interval[0].tolist() == [0, 3]

@@ -12,8 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counting_zoo.errors import InputError
-from counting_zoo.metrics.counts import GAME, CountErrors, PromptErrors, constant_rows, count_errors, grid_errors
+from counting_zoo.metrics.counts import CountTable, PromptErrors, constant_rows, count_errors, grid_errors
 from counting_zoo.ops import points_to_density
+
+
+def update(table, predicted, target, ids, **more):
+    """Add rows whose names are their places."""
+    table.update(ids, [[str(k) for k in range(predicted.shape[1])]] * len(ids), predicted, target, **more)
+
+
+def rows_of(table):
+    """Predicted and true count by image and name, each once."""
+    rows = table.rows()
+    keys = zip(rows["image_key"].tolist(), rows["kind"].tolist(), strict=True)
+    numbers = zip(rows["predicted"].tolist(), rows["target"].tolist(), strict=True)
+    return {(table.texts[i], table.texts[k]): pair for (i, k), pair in zip(keys, numbers, strict=True)}
 
 
 def test_count_errors_in_closed_form():
@@ -29,57 +42,54 @@ def test_what_is_undefined_is_left_out():
     empty = count_errors(torch.tensor([1.0, 3.0]), torch.zeros(2))
     assert empty == {"n": 2, "n_nae": 0, "mae": 2.0, "rmse": math.sqrt(5), "bias": 2.0}
     assert count_errors(torch.zeros(0, 1), torch.zeros(0, 1)) == {"n": 0, "n_nae": 0}
-    for metric in (CountErrors({"mean": 1.0}), GAME(), PromptErrors()):
+    for metric in (CountTable({"mean": 1.0}), PromptErrors()):
         with pytest.warns(UserWarning, match="before the ``update``"):
             result = metric.compute()
         assert result["n"] == 0
         assert all(math.isfinite(value) for value in result.values())
-        assert metric.per_image() == []
+        assert not len(metric.rows()["image_key"])
     with pytest.raises(InputError, match="shape"):
         count_errors(torch.zeros(2, 1), torch.zeros(2))
 
 
 def test_counts_are_compared_in_float64():
     predicted, target = torch.tensor([[16_777_217.0]], dtype=torch.float64), torch.tensor([[16_777_216.0]])
-    metric = CountErrors()
-    metric.update(predicted, target, ["a"])
+    metric = CountTable()
+    update(metric, predicted, target, ["a"])
     assert metric.compute()["mae"] == 1.0
 
 
 @pytest.mark.parametrize("convert", ["to", "set_dtype", "bfloat16", "half"])
 def test_low_precision_does_not_reach_the_rows(convert):
-    metric = CountErrors()
-    metric.update(torch.tensor([[1001.0]]), torch.tensor([[1000.0]]), ["a"])
+    metric = CountTable()
+    update(metric, torch.tensor([[1001.0]]), torch.tensor([[1000.0]]), ["a"])
     metric = getattr(metric, convert)(*([torch.bfloat16] if convert in ("to", "set_dtype") else []))
-    metric.update(torch.tensor([[2003.0]]), torch.tensor([[2000.0]]), ["b"])
+    update(metric, torch.tensor([[2003.0]]), torch.tensor([[2000.0]]), ["b"])
     assert metric.compute()["mae"] == 2.0
     assert metric.rows()["predicted"].dtype == torch.float64
-    assert metric.rows()["picture"].dtype == torch.int64
+    assert metric.rows()["image_key"].dtype == torch.int64
 
 
 def test_repeated_pictures_count_once_and_ids_come_back():
-    metric = CountErrors()
-    metric.update(torch.tensor([[1.0], [5.0]]), torch.tensor([[2.0], [5.0]]), ["ä b/1.jpg", "2.jpg"])
-    metric.update(torch.tensor([[9.0], [4.0]]), torch.tensor([[5.0], [8.0]]), ["2.jpg", "3.jpg"])
+    metric = CountTable()
+    update(metric, torch.tensor([[1.0], [5.0]]), torch.tensor([[2.0], [5.0]]), ["ä b/1.jpg", "2.jpg"])
+    update(metric, torch.tensor([[9.0], [4.0]]), torch.tensor([[5.0], [8.0]]), ["2.jpg", "3.jpg"])
     result = metric.compute()
     assert result["n"] == 3
     assert result["mae"] == pytest.approx(5 / 3)
-    rows = sorted(metric.per_image(), key=lambda row: row["image_id"])
-    assert rows == [
-        {"image_id": "2.jpg", "predicted": [5.0], "target": [5.0]},
-        {"image_id": "3.jpg", "predicted": [4.0], "target": [8.0]},
-        {"image_id": "ä b/1.jpg", "predicted": [1.0], "target": [2.0]},
-    ]
+    expected = {("2.jpg", "0"): (5.0, 5.0), ("3.jpg", "0"): (4.0, 8.0), ("ä b/1.jpg", "0"): (1.0, 2.0)}
+    assert rows_of(metric) == expected
+    assert metric.image == ["ä b/1.jpg", "2.jpg", "2.jpg", "3.jpg"]  # as they came
     copy = pickle.loads(pickle.dumps(metric))
     assert copy.compute() == result
     metric.reset()
-    assert metric.per_image() == []
+    assert not len(metric)
 
 
 def test_several_classes_give_pairs_and_totals():
     predicted, target = torch.tensor([[1.0, 4.0], [0.0, 2.0]]), torch.tensor([[2.0, 3.0], [0.0, 6.0]])
-    metric = CountErrors({"median": [1.0, 3.0], "one": 1.0})
-    metric.update(predicted, target, ["a", "b"])
+    metric = CountTable({"median": [1.0, 3.0], "one": 1.0})
+    update(metric, predicted, target, ["a", "b"])
     result = metric.compute()
     assert (result["n"], result["mae"], result["n_nae"]) == (4, 6 / 4, 3)
     assert (result["sum_n"], result["sum_mae"], result["sum_bias"]) == (2, 2.0, -2.0)
@@ -94,34 +104,52 @@ def test_several_classes_give_pairs_and_totals():
 @given(st.lists(st.tuples(st.floats(-5, 5000), st.integers(0, 5000)), min_size=1, max_size=12), st.integers(1, 5))
 def test_any_batching_equals_numpy(pairs, batch):
     predicted, target = (torch.tensor(column, dtype=torch.float64)[:, None] for column in zip(*pairs, strict=True))
-    metric = CountErrors()
+    metric = CountTable()
     for i in range(0, len(pairs), batch):
         part = slice(i, i + batch)
-        metric.update(predicted[part], target[part], [str(j) for j in range(len(pairs))][part])
+        update(metric, predicted[part], target[part], [str(j) for j in range(len(pairs))][part])
     result, error = metric.compute(), (predicted - target).numpy()
     assert result["mae"] == pytest.approx(np.abs(error).mean(), rel=1e-12)
     assert result["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-12)
 
 
 def test_forward_gives_the_batch_and_keeps_the_sum():
-    metric = CountErrors()
-    assert metric(torch.tensor([[1.0]]), torch.tensor([[3.0]]), ["a"])["mae"] == 2.0
-    assert metric(torch.tensor([[1.0]]), torch.tensor([[1.0]]), ["b"])["mae"] == 0.0
+    metric = CountTable()
+    assert metric(["a"], [["x"]], torch.tensor([[1.0]]), torch.tensor([[3.0]]))["mae"] == 2.0
+    assert metric(["b"], [["x"]], torch.tensor([[1.0]]), torch.tensor([[1.0]]))["mae"] == 0.0
     assert metric.compute()["mae"] == 1.0
-    assert [row["image_id"] for row in metric.per_image()] in (["a", "b"], ["b", "a"])
+    assert sorted(metric.image) == ["a", "b"]
+
+
+def test_rows_are_known_by_image_and_name_in_any_order():
+    """Per-class scores were kept only of batches that name the classes as the first batch did."""
+    predicted, target = torch.tensor([[1.0, 4.0], [7.0, 2.0]]), torch.tensor([[2.0, 3.0], [5.0, 6.0]])
+    straight, mixed = CountTable(), CountTable()
+    straight.update(["a", "b"], [["figs", "dates"]] * 2, predicted, target)
+    mixed.update(["a"], [["dates", "figs"]], predicted[:1].flip(1), target[:1].flip(1))
+    mixed.update(["b"], [["figs", "dates"]], predicted[1:], target[1:])
+    mixed.update(["b"], [["dates"]], predicted[1:, 1:], target[1:, 1:])  # the same row once more
+    assert mixed.compute() == pytest.approx(straight.compute())
+    assert "mrmse" in straight.compute()
+    partly = CountTable()
+    partly.update(["a"], [["figs", "dates"]], predicted[:1], target[:1])
+    partly.update(["b"], [["plums", "dates"]], predicted[1:], target[1:])
+    found = partly.compute()
+    assert (found["n"], found["n_classes"]) == (4, 3)
+    assert found["mrmse"] == pytest.approx((1 + 2 + math.sqrt((1 + 16) / 2)) / 3)
 
 
 def test_shapes_that_do_not_fit_raise():
     with pytest.raises(InputError, match="3 image ids"):
-        CountErrors().update(torch.zeros(2, 1), torch.zeros(2, 1), ["a", "b", "c"])
-    with pytest.raises(InputError, match=r"\(2, 1\).*\(2, 3\)"):
-        CountErrors().update(torch.zeros(2, 1), torch.zeros(2, 3), ["a", "b"])
-    metric = CountErrors({"mean": [1.0, 2.0]})
-    metric.update(torch.zeros(1, 3), torch.zeros(1, 3), ["a"])
-    with pytest.raises(InputError, match="2 entries for 3 classes"):
+        CountTable().update(["a", "b", "c"], [["x"]] * 3, torch.zeros(2, 1), torch.zeros(2, 1))
+    with pytest.raises(InputError, match=r"\(2, 3\).*\(2, 1\)"):
+        CountTable().update(["a", "b"], [["x"]] * 2, torch.zeros(2, 1), torch.zeros(2, 3))
+    with pytest.raises(InputError, match="images, names"):
+        CountTable().update(["a"], [["x", "y"]], torch.zeros(1, 1), torch.zeros(1, 1))
+    metric = CountTable({"mean": [1.0, 2.0]})
+    update(metric, torch.zeros(1, 3), torch.ones(1, 3), ["a"])
+    with pytest.raises(InputError, match="'mean' has 2 entries for 3 names"):
         metric.compute()
-    with pytest.raises(InputError, match="2 densities, 1 point sets"):
-        GAME().update(torch.zeros(2, 1, 4, 4), [torch.zeros(0, 2)], [(4, 4)] * 2, ["a", "b"])
 
 
 def naive_game(density: np.ndarray, points: np.ndarray, size: tuple[int, int], level: int, cell: float | None) -> float:
@@ -156,12 +184,10 @@ def test_game_matches_a_loop_over_regions(size, cell, seed):
     density = rng.random(grid)
     points = np.minimum(rng.random((6, 2)) * 1.1, 1) * [size[1], size[0]]
     points = points.astype(np.float32).astype(np.float64).clip(max=[size[1], size[0]])
-    metric = GAME()
-    extents = [(size[0] / cell, size[1] / cell)] if cell else None
-    metric.update([torch.tensor(density)[None]], [torch.tensor(points)], [size], ["a"], extents=extents)
-    result = metric.compute()
+    extent = (size[0] / cell, size[1] / cell) if cell else None
+    found = grid_errors(torch.tensor(density)[None], torch.tensor(points), size, extent=extent)[0].tolist()
     for level in range(4):
-        assert result[f"game{level}"] == pytest.approx(naive_game(density, points, size, level, cell), abs=1e-9)
+        assert found[level] == pytest.approx(naive_game(density, points, size, level, cell), abs=1e-9)
 
 
 def test_game_of_a_perfect_map_of_a_crowd():
@@ -178,12 +204,12 @@ def test_game_zero_is_the_mae_for_every_class_and_repeats_count_once():
     points = [torch.rand(n, 2, generator=rng) * 20 for n in (4, 0, 9)]
     labels = [torch.randint(0, 2, (len(p),), generator=rng) for p in points]
     ids = ["a", "b", "a"]
-    game, errors = GAME(), CountErrors()
-    game.update(densities, points, [(20, 20)] * 3, ids, labels)
-    target = torch.stack([one.bincount(minlength=2) for one in labels])
-    errors.update(densities.sum((-2, -1)), target, ids)
-    result = game.compute()
-    assert result["game0"] == pytest.approx(errors.compute()["mae"], rel=1e-6)
+    table = CountTable()
+    grids = [grid_errors(d, p, (20, 20), one) for d, p, one in zip(densities, points, labels, strict=True)]
+    target = torch.stack([one.bincount(minlength=2) for one in labels]).float()
+    update(table, densities.sum((-2, -1)), target, ids, game=torch.stack(grids))
+    result = table.compute()
+    assert result["game0"] == pytest.approx(result["mae"], rel=1e-6)
     assert result["n"] == 4
     assert result["game0"] <= result["game1"] <= result["game2"] <= result["game3"]
 

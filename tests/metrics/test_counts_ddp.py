@@ -13,7 +13,7 @@ from torch import distributed
 from torch import multiprocessing as mp
 
 from counting_zoo.data.dataset import EvaluationSampler
-from counting_zoo.metrics.counts import GAME, CountErrors, PromptErrors
+from counting_zoo.metrics.counts import CountTable, PromptErrors, grid_errors
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8)  # fewer than the processes, as many, one more, and their multiples
 
@@ -34,23 +34,25 @@ def picture(i: int) -> dict[str, Any]:
 
 def score(indices: list[int]) -> dict[str, float]:
     """All metrics over some pictures, batches of two."""
-    errors, game, prompts = CountErrors({"mean": 3.3}), GAME(), PromptErrors()
+    table, prompts = CountTable({"mean": 3.3}), PromptErrors()
     for first in range(0, len(indices), 2):
         batch = [picture(i) for i in indices[first : first + 2]]
         ids = [p["id"] for p in batch]
         labels = [p["labels"] for p in batch]
         predicted = torch.stack([p["density"].sum((-2, -1)) for p in batch])
-        errors.update(predicted, torch.stack([one.bincount(minlength=2) for one in labels]), ids)
-        game.update([p["density"] for p in batch], [p["points"] for p in batch], [(40, 40)] * len(batch), ids, labels)
+        target = torch.stack([one.bincount(minlength=2) for one in labels]).float()
+        grids = [grid_errors(p["density"], p["points"], (40, 40), p["labels"]) for p in batch]
+        bounds = torch.stack([predicted - 9, predicted + 9], -1)
+        table.update(ids, [["figs", "dates"]] * len(ids), predicted, target, game=torch.stack(grids), interval=bounds)
         prompts.update(ids, *torch.cat([p["prompts"] for p in batch], 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a rank without pictures computes before it updates
         result = {
             f"{type(metric).__name__}.{key}": value
-            for metric in (errors, game, prompts)
+            for metric in (table, prompts)
             for key, value in metric.compute().items()
         }
-    assert {row["image_id"] for row in errors.per_image()} == {picture(i)["id"] for i in indices}  # rows stay local
+    assert set(table.image) == {picture(i)["id"] for i in indices}  # rows stay local
     return result
 
 
@@ -81,4 +83,4 @@ def test_equals_one_process(world, tmp_path):
         assert len(results) == 4 * len(LENGTHS)
         for case, result in results.items():
             assert result == pytest.approx(alone[int(case.split()[0])], rel=1e-9), case
-            assert result["CountErrors.sum_n"] == int(case.split()[0])
+            assert result["CountTable.sum_n"] == int(case.split()[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from counting_zoo.errors import CheckpointError, InputError
+from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.intervals import (
     MIN_ROWS,
     IntervalCalibration,
-    IntervalScores,
     conformal_quantile,
     count_strata,
     fit_intervals,
@@ -205,10 +206,11 @@ def test_a_calibration_is_plain_data() -> None:
 def test_scores_are_those_of_each_picture_once() -> None:
     bounds = torch.tensor([[[0.0, 2.0], [3.0, 3.0]], [[1.0, 5.0], [0.0, 0.0]]])
     target = torch.tensor([[2.0, 4.0], [0.0, math.nan]])
-    scores = IntervalScores()
-    for _ in range(2):  # a sampler that repeats pictures changes nothing
-        scores.update(bounds, target, ["a", "b"])
-    assert scores.compute() == {"interval_coverage": pytest.approx(1 / 3), "interval_width": 2.0}
-    unknown = IntervalScores()
-    unknown.update(bounds, target * math.nan, ["a", "b"])
-    assert unknown.compute() == {}
+    for truth, expected in ((target, (pytest.approx(1 / 3), 2.0)), (target * math.nan, (None, None))):
+        table = CountTable()
+        for _ in range(2):  # a sampler that repeats images changes nothing
+            table.update(["a", "b"], [["x", "y"]] * 2, target, truth, interval=bounds)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a name whose counts are unknown
+            scores = table.compute()
+        assert (scores.get("interval_coverage"), scores.get("interval_width")) == expected

@@ -161,7 +161,7 @@ def test_order_repetition_and_distribution_play_no_role() -> None:
     expected = scored(list(range(8))).compute()
     assert scored([5, 0, 3, 3, 7, 1, 2, 6, 4, 0]).compute() == expected
     first, second = scored([0, 1, 2, 3, 4]), scored([4, 5, 6, 7, 0])  # as a sampler evens out two processes
-    for name in ("picture", "kind", *first.columns):
+    for name in (f"{column}_" for column in ("image_key", "kind", "place", *first.columns)):
         joined = torch.cat([torch.cat(getattr(first, name)), torch.cat(getattr(second, name))])
         setattr(first, name, joined)
     assert first.compute() == expected

@@ -44,9 +44,9 @@ def random_table(seed: int, pictures: int = 30, names: tuple[str, ...] = ("figs"
                     name,
                     None if rng.random() < unknown else target,
                     said,
-                    *([None] * 3 if game is None else game.tolist()),
                     said - 5,
                     said + 5,
+                    *([] if game is None else game.tolist()),
                 ]
             )
     return CountTable.of(rows)
@@ -220,11 +220,11 @@ def test_coverage_and_width_of_the_models_own_intervals() -> None:
     inf = math.inf
     table = CountTable.of(
         [
-            ("a", "x", 3, 3, None, None, None, 2, 4),
-            ("b", "x", 9, 3, None, None, None, 2, 4),
-            ("c", "x", 4, 30, None, None, None, 4, inf),
-            ("d", "x", None, 3, None, None, None, 2, 4),
-            ("e", "x", 3, 0.2, None, None, None, 3, 3),
+            ("a", "x", 3, 3, 2, 4),
+            ("b", "x", 9, 3, 2, 4),
+            ("c", "x", 4, 30, 4, inf),
+            ("d", "x", None, 3, 2, 4),
+            ("e", "x", 3, 0.2, 3, 3),
             ("f", "x", 3, 3),
         ]
     )
@@ -325,7 +325,7 @@ def test_bootstraps_that_are_none(bad: dict) -> None:
 def test_comparison_is_that_of_a_loop(seed: int, pictures: int, names: int) -> None:
     kinds = tuple("abc"[:names])
     a, b = (random_table(seed + i, pictures, kinds, unknown=0) for i in range(2))
-    b = CountTable(b.image, b.name, a.target, b.predicted, b.game, b.interval)
+    b = CountTable.of(zip(b.image, b.name, a.target, b.predicted, strict=True))
     found = compare(a, b, Bootstrap(50, seed=1))
     of_a, of_b = by_picture(a), by_picture(b)
     rng = np.random.default_rng(1)
@@ -397,14 +397,7 @@ def test_targets_rounded_by_the_file_are_the_same(tmp_path) -> None:
 def test_the_order_of_rows_does_not_matter() -> None:
     table = random_table(9, names=("figs", "dates"))
     mixed = np.random.default_rng(0).permutation(len(table))
-    other = CountTable(
-        [table.image[i] for i in mixed],
-        [table.name[i] for i in mixed],
-        table.target[mixed],
-        table.predicted[mixed],
-        table.game[mixed],
-        table.interval[mixed],
-    )
+    other = table.select(mixed)
     a, b = summarise(table, {"mean": 2.0}, FEW), summarise(other, {"mean": 2.0}, FEW)
     for key in a["interval"]:
         assert b["interval"][key] == pytest.approx(a["interval"][key], rel=1e-12)

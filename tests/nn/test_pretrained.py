@@ -232,10 +232,10 @@ def test_clip_count_starts_from_it_and_its_checkpoint_stands_alone(exports: dict
     counter = small_counter(pretrained_encoder=str(path), prompt_width=0, prompt_depth=0)
     assert torch.equal(counter.network.vision(x), DenseViT(_copy(model))(x))
     assert torch.equal(counter.network.text(NAMES), model.text(NAMES))
-    expected = counter(x, [NAMES[:2]]).counts
+    expected = counter(x, ask([NAMES[:2]])).counts
     save(counter, tmp_path / "counter.ckpt")
     path.unlink()
-    assert torch.equal(load(tmp_path / "counter.ckpt")(x, [NAMES[:2]]).counts, expected)
+    assert torch.equal(load(tmp_path / "counter.ckpt")(x, ask([NAMES[:2]])).counts, expected)
     assert load(tmp_path / "counter.ckpt").hparams["pretrained_encoder"] is None
 
 
@@ -254,10 +254,12 @@ def test_clip_count_starts_from_another_one_without_its_head(own: dict[str, Any]
     assert torch.equal(found.patches, expected.patches)
     assert torch.equal(found.contrast, expected.contrast)
     assert torch.equal(found.text, expected.text)
-    assert not torch.equal(counter(x, [NAMES[:2]]).counts, trained(x, [NAMES[:2]]).counts)  # a head of its own
+    assert not torch.equal(
+        counter(x, ask([NAMES[:2]])).counts, trained(x, ask([NAMES[:2]])).counts
+    )  # a head of its own
     Path(file).unlink()
     save(counter, tmp_path / "counter.ckpt")
-    assert torch.equal(load(tmp_path / "counter.ckpt")(x, [NAMES[:2]]).counts, counter(x, [NAMES[:2]]).counts)
+    assert torch.equal(load(tmp_path / "counter.ckpt")(x, ask([NAMES[:2]])).counts, counter(x, ask([NAMES[:2]])).counts)
 
 
 def test_another_counter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -306,10 +308,10 @@ def test_clip_ebc_starts_from_it(kind: str, exports: dict[str, Path], tmp_path: 
         torch.testing.assert_close(body(x), model.encoder(x)[0])
     save(counter, tmp_path / "counter.ckpt")
     expected = counter(x, ask([["people"]] * 2)).counts
-    assert torch.equal(load(tmp_path / "counter.ckpt")(x, [["people"]] * 2).counts, expected)
+    assert torch.equal(load(tmp_path / "counter.ckpt")(x, ask([["people"]] * 2)).counts, expected)
     torch.manual_seed(50)
     without = CLIPEBC(KINDS[kind]["clip"], **options).eval()
-    assert not torch.allclose(without(x, [["people"]] * 2).counts, expected)
+    assert not torch.allclose(without(x, ask([["people"]] * 2)).counts, expected)
 
 
 def test_clip_itself_may_be_an_export(exports: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import boxes_inside
 from counting_zoo.images import as_image
-from counting_zoo.metrics.counts import PictureRows
+from counting_zoo.metrics.counts import ImageRows
 from counting_zoo.models.region_clip.concepts import (
     Ensemble,
     TemplateSet,
@@ -85,7 +85,7 @@ THRESHOLDS = torch.arange(1, 100) / 100
 """What is chosen from."""
 
 
-class ThresholdErrors(PictureRows):
+class ThresholdErrors(ImageRows):
     """Absolute errors of every picture at every threshold."""
 
     def __init__(self, **options: Any) -> None:

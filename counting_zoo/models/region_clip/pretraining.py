@@ -20,7 +20,7 @@ from torch.nn.functional import one_hot, pad
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError, SupervisionError
 from counting_zoo.geometry import Preprocess
-from counting_zoo.metrics.counts import PictureRows
+from counting_zoo.metrics.counts import ImageRows
 from counting_zoo.models.region_clip.concepts import (
     Ensemble,
     TemplateSet,
@@ -91,7 +91,7 @@ def named_shares(
     ]
 
 
-class RegionAccuracy(PictureRows):
+class RegionAccuracy(ImageRows):
     """:func:`named_shares`, as the mean over pictures that have named regions."""
 
     def __init__(self, **options: Any) -> None:
@@ -109,7 +109,7 @@ class RegionAccuracy(PictureRows):
     def compute(self) -> dict[str, float]:
         """``region_accuracy, picture_accuracy``; nothing where no picture has named regions."""
         rows = self.rows()
-        if not len(rows["picture"]):
+        if not len(rows["image_key"]):
             return {}
         return {"region_accuracy": float(rows["region"].mean()), "picture_accuracy": float(rows["whole"].mean())}
 

