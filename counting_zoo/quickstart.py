@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from counting_zoo.errors import InputError
 
 UNSEEN = "the shape-colour pairs that training never showed"
+MARKER = ".counting-zoo-quickstart"  # in every folder it wrote, and may therefore replace
 
 
 def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
@@ -31,18 +33,23 @@ def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
     from counting_zoo.data.synthetic import SyntheticScenes
 
     out: Path = options.out
+    for name in ("train", "test", "photos", "predictions"):
+        check_own(out / name)
     fast = bfloat16_instructions()
-    epochs = options.epochs or (10 if fast else 7)
+    epochs = options.epochs if options.epochs is not None else 10 if fast else 7
+    if epochs < 1:
+        raise InputError(f"--epochs is {epochs}; expected 1 or more")
     data = ["--config", str(config("data/scenes_easy.yaml")), "--data.prompts", "3"]
     data += ["--data.num_workers", "0"]  # on two cores loader processes would only slow down training
     if options.sizes:
         data += ["--data.sizes", json.dumps(options.sizes)]
-    shutil.rmtree(out / "train", ignore_errors=True)
 
     def step(title: str, words: list[str]) -> None:
         print(f"\n== {title}\n   counting-zoo {' '.join(words)}", flush=True)
         start = time.perf_counter()
-        code = main(words)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*exists and is not empty")  # the marker is in it, and nothing else
+            code = main(words)
         if code:
             raise InputError(f"the step above ended with exit code {code}")
         print(f"   {time.perf_counter() - start:.0f} s", flush=True)
@@ -51,6 +58,7 @@ def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
         folder = {"class_path": "CSVLogger", "init_args": {"save_dir": str(out), "name": name, "version": ""}}
         return ["--trainer.logger", json.dumps([folder])]
 
+    renew(out / "train")
     step(
         "train on 48 kinds of object",
         [
@@ -78,6 +86,7 @@ def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
         ],  # the last epoch is always validated
     )
     best = out / "train" / "checkpoints" / "best.ckpt"
+    renew(out / "test")
     step(
         f"test on 12 others: {UNSEEN}",
         [
@@ -94,12 +103,11 @@ def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
     )
     scenes = SyntheticScenes(sizes=options.sizes)
     names = scenes.class_names("test")
-    photos = out / "photos"
-    shutil.rmtree(photos, ignore_errors=True)
-    photos.mkdir(parents=True)
+    photos = renew(out / "photos")
     for record in scenes.records("test")[:12]:
         assert record.path is not None  # scenes are files
         shutil.copy(record.path, photos / record.path.name)
+    renew(out / "predictions")
     step(
         f"predict a folder of 12 pictures, {len(names)} names in each",
         [
@@ -124,6 +132,30 @@ def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
     )
     print(f"\nreport: {out / 'test' / 'report.html'}\ncounts: {out / 'predictions' / 'counts.csv'}\nmodel:  {best}")
     return 0
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a folder that holds what no quickstart wrote.
+
+    Raises:
+        InputError: names it.
+    """
+    nothing = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if folder.is_symlink() or not (nothing or (folder / MARKER).is_file()):
+        raise InputError(
+            f"{str(folder)!r} would be replaced, but it is not from a quickstart (it holds no {MARKER}); "
+            "give another --out, or move it away"
+        )
+
+
+def renew(folder: Path) -> Path:
+    """Put an empty folder of the quickstart in place of the one that an earlier quickstart wrote."""
+    check_own(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+    return folder
 
 
 def config(name: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from counting_zoo.cli import main
-from counting_zoo.quickstart import config
+from counting_zoo.quickstart import config, renew
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -26,6 +26,40 @@ def test_quickstart_leaves_model_report_and_counts(
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 * 12  # every picture, every unseen class
     assert len({row["name"] for row in rows}) == 12
+    for name in ("train", "test", "photos", "predictions"):  # may be replaced by the next quickstart
+        (out / name / "old").touch()
+        assert not any(renew(out / name).glob("[!.]*"))
+
+
+@pytest.mark.parametrize("name", ["train", "test", "photos", "predictions"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_no_quickstart_wrote_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    monkeypatch.setattr("counting_zoo.cli._run", lambda *words: pytest.fail("it trains"))
+    ours, theirs, own = tmp_path / ("train" if name != "train" else "photos"), tmp_path / name, tmp_path / "own"
+    renew(ours)
+    if kind == "folder":
+        theirs.mkdir()
+    elif kind == "link":
+        theirs.symlink_to(renew(own))
+    kept = theirs if kind == "file" else theirs / "mine.txt"
+    kept.write_text("mine")
+    (ours / "old.txt").touch()
+    assert main(["quickstart", "--out", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert str(theirs) in lines[0]
+    assert "--out" in lines[0]
+    assert kept.read_text() == "mine"
+    assert (ours / "old.txt").is_file()
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1"])
+def test_no_epochs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], epochs: str) -> None:
+    assert main(["quickstart", "--out", str(tmp_path / "out"), "--epochs", epochs]) == 2
+    assert "--epochs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_shipped_configurations_are_found() -> None:
