@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import re
-import socket
+import threading
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
@@ -504,18 +503,29 @@ def _from_pretrained(source: str, *, local_only: bool) -> CLIPModel:
     return model
 
 
-def hub_answers(timeout: float = 2.0) -> bool:
-    """Whether the hub may and can be reached: transformers would retry for 20 to 40 seconds before saying so."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return False
-    place = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection(
-            (place.hostname, place.port or (80 if place.scheme == "http" else 443)), timeout
-        ).close()
-    except OSError:
-        return False
-    return True
+@cache
+def hub_answers(timeout: float = 4.0) -> bool:
+    """Whether the hub may and can be reached: transformers would retry for 20 to 40 seconds before saying so.
+
+    It is asked as huggingface_hub asks it, with its endpoint, proxies and offline mode; once in a process.
+    """
+    from huggingface_hub import constants, get_session
+
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            status = get_session().head(constants.ENDPOINT, follow_redirects=False, timeout=timeout).status_code
+        except Exception:  # httpx's or httpx2's, by the version of huggingface_hub
+            return
+        answers.append(status < 500 and status != 407)  # those are a proxy's that cannot or may not reach it
+
+    if not constants.HF_HUB_OFFLINE:
+        # The timeout of a request is for each address of the host, and none for its name.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(timeout)
+    return answers == [True]
 
 
 def random_clip(config: Mapping[str, Any]) -> CLIPModel:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import http.server
 import os
+import socket
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiny_clip
 import torch
@@ -15,6 +22,7 @@ from counting_zoo.nn.clip import (
     build_clip,
     clip_config,
     clip_config_of_openai,
+    hub_answers,
     load_openai_clip,
     openai_to_huggingface,
     random_clip,
@@ -178,3 +186,94 @@ def test_drop_path_keeps_the_mean_and_whole_samples() -> None:
     assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.03)
     assert torch.equal(DropPath(0.25).eval()(x), x)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers every request on the loopback interface with one status, as a hub or as a proxy before it."""
+
+    status = 200
+    requests: list[str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Keeps what was asked for."""
+
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self.server.requests.append(self.path)
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.requests = []
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process in which the hub was not asked yet, and without proxies of its own."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    hub_answers.cache_clear()
+    huggingface_hub.close_session()
+    yield
+    hub_answers.cache_clear()
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize(("status", "expected"), [(200, True), (302, True), (404, True), (502, False), (407, False)])
+@pytest.mark.parametrize("as_proxy", [False, True])
+@pytest.mark.usefixtures("online")
+def test_hub_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, server: Server, status: int, expected: bool, as_proxy: bool
+) -> None:
+    endpoint = "http://something.invalid" if as_proxy else server.url
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    if as_proxy:
+        monkeypatch.setenv("http_proxy", server.url)
+    server.status = status
+    assert [hub_answers(), hub_answers()] == [expected] * 2
+    assert server.requests == [f"{endpoint}/" if as_proxy else "/"]
+
+
+def test_hub_behind_a_proxy_of_the_environment(server: Server) -> None:
+    own = {"HF_ENDPOINT": "http://something.invalid", "http_proxy": server.url, "HF_HUB_OFFLINE": "0", "no_proxy": ""}
+    code = "from counting_zoo.nn.clip import hub_answers; raise SystemExit(not hub_answers())"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | own).returncode == 0
+    assert server.requests == ["http://something.invalid/"]
+
+
+@pytest.mark.usefixtures("online")
+def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        start = time.monotonic()
+        assert not hub_answers()  # closed
+        silent.listen()
+        assert not hub_answers(0.5)  # takes the connection and says nothing
+        assert time.monotonic() - start < 3
+
+
+@pytest.mark.usefixtures("online")
+def test_offline_mode_asks_nothing(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert not hub_answers()
+    assert server.requests == []
