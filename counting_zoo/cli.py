@@ -45,7 +45,7 @@ usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all 
   counting-zoo convert clip_count official.ckpt converted.ckpt --clip openai/clip-vit-base-patch16
 
 Later files and options win over earlier ones; --print_config shows the result. validate, test and predict take the
-model from the checkpoint. {ALLOW_FLAG} NAME lets configurations name classes of a package of yours.
+model from the checkpoint. {ALLOW_FLAG} NAME lets configurations and checkpoints name classes of a package of yours.
 """
 
 
@@ -150,6 +150,8 @@ def _calibrate(arguments: list[str]) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
+    arguments, extra = take_allowed_packages(arguments)
+    restrict_imports(extra)
     parser = argparse.ArgumentParser(
         "counting-zoo convert", description="Turn weights of a reference implementation into a checkpoint of the zoo."
     )
@@ -173,6 +175,8 @@ def _convert(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
+    arguments, extra = take_allowed_packages(arguments)
+    restrict_imports(extra)
     parser = argparse.ArgumentParser(
         "counting-zoo export", description="Write a counter as a graph that runs without this package."
     )
@@ -182,13 +186,15 @@ def _export(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from counting_zoo.exporting import export
-    from counting_zoo.loading import load
+    from counting_zoo.lightning_cli import counter_of
 
-    print(f"wrote {export(load(options.checkpoint), options.out, options.names)}")
+    print(f"wrote {export(counter_of(options.checkpoint, extra), options.out, options.names)}")
     return 0
 
 
 def _export_encoder(arguments: list[str]) -> int:
+    arguments, extra = take_allowed_packages(arguments)
+    restrict_imports(extra)
     parser = argparse.ArgumentParser(
         "counting-zoo export-encoder", description="Write the CLIP that RegionCLIPPretraining trained."
     )
@@ -197,10 +203,10 @@ def _export_encoder(arguments: list[str]) -> int:
     parser.add_argument("--half", action="store_true", help="in half precision")
     options = parser.parse_args(arguments)
 
-    from counting_zoo.loading import load
+    from counting_zoo.lightning_cli import model_of
     from counting_zoo.models.region_clip import RegionCLIPPretraining
 
-    model = load(options.checkpoint)
+    model = model_of(options.checkpoint, extra)
     if not isinstance(model, RegionCLIPPretraining):
         raise InputError(f"{options.checkpoint!r} is of {type(model).__name__}; expected one of RegionCLIPPretraining")
     print(f"wrote {model.export(options.out, half=options.half)}")

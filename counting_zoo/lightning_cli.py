@@ -151,7 +151,7 @@ def run_audit(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
 
 
 def counter_of(path: str, allowed: Sequence[str], **options: Any) -> CountingModule:
-    """The model of a checkpoint, which may be of a package that the user allows.
+    """The counter of a checkpoint, which may be of a package that the user allows.
 
     Args:
         path: the checkpoint.
@@ -161,15 +161,20 @@ def counter_of(path: str, allowed: Sequence[str], **options: Any) -> CountingMod
     Raises:
         CheckpointError: it counts nothing, or is no checkpoint of the zoo.
     """
+    model = model_of(path, allowed, **options)
+    if not isinstance(model, CountingModule):
+        raise CheckpointError(f"{path!r} is of {type(model).__name__}, which counts nothing")
+    return model
+
+
+def model_of(path: str, allowed: Sequence[str], **options: Any) -> Any:
+    """Load any model of a checkpoint; the arguments are those of :func:`counter_of`."""
     from counting_zoo.loading import load, read_checkpoint
 
     home = str(read_checkpoint(path).get("counting_zoo", {}).get("class", "")).rpartition(".")[0]
     if any(home == name or home.startswith(f"{name}.") for name in allowed):
         importlib.import_module(home)
-    model = load(path, **options)
-    if not isinstance(model, CountingModule):
-        raise CheckpointError(f"{path!r} is of {type(model).__name__}, which counts nothing")
-    return model
+    return load(path, **options)
 
 
 def _data_parser(command: str, description: str) -> _Parser:

@@ -90,7 +90,8 @@ def model_class(name: str) -> type[TrainingModule]:
     module_name, _, class_name = name.rpartition(".")
     if module_name.split(".")[0] != "counting_zoo" and module_name not in sys.modules:
         raise CheckpointError(
-            f"the checkpoint is of {name!r}, from outside counting_zoo; import that module first if you trust it"
+            f"the checkpoint is of {name!r}, from outside counting_zoo; import that module first if you trust it (on "
+            f"the command line: --allow_packages {module_name.split('.')[0]})"
         )
     try:
         kind = getattr(importlib.import_module(module_name), class_name)

@@ -219,3 +219,5 @@ def test_convert_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     Path("list.yaml").write_text("[1, 2]")
     assert main(["convert", "clip_count", "gone.ckpt", "out.ckpt", "--config", "list.yaml"]) == 2
     assert "holds a list; expected a mapping" in capsys.readouterr().err
+    assert main(["convert", *ALLOW, "clip_count", "gone.ckpt", "out.ckpt"]) == 2
+    assert "gone.ckpt" in capsys.readouterr().err

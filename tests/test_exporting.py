@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["export", str(tmp_path / "best.ckpt"), str(tmp_path / "counter.pt2")]) == 0
     assert "wrote" in capsys.readouterr().out
     assert run_pt2(tmp_path / "counter.pt2", torch.rand(1, 3, 64, 64))[1]["names"] == ["people"]
+
+
+def test_the_command_takes_a_model_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_counter.py").write_text("from counting_zoo import EBC\nclass Mine(EBC): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    save(importlib.import_module("my_counter").Mine(**EBC_SMALL, default_classes=["people"]), tmp_path / "mine.ckpt")
+    words = ["export", str(tmp_path / "mine.ckpt"), str(tmp_path / "counter.pt2")]
+    monkeypatch.delitem(sys.modules, "my_counter")
+    assert main(words) == 2
+    assert "--allow_packages my_counter" in capsys.readouterr().err
+    assert main([*words, "--allow_packages", "my_counter"]) == 0
+    assert run_pt2(tmp_path / "counter.pt2", torch.rand(1, 3, 64, 64))[1]["model"] == "Mine"

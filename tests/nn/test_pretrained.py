@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tiny import run
 from torch import Tensor
 
 from counting_zoo import CLIPEBC, CLIPCount, RegionCLIPCounter, RegionCLIPPretraining, SyntheticScenes, load, save
+from counting_zoo.cli import main
 from counting_zoo.errors import InputError, WeightsError
 from counting_zoo.nn import pretrained as pretrained_module
 from counting_zoo.nn.clip import build_towers, random_clip, random_clip_resnet
@@ -426,6 +429,20 @@ def test_export_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.delenv("COUNTING_ZOO_DEBUG")
     assert run("export-encoder", "nothing.ckpt", "x.safetensors") == 2
     assert "no checkpoint at 'nothing.ckpt'" in capsys.readouterr().err
+
+
+def test_export_encoder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from counting_zoo import RegionCLIPPretraining\nclass Mine(RegionCLIPPretraining): pass\n"
+    (tmp_path / "my_pretraining.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module("my_pretraining").Mine(**KINDS["stem"])
+    model.set_tokenizer(word_tokenizer(NAMES, 320))
+    save(model, tmp_path / "mine.ckpt")
+    words = ["export-encoder", str(tmp_path / "mine.ckpt"), str(tmp_path / "clip.safetensors")]
+    monkeypatch.delitem(sys.modules, "my_pretraining")
+    assert main(words) == 2
+    assert main([*words, "--allow_packages=my_pretraining"]) == 0
+    assert (tmp_path / "clip.safetensors").is_file()
 
 
 def test_the_small_clip_of_the_package() -> None:
