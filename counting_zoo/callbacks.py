@@ -17,7 +17,7 @@ from counting_zoo.errors import ImageError, InputError
 from counting_zoo.evaluation.counting import count_again
 from counting_zoo.evaluation.predictions import PartWriter, merge_parts
 from counting_zoo.evaluation.report import ClassRow, CountRow, Picture, class_rows, read_curve, write_report
-from counting_zoo.io import replacing, write_table
+from counting_zoo.io import write_table, write_whole
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.module import CountingModule
 from counting_zoo.queries import wrong_prompts
@@ -293,5 +293,4 @@ def _show(trainer: L.Trainer, tag: str, drawing: np.ndarray, caption: str) -> No
     folder = trainer.loggers[0].log_dir if trainer.loggers else None
     name = f"{Path(tag).name}_epoch{trainer.current_epoch:04d}.png"
     path = Path(folder or trainer.default_root_dir) / "pictures" / name
-    with replacing(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR))[1].tobytes())
+    write_whole(path, cv2.imencode(".png", cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR))[1].tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -39,3 +40,14 @@ def plain_message(error: Exception) -> str:
     if not re.match(r"Caught \w+ in ", text):
         return text
     return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+
+
+def listed(names: Iterable[str], n: int = 12) -> str:
+    """Name the first few for a message, and say how many more there are.
+
+    Example:
+        >>> listed(["figs", "dates", "plums"], 2), listed([])
+        ('figs, dates and 1 more', '')
+    """
+    names = list(names)
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

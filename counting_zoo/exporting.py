@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -127,10 +126,7 @@ def _recipe(model: CountingModule, names: list[str]) -> dict[str, Any]:
 
 
 def _write_pt2(program: Any, path: Path, recipe: str) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # torch wants the suffix
-        made = Path(folder) / "graph.pt2"
-        torch.export.save(program, made, extra_files={RECIPE: recipe})
-        made.replace(path)
+    torch.export.save(program, path, extra_files={RECIPE: recipe})
 
 
 def _run_pt2(path: Path, picture: Tensor) -> Tensor:
@@ -144,22 +140,20 @@ def _write_onnx(program: Any, path: Path, recipe: str) -> None:
         import onnxruntime  # noqa: F401  # what was written is run before it is kept
     except ImportError as error:
         raise InputError(f"ONNX files need more packages: pip install 'counting-zoo[export]' ({error})") from error
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, contextlib.redirect_stdout(io.StringIO()):
-        made = Path(folder) / "graph.onnx"
+    with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
             program,
             (),
-            made,
+            path,
             input_names=["image"],
             output_names=["density"],
             dynamo=True,
             external_data=False,
             verbose=False,
         )
-        graph = onnx.load(made)
-        graph.metadata_props.add(key=RECIPE, value=recipe)
-        onnx.save(graph, made)
-        made.replace(path)
+    graph = onnx.load(path)
+    graph.metadata_props.add(key=RECIPE, value=recipe)
+    onnx.save(graph, path)
 
 
 def _run_onnx(path: Path, picture: Tensor) -> Tensor:

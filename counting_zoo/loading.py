@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import sys
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.geometry import Preprocess
+from counting_zoo.io import replacing, tensors_sha256
 from counting_zoo.module import CountingModule
 from counting_zoo.nn.weights import read_checkpoint
 from counting_zoo.training import TrainingModule, current_name
@@ -74,10 +74,8 @@ def save(module: CountingModule, path: str | Path) -> Path:
         "global_step": 0,
     }
     module.on_save_checkpoint(checkpoint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    torch.save(checkpoint, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
     return path
 
 
@@ -215,8 +213,4 @@ def model_sha256(model: CountingModule) -> str:
     kind = type(model)
     recipe: Any = getattr(model, "recipe", dict)
     named = json.dumps([f"{kind.__module__}.{kind.__qualname__}", settings, recipe()], sort_keys=True, default=str)
-    digest = hashlib.sha256(named.encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_sha256(named, sorted(model.state_dict().items()))

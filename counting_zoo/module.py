@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from counting_zoo.data.records import Split, present_names, unasked_objects
-from counting_zoo.errors import InputError, NamesError
+from counting_zoo.errors import InputError, NamesError, listed
 from counting_zoo.geometry import Preprocess, boxes_inside
 from counting_zoo.images import as_image, as_uint8_array
 from counting_zoo.metrics.counts import CountTable, PromptErrors, grid_errors
 from counting_zoo.metrics.intervals import IntervalCalibration
 from counting_zoo.ops import peak_points
 from counting_zoo.prediction import Prediction
-from counting_zoo.queries import check_data, check_query, listed, wrong_prompts
+from counting_zoo.queries import check_data, check_query, wrong_prompts
 from counting_zoo.tiling import count_images
 from counting_zoo.training import TrainingModule
 from counting_zoo.types import Batch, CountOutput, Query

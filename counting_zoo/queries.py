@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 
 from counting_zoo.data.records import Split
-from counting_zoo.errors import InputError, QueryError
+from counting_zoo.errors import InputError, QueryError, listed
 
 if TYPE_CHECKING:
     from counting_zoo.module import CountingModule
 
 from counting_zoo.types import Batch, Query
-
-
-def listed(names: Sequence[str], n: int = 12) -> str:
-    """Join the first n names, and say how many more there are."""
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 def wrong_prompts(batch: Batch, names: Sequence[str]) -> list[list[str]] | None:

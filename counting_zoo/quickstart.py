@@ -6,8 +6,8 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable
 import warnings
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any

@@ -21,7 +21,7 @@ from counting_zoo import VOCCounts
 from counting_zoo.callbacks import DensityPictures, PredictionWriter, TestReport
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.evaluation.predictions import BOX_COLUMNS, COUNT_COLUMNS, PartWriter, merge_parts
-from counting_zoo.io import replacing, safe_cell, write_table
+from counting_zoo.io import safe_cell, write_table
 from counting_zoo.prediction import Prediction
 
 
@@ -285,16 +285,6 @@ def test_cells_that_a_spreadsheet_would_run_are_neutralised(tmp_path: Path, text
 @pytest.mark.parametrize("value", [0.1, 1e-30, 123456.789, -7.25, 1e20])
 def test_numbers_survive_the_table(value: float) -> None:
     assert np.float32(safe_cell(value)) == np.float32(value)
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text("before")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:  # noqa: PT012
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "before"
-    assert [file.name for file in tmp_path.iterdir()] == ["t.csv"]
 
 
 def test_density_pictures_are_capped_and_written_where_the_logger_takes_none(

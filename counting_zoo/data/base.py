@@ -28,7 +28,7 @@ from counting_zoo.data.records import (
     without_annotation,
 )
 from counting_zoo.data.transforms import Augmentation
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, listed
 from counting_zoo.geometry import Preprocess
 
 Prompts = int | Literal["target", "all"]
@@ -157,8 +157,7 @@ class CountingDataModule(L.LightningDataModule):
             found = f"data.root is {str(self.root)!r}, which is {'a file' if self.root.exists() else 'not there'}"
         else:
             names = sorted(path.name + "/" * path.is_dir() for path in self.root.iterdir())
-            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-            found = f"data.root is {str(self.root)!r}, which holds {', '.join(names[:20]) or 'nothing'}{more}"
+            found = f"data.root is {str(self.root)!r}, which holds {listed(names, 20) or 'nothing'}"
         raise InputError(f"{type(self).__name__}: {found}; expected\n{self.layout or holding}")
 
     # -- what models and reports ask for --------------------------------------------------------------------------

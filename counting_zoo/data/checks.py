@@ -18,8 +18,9 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from counting_zoo.data.records import Record
-from counting_zoo.errors import ImageError, InputError
+from counting_zoo.errors import ImageError, InputError, listed
 from counting_zoo.images import image_size
+from counting_zoo.io import file_sha256, sha256
 
 Outside = Literal["error", "clamp", "drop"]
 
@@ -256,7 +257,7 @@ class Checksums:
         Raises:
             ImageError: they differ.
         """
-        expected, found = self._known[self._name(record)], hashlib.sha256(data).hexdigest()
+        expected, found = self._known[self._name(record)], sha256(data)
         if found != expected:
             raise ImageError(
                 f"{record.path}: its SHA-256 is {found}, but {self.path} says {expected}; copy the picture again, or "
@@ -275,10 +276,7 @@ def write_checksums(path: Path, pictures: Iterable[Path]) -> None:
         path: the file to write.
         pictures: in the order they are listed in.
     """
-    lines = [
-        f"{hashlib.sha256(picture.read_bytes()).hexdigest()}  {picture.relative_to(path.parent).as_posix()}\n"
-        for picture in pictures
-    ]
+    lines = [f"{file_sha256(picture)}  {picture.relative_to(path.parent).as_posix()}\n" for picture in pictures]
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -456,8 +454,8 @@ def check_kinds(records: list[Record], where: str) -> None:
         if any(known) and not all(known):
             lacking = [record.image_id for record, there in zip(records, known, strict=True) if not there]
             raise InputError(
-                f"{where}: {len(lacking)} of {len(records)} pictures have no {kind} ({_listed(lacking)}), but others "
-                f"have ({records[known.index(True)].image_id}); annotate all pictures alike"
+                f"{where}: {len(lacking)} of {len(records)} pictures have no {kind} ({listed(lacking, _SHOWN)}), but "
+                f"others have ({records[known.index(True)].image_id}); annotate all pictures alike"
             )
 
 
@@ -476,11 +474,11 @@ def check_duplicates(records_by_split: Mapping[str, list[Record]], action: str) 
         for record in records:
             if record.path is not None and record.path.is_file():
                 by_size[record.path.stat().st_size].append((split, record, record.path))
-    by_hash: dict[bytes, list[tuple[str, Record]]] = defaultdict(list)
+    by_hash: dict[str, list[tuple[str, Record]]] = defaultdict(list)
     for files in by_size.values():
         if len({split for split, _, _ in files}) > 1:
             for split, record, path in files:
-                by_hash[hashlib.sha256(path.read_bytes()).digest()].append((split, record))
+                by_hash[file_sha256(path)].append((split, record))
     pairs = [
         f"{a.image_id} ({split_a}) = {b.image_id} ({split_b})"
         for same in by_hash.values()
@@ -490,8 +488,8 @@ def check_duplicates(records_by_split: Mapping[str, list[Record]], action: str) 
     ]
     if pairs:
         message = (
-            f"{len(pairs)} pairs of equal pictures are in two splits: {_listed(pairs)}; scores on them mean nothing. "
-            "Remove one of each pair, or set data.duplicates to 'warn' or 'ignore'"
+            f"{len(pairs)} pairs of equal pictures are in two splits: {listed(pairs, _SHOWN)}; scores on them mean "
+            "nothing. Remove one of each pair, or set data.duplicates to 'warn' or 'ignore'"
         )
         if action == "error":
             raise InputError(message)
@@ -515,7 +513,7 @@ def _check_unique(records: list[Record], where: str) -> None:
         seen[record.image_id] = folded[record.image_id.casefold()] = record
     if clashes:
         warnings.warn(
-            f"{where}: {len(clashes)} pairs of names differ in case only ({_listed(clashes)}); "
+            f"{where}: {len(clashes)} pairs of names differ in case only ({listed(clashes, _SHOWN)}); "
             "on Windows and macOS they are one file",
             stacklevel=3,
         )
@@ -579,7 +577,7 @@ def _existing(records: list[Record], missing: str, where: str) -> list[Record]:
     absent = [record for record in records if record.path is not None and not record.path.is_file()]
     if not absent:
         return records
-    message = f"{where}: {len(absent)} of {len(records)} pictures are missing: {_listed(map(_describe, absent))}"
+    message = f"{where}: {len(absent)} of {len(records)} pictures are missing: {listed(map(_describe, absent), _SHOWN)}"
     if missing == "error":
         raise InputError(f"{message}. Complete the folder, or set data.missing to 'skip'")
     warnings.warn(f"{message}; skipped (data.missing=skip)", stacklevel=3)
@@ -621,13 +619,13 @@ def _with_sizes(records: list[Record], split: str, outside: str, where: str) -> 
         verb = {"clamp": "moved to the border", "drop": "dropped or clipped"}[outside]
         warnings.warn(
             f"{where}: {sum(touched.values())} coordinates outside {len(touched)} pictures were {verb} "
-            f"(data.outside={outside}): {_listed(f'{name} ({n})' for name, n in touched.items())}",
+            f"(data.outside={outside}): {listed((f'{name} ({n})' for name, n in touched.items()), _SHOWN)}",
             stacklevel=3,
         )
     if surprises:
         warnings.warn(
             f"{where}: the annotation of {len(surprises)} pictures states another size (height, width) than the "
-            f"file: {_listed(surprises)}; are points in the frame of a resized or unrotated copy?",
+            f"file: {listed(surprises, _SHOWN)}; are points in the frame of a resized or unrotated copy?",
             stacklevel=3,
         )
     return checked
@@ -642,9 +640,3 @@ def _size(record: Record, tolerate: bool) -> tuple[int, int] | None:
         if tolerate:
             return None
         raise
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

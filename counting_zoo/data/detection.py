@@ -18,7 +18,7 @@ from counting_zoo.data.checks import as_boxes, inside_root
 from counting_zoo.data.records import Record, Split
 from counting_zoo.data.splits import check_choice, draw
 from counting_zoo.data.tables import read_json
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, listed
 
 _NEEDED = {
     "categories": ("id", "name"),
@@ -64,9 +64,9 @@ def read_instances(path: Path) -> Instances:
     names = {category["id"]: str(category["name"]) for category in content["categories"]}
     rows = {image["id"]: i for i, image in enumerate(images)}
     kinds = {number: k for k, number in enumerate(sorted(names))}
-    for what, known, listed in (("images", rows, images), ("categories", names, content["categories"])):
-        if len(known) < len(listed):
-            raise InputError(f"{path}: {len(listed)} {what} have only {len(known)} different ids; expected one each")
+    for what, known, given in (("images", rows, images), ("categories", names, content["categories"])):
+        if len(known) < len(given):
+            raise InputError(f"{path}: {len(given)} {what} have only {len(known)} different ids; expected one each")
     for field, known, what in (("image_id", rows, "image"), ("category_id", kinds, "category")):
         lost = next((i for i, one in enumerate(annotations) if one[field] not in known), None)
         if lost is not None:
@@ -291,13 +291,12 @@ def report_unlisted(found: dict[str, str], unlisted: Unlisted, classes: list[str
     """
     if not found:
         return
-    listed = ", ".join(f"{name!r} ({place})" for name, place in list(found.items())[:5])
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    message = f"{where}: objects of classes that data.classes does not list: {listed}{more}"
+    others = listed((f"{name!r} ({place})" for name, place in found.items()), 5)
+    message = f"{where}: objects of classes that data.classes does not list: {others}"
     if unlisted == "error":
-        shown = ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else "")
         raise InputError(
-            f"{message}; it lists {shown}. Correct the name, add it to data.classes, or set data.unlisted to 'drop'"
+            f"{message}; it lists {listed(classes, 20)}. Correct the name, add it to data.classes, or set "
+            "data.unlisted to 'drop'"
         )
     log.warning("%s; left out (data.unlisted=drop)", message)
 
@@ -312,11 +311,10 @@ def report_flat(places: list[str], where: str) -> None:
     if places:
         found = Counter(places)
         log.warning(
-            "%s: %d boxes have no width or no height, in %s%s; each counts as one object",
+            "%s: %d boxes have no width or no height, in %s; each counts as one object",
             where,
             len(places),
-            ", ".join(list(found)[:5]),
-            f" and {len(found) - 5} more" if len(found) > 5 else "",
+            listed(found, 5),
         )
 
 

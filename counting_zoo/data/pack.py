@@ -31,9 +31,9 @@ import numpy as np
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.checks import fingerprint
 from counting_zoo.data.records import Record, Split, without_annotation
-from counting_zoo.errors import ImageError, InputError
+from counting_zoo.errors import ImageError, InputError, listed
 from counting_zoo.images import decode_image
-from counting_zoo.io import progress
+from counting_zoo.io import progress, replacing, sha256
 
 SCHEMA = 1
 
@@ -84,9 +84,7 @@ def pack(
         raise InputError("splits is empty; expected at least one of 'train', 'val', 'test', 'predict'")
     records = [(split, record) for split in splits for record in datamodule.records(split)]
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         with h5py.File(temporary, "w") as file:
             packed, digest = _write_pictures(file, datamodule, records, broken)
             if not packed:
@@ -103,11 +101,6 @@ def pack(
                 protocol=json.dumps(dict(datamodule.hparams), default=str),
             )
         _verify(temporary, digest)
-        with temporary.open("rb+") as raw:
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -126,7 +119,7 @@ def _write_pictures(
     digest = hashlib.sha256()
     buffer = bytearray()
     offsets = [0]
-    known: dict[str, tuple[int, bytes]] = {}  # image id -> row and hash
+    known: dict[str, tuple[int, str]] = {}  # image id -> row and hash
     packed: list[_Packed] = []
     failed: list[str] = []
 
@@ -147,7 +140,7 @@ def _write_pictures(
                 ) from error
             failed.append(f"{record.image_id} ({error})")
             continue
-        own = hashlib.sha256(encoded).digest()
+        own = sha256(encoded)
         if record.image_id in known:
             row, other = known[record.image_id]
             if own != other:
@@ -164,8 +157,7 @@ def _write_pictures(
     _dataset(file, "image/offset", np.array(offsets, np.int64))
     if failed:
         warnings.warn(
-            f"{len(failed)} pictures cannot be decoded and were left out: {'; '.join(failed[:5])}"
-            + (f" and {len(failed) - 5} more" if len(failed) > 5 else ""),
+            f"{len(failed)} pictures cannot be decoded and were left out: {listed(failed, 5)}",
             stacklevel=3,
         )
     return packed, digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from counting_zoo.data.records import Record, Split
 from counting_zoo.data.scenes import PRESETS, Attributes, EachClassPreset, render
 from counting_zoo.data.tables import read_json
 from counting_zoo.errors import InputError
-from counting_zoo.io import progress
+from counting_zoo.io import progress, sha256
 
 SplitBy = Literal["class", "picture"]
 
@@ -102,7 +101,7 @@ class SceneSet:
     @property
     def folder_name(self) -> str:
         """The set's folder in the cache, such as ``easy-1c09a5b2f3``."""
-        digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
+        digest = sha256(json.dumps(self.fingerprint, sort_keys=True))
         return f"{self.preset}-{digest[:10]}"
 
     def class_splits(self) -> dict[str, list[Attributes]]:

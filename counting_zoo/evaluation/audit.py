@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -25,7 +24,7 @@ from counting_zoo.evaluation.audit_metrics import grid_matches
 from counting_zoo.evaluation.counting import FinishedPictures, picture_key
 from counting_zoo.evaluation.report import Picture
 from counting_zoo.geometry import Preprocess, resize_image, scale_points
-from counting_zoo.io import progress
+from counting_zoo.io import progress, sha256
 from counting_zoo.loading import model_sha256
 from counting_zoo.module import CountingModule
 from counting_zoo.ops import points_to_grid, resize_density, sum_blocks
@@ -666,7 +665,7 @@ def audit(
             "counting_zoo": __version__,
         }
         files = [] if parts is None else [picture_key(datamodule, record) for record in records.values()]
-        key = hashlib.sha256(json.dumps([protocol, names, GRIDS, files], sort_keys=True).encode()).hexdigest()[:16]
+        key = sha256(json.dumps([protocol, names, GRIDS, files], sort_keys=True))[:16]
         found = _answers(questions, chosen, None if parts is None else parts / f"{key}.jsonl")
         failed = [(str(image_id), str(reason)) for one in found for image_id, reason in one["failed"]]
         pictures = [AskedPicture(**one["picture"]) for one in found if one["picture"]]

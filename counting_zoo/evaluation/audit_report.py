@@ -42,7 +42,7 @@ from counting_zoo.evaluation.report import (
     to_html,
     to_markdown,
 )
-from counting_zoo.io import replacing, write_table
+from counting_zoo.io import plain, write_table, write_whole
 from counting_zoo.metrics.counts import CountTable
 
 KINDS = ("right", "other present", "absent", "empty", "nonsense", "paraphrase", "number", "case")
@@ -90,7 +90,7 @@ def audit_figures(audit: Audit) -> dict[str, Any]:
     found["n_pictures"], found["n_without_target"] = len(own), len(audit.pictures) - len(own)
     found["left_out"], found["failed"] = dict(audit.left_out), [list(pair) for pair in audit.failed]
     found["classes"], found["protocol"] = list(audit.names), dict(audit.protocol)
-    return _plain(found)
+    return plain(found, "audit")
 
 
 def _mosaics(audit: Audit, own: Sequence[AskedPicture]) -> dict[str, Any]:
@@ -199,15 +199,6 @@ def _kind_table(own: Sequence[AskedPicture], names: Sequence[str], of: Any) -> n
     return np.array([[of(one)[name] for name in names] for one in own], np.float64).reshape(len(own), len(names))
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are not finite become ``None``."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_audit(audit: Audit, folder: str | Path) -> dict[str, Any]:
     """Write everything that is known of an audit.
 
@@ -224,7 +215,7 @@ def write_audit(audit: Audit, folder: str | Path) -> dict[str, Any]:
     folder, figures = Path(folder), audit_figures(audit)
     tables = _tables(figures)
     title = f"Does {figures['protocol']['model']} count what it is asked for?"
-    _write(folder / "audit.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / "audit.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     CountTable.of(prompt_rows(audit)).write(folder / "audit_counts.csv")
     cells = [f"{kind}_{grid}x{grid}" for grid in GRIDS for kind in ("tp", "fp")]
     write_table(
@@ -235,17 +226,12 @@ def write_audit(audit: Audit, folder: str | Path) -> dict[str, Any]:
             for m in audit.mosaics
         ],
     )
-    _write(folder / "audit.md", _markdown(title, figures, tables))
-    _write(folder / "audit.html", _html(title, figures, tables, audit))
+    write_whole(folder / "audit.md", _markdown(title, figures, tables))
+    write_whole(folder / "audit.html", _html(title, figures, tables, audit))
     if audit.cost is not None:
         cost = asdict(audit.cost) | {"ratio": audit.cost.ratio}
-        _write(folder / "audit_cost.json", json.dumps(cost, indent=1) + "\n")
+        write_whole(folder / "audit_cost.json", json.dumps(cost, indent=1) + "\n")
     return figures
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

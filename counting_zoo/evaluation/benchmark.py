@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from counting_zoo.evaluation.counting import (
     read_parts,
 )
 from counting_zoo.evaluation.report import Picture
+from counting_zoo.io import file_sha256, sha256
 from counting_zoo.loading import load, model_sha256
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.statistics import JOIN
@@ -239,7 +239,7 @@ def _counted(
     ]
     annotation = fingerprint(datamodule.records(split))["sha256"]
     key = json.dumps([__version__, facts["sha256"], str(model.interval_calibration), annotation, protocol])
-    parts = out / "parts" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    parts = out / "parts" / sha256(key)[:16]
     if fabric.is_global_zero:
         parts.mkdir(parents=True, exist_ok=True)
         (parts / "of.json").write_text(json.dumps({"run": where}), encoding="utf-8")
@@ -306,7 +306,7 @@ def _run(
 
 def _model_facts(model: CountingModule | Path, source: Any) -> dict[str, Any]:
     if isinstance(model, Path):
-        return {"class": "counts from elsewhere", "file": model.name, "sha256": _file_hash(model)}
+        return {"class": "counts from elsewhere", "file": model.name, "sha256": file_sha256(model)}
     facts: dict[str, Any] = {
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -316,7 +316,7 @@ def _model_facts(model: CountingModule | Path, source: Any) -> dict[str, Any]:
         "recipe": json.loads(json.dumps(dict(model.hparams), default=str)),
     }
     if isinstance(source, str | Path):
-        facts |= {"checkpoint": Path(source).name, "checkpoint_sha256": _file_hash(Path(source).expanduser())}
+        facts |= {"checkpoint": Path(source).name, "checkpoint_sha256": file_sha256(Path(source).expanduser())}
     return facts
 
 
@@ -404,11 +404,6 @@ def _costs(
         return {}
     found = measure_costs(model, [image for image, _ in asked], [own for _, own in asked])
     return {**found, "precision": precision}
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file_names(names: Sequence[str]) -> dict[str, str]:

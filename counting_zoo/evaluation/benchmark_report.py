@@ -7,7 +7,6 @@ memory, goes to files of its own (:func:`write_costs`).
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,7 +37,7 @@ from counting_zoo.evaluation.report import (
     to_html,
     to_markdown,
 )
-from counting_zoo.io import replacing, write_table
+from counting_zoo.io import plain, write_table, write_whole
 from counting_zoo.metrics.counts import GAME_COLUMNS, CountTable, MeanStatistic
 from counting_zoo.metrics.statistics import JOIN, METRICS, Bootstrap, compare, summarise
 from counting_zoo.version import __version__
@@ -443,6 +442,10 @@ LARGEST = 5
 """So many of the largest errors of each model are listed."""
 
 
+DIGITS = 10
+"""Significant digits of floats in ``benchmark.json``, so that the order of a sum cannot be seen."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One model on one data set.
@@ -507,16 +510,14 @@ def write_benchmark(
         "html": _html(results, runs),
     }
     for kind, content in text.items():
-        with replacing(paths[kind]) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_whole(paths[kind], content)
     write_table(paths["csv"], CSV_COLUMNS, _csv_rows(results))
     for old in paths["pictures"].glob("*.jpg"):
         if re.fullmatch(r"\d+-\d+\.jpg", old.name):
             old.unlink()
     for run, files in zip(runs, names, strict=True):
         for picture, file in zip(run.pictures, files, strict=True):
-            with replacing(out / file) as temporary:
-                temporary.write_bytes(jpeg(picture.drawing))
+            write_whole(out / file, jpeg(picture.drawing))
     return paths
 
 
@@ -551,7 +552,7 @@ def benchmark_results(
         "data": [_data(name, found, bootstrap) for name, found in by_data.items()],
         "skipped": [{"model": model, "data": data, "reason": reason} for model, data, reason in skipped],
     }
-    return _plain(results, "benchmark")
+    return plain(results, "benchmark", digits=DIGITS)
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -602,7 +603,7 @@ def write_costs(out: str | Path, costs: Mapping[str, Mapping[str, Any]]) -> dict
         costs: by model, numbers and words such as ``pictures_per_second``, ``peak_memory_mib``, ``device``.
     """
     out = Path(out)
-    found = _plain(costs, "costs")
+    found = plain(costs, "costs", digits=DIGITS)
     keys = list(dict.fromkeys(key for each in found.values() for key in each))
     rows: list[list[Cell]] = [[name, *(_cost(each.get(key)) for key in keys)] for name, each in found.items()]
     note = "Measured apart from accuracy; these figures belong to the machine and the moment."
@@ -612,10 +613,8 @@ def write_costs(out: str | Path, costs: Mapping[str, Mapping[str, Any]]) -> dict
         Text(note),
     ]
     paths = {"json": out / "costs.json", "md": out / "costs.md"}
-    with replacing(paths["json"]) as temporary:
-        temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with replacing(paths["md"]) as temporary:
-        temporary.write_text(to_markdown(blocks), encoding="utf-8")
+    write_whole(paths["json"], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_whole(paths["md"], to_markdown(blocks))
     return paths
 
 
@@ -743,26 +742,3 @@ def _cost(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _plain(value: Any, where: str) -> Any:
-    """The same as JSON has it; floats with ten digits, so that the order of a sum cannot be seen.
-
-    Raises:
-        InputError: something in it is no JSON.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each, f"{where}.{key}") for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each, where) for each in value]
-    if isinstance(value, float):
-        return float(f"{value:.10g}") if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise InputError(
-        f"{where} is a {type(value).__name__}; expected what JSON has: text, numbers, lists or dictionaries"
-    )

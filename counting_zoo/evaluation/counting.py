@@ -6,7 +6,6 @@ import contextlib
 import csv
 import ctypes
 import gc
-import hashlib
 import json
 import logging
 import math
@@ -27,9 +26,9 @@ from torch.utils.data import DataLoader
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import collate
 from counting_zoo.data.records import Record, Split, ask
-from counting_zoo.errors import InputError, NamesError
+from counting_zoo.errors import InputError, NamesError, listed
 from counting_zoo.geometry import Preprocess
-from counting_zoo.io import progress, unsafe_cell
+from counting_zoo.io import progress, sha256, unsafe_cell
 from counting_zoo.metrics.counts import CountTable, grid_errors
 from counting_zoo.metrics.statistics import JOIN
 from counting_zoo.module import CountingModule
@@ -105,7 +104,7 @@ def picture_key(datamodule: CountingDataModule, record: Record) -> str:
         content = datamodule.read_verified(record)
     except (InputError, OSError):
         content = b""  # whoever opens the picture says what is wrong with it
-    return f"{hashlib.sha256(content).hexdigest()[:16]} {record.image_id}"
+    return f"{sha256(content)[:16]} {record.image_id}"
 
 
 MEBI = 2**20
@@ -445,8 +444,8 @@ def _check_names(model: CountingModule, datamodule: CountingDataModule, split: S
     asked = datamodule.class_names(split)
     if model.vocabulary is not None and asked and not set(asked) & set(model.vocabulary):
         raise NamesError(
-            f"{type(model).__name__} counts {', '.join(model.vocabulary[:12])} and nothing else, and the {split} "
-            f"pictures of {type(datamodule).__name__} are asked about {', '.join(asked[:12])}: no name in common"
+            f"{type(model).__name__} counts {listed(model.vocabulary)} and nothing else, and the {split} "
+            f"pictures of {type(datamodule).__name__} are asked about {listed(asked)}: no name in common"
         )
 
 

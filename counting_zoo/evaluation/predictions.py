@@ -20,7 +20,7 @@ import torch.distributed
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from counting_zoo.errors import ImageError
-from counting_zoo.io import replacing, write_table
+from counting_zoo.io import replacing, write_table, write_whole
 from counting_zoo.metrics.counts import SCHEMA
 from counting_zoo.prediction import Prediction
 
@@ -334,7 +334,5 @@ class NWPUSubmission(L.Callback):
         if trainer.is_global_zero:
             counts = {name: count for found, _ in parts for name, count in found.items()}
             order = sorted(counts, key=lambda name: (int(name) if name.isdigit() else 0, name))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as temporary:
-                temporary.write_text("\n".join(f"{name} {counts[name]}" for name in order), encoding="utf-8")
+            write_whole(self.path, "\n".join(f"{name} {counts[name]}" for name in order))
             rank_zero_info(f"{len(order)} counts for the NWPU-Crowd benchmark: see {self.path}")

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import torch
 
-from counting_zoo.io import replacing
+from counting_zoo.io import write_whole
 from counting_zoo.metrics.counts import MEAN_STATISTICS, bootstrap_interval, errors_by_class
 from counting_zoo.version import __version__
 
@@ -544,10 +544,7 @@ def write_report(
         _error_table(rows),
         _settings_table(named, settings or {}),
     ]
-    path = Path(path)
-    with replacing(path) as temporary:
-        temporary.write_text(page(title, sections), encoding="utf-8")
-    return path
+    return write_whole(Path(path), page(title, sections))
 
 
 def read_curve(checkpoint: str | Path | None, column: str = "val/mae") -> list[tuple[float, float]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, listed
 from counting_zoo.io import unsafe_cell, write_table
 from counting_zoo.ops import exact_dtype, points_to_grid, resize_density, sum_blocks
 
@@ -763,9 +763,8 @@ def _warn_of_absent(by_class: Mapping[str, Tensor], classes: Sequence[str] | Non
     ):
         names = [str(k) if classes is None else classes[k] for k in left_out.nonzero()[:, 0].tolist()]
         if names:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
             warnings.warn(
-                f"{len(names)} of {len(left_out)} classes are {why}: {', '.join(names[:10])}{more}",
+                f"{len(names)} of {len(left_out)} classes are {why}: {listed(names, 10)}",
                 stacklevel=stacklevel,
             )
 

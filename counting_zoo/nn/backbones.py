@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from counting_zoo.errors import InputError, WeightsError
+from counting_zoo.io import plain
 from counting_zoo.nn.clip import hub_answers
 from counting_zoo.nn.weights import read_state_dict
 
@@ -128,8 +129,10 @@ class HubBackbone(nn.Module):
     def __init__(self, source: str | Mapping[str, Any], reduction: int) -> None:
         super().__init__()
         self.body: Any = _from_config(source) if isinstance(source, Mapping) else _from_pretrained(source)
-        config = self.body.config.to_diff_dict()
-        self.config_dict: dict[str, Any] = {"model_type": self.body.config.model_type, **_plain(config)}
+        config = plain(self.body.config.to_diff_dict(), other=str)
+        for key in ("transformers_version", "architectures", "dtype"):
+            config.pop(key, None)
+        self.config_dict: dict[str, Any] = {"model_type": self.body.config.model_type, **config}
         self.stride, self.dim = reduction, int(self.body.channels[-1])
         patch = getattr(self.body.config, "patch_size", 1)
         patch = int(patch if isinstance(patch, int) else patch[0])
@@ -196,16 +199,6 @@ def _load(place: str, *, local_only: bool) -> tuple[Any, dict[str, Any]]:
     config = AutoConfig.from_pretrained(place, local_files_only=local_only)
     kind: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]
     return kind.from_pretrained(place, config=config, local_files_only=local_only, output_loading_info=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            str(k): _plain(v) for k, v in value.items() if k not in ("transformers_version", "architectures", "dtype")
-        }
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, int | float | str | bool | None) else str(value)
 
 
 class SmallEncoder(nn.Module):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from counting_zoo.errors import InputError, WeightsError
+from counting_zoo.errors import InputError, WeightsError, listed
 from counting_zoo.nn.clip_resnet import CLIPResNetModel
 from counting_zoo.nn.weights import read_state_dict, stored_settings
 
@@ -264,8 +264,8 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -
             name = name.replace(f".{old}", f".{new}")
         out[name] = value.t().contiguous() if key in ("visual.proj", "text_projection") else value
     if unknown:
-        several = f" and {len(unknown) - 1} more: {unknown[1:6]}" if len(unknown) > 1 else ""
-        raise WeightsError(f"no place in {what} for the key {unknown[0]!r} of an OpenAI-layout state dict{several}")
+        keys = listed(map(repr, unknown), 6)
+        raise WeightsError(f"no place in {what} for the key {keys} of an OpenAI-layout state dict")
     return out
 
 

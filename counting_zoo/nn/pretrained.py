@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from counting_zoo.errors import InputError, WeightsError
+from counting_zoo.io import replacing
 from counting_zoo.nn.clip import is_resnet, openai_to_huggingface, openai_to_resnet, to_openai
 from counting_zoo.nn.clip_resnet import CLIPResNet
 from counting_zoo.nn.regions import RegionEncoder, ResNetRegions, StemRegions, ViTRegions
@@ -106,13 +106,8 @@ def write_pretrained(
     kept = dict(settings) | {"text_pool": text.pool, "temperature": temperature}
     if text.tokenizer is not None:
         kept["tokenizer"] = text.tokenizer.to_json()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        save_file(weights, unfinished, {"counting_zoo": json.dumps(kept)})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(weights, temporary, {"counting_zoo": json.dumps(kept)})
     return path
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from counting_zoo import CLIPEBC, CLIPCount, RegionCLIPCounter, RegionCLIPPretraining, SyntheticScenes, load, save
 from counting_zoo.cli import main
 from counting_zoo.errors import InputError, WeightsError
-from counting_zoo.nn import pretrained as pretrained_module
 from counting_zoo.nn.clip import build_towers, random_clip, random_clip_resnet
 from counting_zoo.nn.clip_resnet import CLIPResNet
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained, write_pretrained
@@ -131,7 +130,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(pretrained_module.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="no space left"):
         model.export(tmp_path / "clip.safetensors")
     assert not list(tmp_path.iterdir())

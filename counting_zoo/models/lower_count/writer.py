@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from counting_zoo.errors import InputError
-from counting_zoo.io import replacing
+from counting_zoo.io import write_whole
 from counting_zoo.models.lower_count.instances import Instances
 from counting_zoo.models.lower_count.module import LowerCount
 from counting_zoo.models.lower_count.proposals import Proposals, encode_mask, segment_proposals
@@ -139,8 +139,7 @@ class InstanceWriter(L.Callback):
         if trainer.is_global_zero:
             rows = sorted((row for rows in everyone for row in rows), key=lambda row: (row["image_id"], -row["score"]))
             path = self.dir / "instances.json"
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(rows), encoding="utf-8")
+            write_whole(path, json.dumps(rows))
             rank_zero_info(f"{len(rows)} instances: see {path}")
         self._rows = []
 
@@ -167,5 +166,4 @@ class InstanceWriter(L.Callback):
         found.masks = found.masks.cpu()
         drawn = cv2.cvtColor(draw_instances(picture, found, names), cv2.COLOR_RGB2BGR)
         path = self.dir / "instances" / f"{image_id.replace('/', '_')}.jpg"
-        with replacing(path) as temporary:
-            temporary.write_bytes(cv2.imencode(".jpg", drawn)[1].tobytes())
+        write_whole(path, cv2.imencode(".jpg", drawn)[1].tobytes())

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +16,7 @@ from torch.nn.functional import normalize
 
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError, SupervisionError
+from counting_zoo.io import replacing, sha256, tensors_sha256
 from counting_zoo.nn.text import TextTower
 
 Wording = Literal["corrected", "official"]
@@ -424,11 +422,7 @@ def _text_fingerprint(tower: TextTower, prompts: Sequence[str]) -> str:
     """
     if tower.tokenizer is None:
         raise InputError("this text tower has no tokenizer yet: give it one (set_tokenizer)")
-    digest = hashlib.sha256(tower.pool.encode())
-    for name, value in [*tower.state_dict().items(), ("ids", tower.tokenizer(prompts)[0])]:
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_sha256(tower.pool, [*tower.state_dict().items(), ("ids", tower.tokenizer(prompts)[0])])
 
 
 def cached_concepts(
@@ -464,7 +458,7 @@ def cached_concepts(
     first = [region_prompts(name, sentences[:1], wording)[0] for name in names]
     fingerprint = _text_fingerprint(tower, [*first, *region_prompts(names[0], sentences, wording)])
     content = json.dumps([list(names), sentences, wording, ensemble, fingerprint])
-    key = hashlib.sha256(content.encode()).hexdigest()
+    key = sha256(content)
     path = Path(folder).expanduser() / f"concepts-{key[:16]}.safetensors"
     device = tower.projection.weight.device
     if path.is_file():
@@ -481,10 +475,6 @@ def cached_concepts(
     except OSError as error:
         raise InputError(f"embeddings of concepts cannot be kept in {str(path.parent)!r}: {error}") from error
     found = embed_concepts(tower, names, sentences, wording=wording, ensemble=ensemble)
-    unfinished = path.with_suffix(f".{uuid.uuid4().hex}.part")
-    try:
-        save_file({"embeddings": found.cpu().contiguous()}, unfinished, {"key": key})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file({"embeddings": found.cpu().contiguous()}, temporary, {"key": key})
     return found
