@@ -81,7 +81,7 @@ def test_a_table_without_a_header_is_read_by_the_names_of_its_columns(tmp_path: 
     (tmp_path / "gcc.tsv").write_text('a "red" fox\t./a b.png\n"one, two\td.png\n"in ""quotes"""\td.png\n')
     data = CaptionedPictures(tmp_path, captions="gcc.tsv", columns=["caption", "image"])
     assert captions(data, "train") == {"a b.png": ['a "red" fox'], "d.png": ['"one, two', 'in "quotes"']}
-    with pytest.raises(InputError, match=r"gcc.tsv, line 1: the header is .*data.columns"):
+    with pytest.raises(InputError, match=r"gcc\.tsv"):
         CaptionedPictures(tmp_path, captions="gcc.tsv").records("train")  # its first caption is no header
 
 
@@ -115,7 +115,7 @@ def test_predict_reads_the_test_pictures_or_others(tmp_path: Path) -> None:
     assert set(captions(data, "predict").values()) == {None}
     other = CaptionedPictures(tmp_path, **COCO, predict_root=tmp_path / "val2017")
     assert [record.image_id for record in other.records("predict")] == ["000000000042.jpg", "000000000043.jpg"]
-    with pytest.raises(InputError, match=r"which pictures are test .*data.sizes.*data.predict_root"):
+    with pytest.raises(InputError, match=r"data\.predict_root"):
         CaptionedPictures(tmp_path, **COCO).records("predict")
 
 
@@ -135,7 +135,7 @@ def test_batches_keep_captions_and_may_be_cropped(tmp_path: Path) -> None:
             assert sorted(found) == sorted(truth[name])
             assert names == []
     data.augmentation = PlainAugmentation(crop=200)
-    with pytest.raises(InputError, match=r"augmentation.crop is \(200, 200\), but no training picture"):
+    with pytest.raises(InputError, match=r"augmentation\.crop"):
         data.setup("fit")
 
 
@@ -154,7 +154,7 @@ def test_a_counter_only_predicts(tmp_path: Path) -> None:
     with pytest.raises(SupervisionError, match="captions"):
         trainer.fit(TinyCounter(), data)
     assert trainer.global_step == 0
-    with pytest.raises(InputError, match="no counts"):
+    with pytest.raises(InputError, match="counts"):
         L.Trainer(**quiet).test(TinyCounter(), data, verbose=False)
     assert len(L.Trainer(**quiet).predict(TinyCounter(), data) or []) == 2
     assert data.constant_predictors() == {}
@@ -182,16 +182,16 @@ def test_descriptions_and_packs(tmp_path: Path) -> None:
 def test_empty_captions_are_left_out_and_counted_once(tmp_path: Path) -> None:
     rows = [("image", "caption"), ("d.png", "three"), ("d.png", " "), ("a b.png", ""), ("sub/c.png", "two")]
     path = write(tmp_path, rows)
-    with pytest.warns(UserWarning, match=r"2 empty captions .*line 3") as warned:
+    with pytest.warns(UserWarning, match="line 3") as warned:
         read_captions(path)
     assert len(warned) == 1
     with (
-        pytest.warns(UserWarning, match="empty captions"),
-        pytest.raises(InputError, match=r"1 of 3 .* a b.png \(line 4\).*data.empty"),
+        pytest.warns(UserWarning, match=r"captions\.csv"),
+        pytest.raises(InputError, match=r"data\.empty"),
     ):
         CaptionedPictures(tmp_path).records("train")
     skipping = CaptionedPictures(tmp_path, empty="skip", sizes={"val": 1})
-    with pytest.warns(UserWarning, match="skipped") as warned:
+    with pytest.warns(UserWarning, match=r"data\.empty") as warned:
         assert {*captions(skipping, "train"), *captions(skipping, "val")} == {"d.png", "sub/c.png"}
     assert len(warned) == 2  # the file is read once
 
@@ -202,7 +202,7 @@ def test_a_picture_of_coco_without_a_caption(tmp_path: Path) -> None:
     content = json.loads(place.read_text())
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] == 42]
     place.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"000000000043.jpg \(images\[0\]\)"):
+    with pytest.raises(InputError, match=r"000000000043\.jpg"):
         CaptionedPictures(tmp_path, **COCO).records("val")
 
 
@@ -217,21 +217,21 @@ def test_a_missing_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", b"image,caption\nd.png,one\nd.png,f\xfcr\n", "a.csv, line 3: not in UTF-8"),
-        ("a.csv", b"image,text\nd.png,one\n", r"line 1: .*one column caption or title"),
-        ("a.csv", b"image,file,caption\nd.png,d.png,one\n", r"line 1: .*image or filepath or file; rename"),
-        ("a.csv", b"image\tcaption\nd.png\tone\n", r"name the file \.tsv"),
-        ("a.csv", b"image,caption\nd.png,one, two\n", "line 2: 3 cells"),
-        ("a.csv", b'image,caption\nd.png,"one\nd.png,two\n', "cannot be read as a CSV file .line 3"),
-        ("a.tsv", b"image\tcaption\nd.png\tone\nd.png\n", "line 3: 1 cells"),
-        ("a.csv", b"image,caption\n,one\n", "line 2: the name of the picture is empty"),
-        ("a.csv", b"image,caption\n../d.png,one\n", "line 2: .*leads out"),
-        ("a.csv", b"image,caption\n/d.png,one\n", "line 2: .*absolute"),
-        ("a.csv", b"image,caption\n", "names no picture"),
-        ("a.csv", b"", "line 1: the header is"),
-        ("a.txt", b"d.png one\n", r"\.json .*\.csv and \.tsv"),
-        ("a.json", b"{", "cannot be read as JSON"),
-        ("a.json", b'{"images": []}', "no list 'annotations'"),
+        ("a.csv", b"image,caption\nd.png,one\nd.png,f\xfcr\n", "UTF-8"),
+        ("a.csv", b"image,text\nd.png,one\n", "'text'"),
+        ("a.csv", b"image,file,caption\nd.png,d.png,one\n", "'file'"),
+        ("a.csv", b"image\tcaption\nd.png\tone\n", r"\.tsv"),
+        ("a.csv", b"image,caption\nd.png,one, two\n", "line 2"),
+        ("a.csv", b'image,caption\nd.png,"one\nd.png,two\n', "line 3"),
+        ("a.tsv", b"image\tcaption\nd.png\tone\nd.png\n", "line 3"),
+        ("a.csv", b"image,caption\n,one\n", "line 2"),
+        ("a.csv", b"image,caption\n../d.png,one\n", r"\.\./d\.png"),
+        ("a.csv", b"image,caption\n/d.png,one\n", "'/d.png"),
+        ("a.csv", b"image,caption\n", r"a\.csv"),
+        ("a.csv", b"", "line 1"),
+        ("a.txt", b"d.png one\n", r"a\.txt"),
+        ("a.json", b"{", r"a\.json"),
+        ("a.json", b'{"images": []}', "'annotations'"),
     ],
 )
 def test_unusable_files(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -244,13 +244,13 @@ def test_unusable_files(tmp_path: Path, name: str, content: bytes, said: str) ->
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["annotations"][1].update(image_id=77), r"annotations\[1\] has image_id 77, but no image"),
-        (lambda c: c["annotations"][0].update(image_id=[1]), r"annotations\[0\] has image_id \[1\]"),
-        (lambda c: c["annotations"][1].pop("caption"), r"annotations\[1\] has no caption"),
-        (lambda c: c["annotations"][1].update(caption=3), r"annotations\[1\] has the caption 3"),
-        (lambda c: c["images"][1].pop("file_name"), r"images\[1\] has no file_name"),
-        (lambda c: c["images"][1].update(id=c["images"][0]["id"]), r"images\[1\] has the id 43 of another"),
-        (lambda c: c["images"].__setitem__(1, 3), r"images\[1\] has no id, file_name, only 3"),
+        (lambda c: c["annotations"][1].update(image_id=77), "image_id 77"),
+        (lambda c: c["annotations"][0].update(image_id=[1]), r"image_id \[1\]"),
+        (lambda c: c["annotations"][1].pop("caption"), r"annotations\[1\]"),
+        (lambda c: c["annotations"][1].update(caption=3), r"annotations\[1\]"),
+        (lambda c: c["images"][1].pop("file_name"), "file_name"),
+        (lambda c: c["images"][1].update(id=c["images"][0]["id"]), r"images\[1\]"),
+        (lambda c: c["images"].__setitem__(1, 3), r"images\[1\]"),
     ],
 )
 def test_json_in_another_layout(tmp_path: Path, change: Callable[[Any], Any], said: str) -> None:
@@ -267,10 +267,10 @@ def test_json_in_another_layout(tmp_path: Path, change: Callable[[Any], Any], sa
     ("options", "said"),
     [
         ({"empty": "drop"}, "data.empty"),
-        ({"captions": {"training": "a.csv"}}, "data.captions names the splits"),
-        ({"captions": {"train": "a.csv", "val": "b.csv"}, "sizes": {"val": 0.1}}, "both say what"),
+        ({"captions": {"training": "a.csv"}}, "data.captions"),
+        ({"captions": {"train": "a.csv", "val": "b.csv"}, "sizes": {"val": 0.1}}, "data.sizes"),
         ({"captions": {"train": "a.csv", "val": "b.csv"}, "pictures": {"train": "."}}, "data.pictures"),
-        ({"sizes": {"valid": 3}}, "data.sizes names the splits"),
+        ({"sizes": {"valid": 3}}, "data.sizes"),
     ],
 )
 def test_options_that_contradict(tmp_path: Path, options: dict[str, Any], said: str) -> None:
@@ -280,5 +280,5 @@ def test_options_that_contradict(tmp_path: Path, options: dict[str, Any], said: 
 
 def test_columns_must_name_a_picture_and_a_caption(tmp_path: Path) -> None:
     write(tmp_path, [("d.png", "three")])
-    with pytest.raises(InputError, match=r"data.columns is \['path', 'caption'\]"):
+    with pytest.raises(InputError, match=r"data\.columns"):
         CaptionedPictures(tmp_path, columns=["path", "caption"]).records("train")

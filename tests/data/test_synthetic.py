@@ -184,7 +184,7 @@ def test_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_folder_of_other_scenes_is_refused(easy: SyntheticScenes) -> None:
-    with pytest.raises(InputError, match=r"seed is 0, asked for 3.*data\.root"):
+    with pytest.raises(InputError, match="seed"):
         make(easy.root, scene_seed=3).records("train")
 
 
@@ -216,12 +216,12 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "hard"}, "data.preset is 'hard'"),
-        ({"split_by": "colour"}, "data.split_by is 'colour'"),
-        ({"preset": "low", "split_by": "class"}, "one list of classes"),
+        ({"preset": "hard"}, "data.preset"),
+        ({"split_by": "colour"}, "data.split_by"),
+        ({"preset": "low", "split_by": "class"}, "'low'"),
         ({"sizes": {"train": 0}}, "data.sizes"),
         ({"sizes": {"training": 5}}, "data.sizes"),
-        ({"scene_seed": -1}, "data.scene_seed is -1"),
+        ({"scene_seed": -1}, "data.scene_seed"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
