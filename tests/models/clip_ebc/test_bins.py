@@ -52,29 +52,29 @@ def test_all_tables_the_reference_ships() -> None:
         bins, values = published_bins(reduction, maximum, dataset, granularity, kind)
         assert bins == Bins.of(edges)
         assert values == anchors
-    with pytest.raises(WeightsError, match="no bins for"):
+    with pytest.raises(WeightsError, match="'sha'"):
         published_bins(16, 8, "sha")
 
 
 @pytest.mark.parametrize(
     ("edges", "said"),
     [
-        ([[0, 0], [2, 3]], "leaves a gap"),
+        ([[0, 0], [2, 3]], "gap"),
         ([[0, 1], [1, 2]], "overlaps"),
         ([[0, 0], [3, 2]], "gap"),
-        ([[0, 0], [1, 0]], "ends before"),
-        ([[1, 1], [2, None]], "begin at 0"),
-        ([[0, None], [1, 2]], "upper end"),
-        ([[0, 0.5], [1, 2]], "no whole number"),
-        ([[0, 0], [1, "x"]], "no whole number"),
+        ([[0, 0], [1, 0]], r"\[1, 0\]"),
+        ([[1, 1], [2, None]], r"\[1, 1\]"),
+        ([[0, None], [1, 2]], r"\[1, 2\]"),
+        ([[0, 0.5], [1, 2]], r"0\.5"),
+        ([[0, 0], [1, "x"]], "'x'"),
         ([[0, 0], [1]], "pairs"),
         ([3, 4], "pairs"),
-        ([[0, None]], "at least 2"),
+        ([[0, None]], "1 bins"),
         ([[0, 0], [1, float("nan")]], "pairs"),
         ([[0, 0], [math.inf, None]], "pairs"),
         ([[0, 0], [1, -math.inf]], "pairs"),
-        ([[0, 0], [1, "-inf"]], "no whole number"),
-        ([[0, 0], [1, True]], "no whole number"),
+        ([[0, 0], [1, "-inf"]], "'-inf'"),
+        ([[0, 0], [1, True]], "True"),
     ],
 )
 def test_bad_bins_say_what_is_wrong(edges: list[Any], said: str) -> None:
@@ -92,16 +92,16 @@ def test_plain_data_of_any_file_format(end: Any) -> None:
 
 
 def test_ends_that_are_not_int_need_plain_data() -> None:
-    with pytest.raises(InputError, match=r"bin 0 \[0, 0\.5\] has ends that are not int"):
+    with pytest.raises(InputError, match=r"\[0, 0\.5\]"):
         Bins(((0, 0.5), (1.5, None)))  # type: ignore[arg-type]
 
 
 def test_maximum_from_block_and_head_size() -> None:
     assert Bins.for_block(8, 4) == Bins.make("fine", 4)
     assert Bins.for_block(32, 7).edges[-1] == (16, None)
-    with pytest.raises(InputError, match="head_size is 9"):
+    with pytest.raises(InputError, match="head_size"):
         Bins.for_block(8, 9)
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError, match="maximum count"):
         Bins.make("fine", 0)
     with pytest.raises(InputError, match="granularity"):
         Bins.make("rough", 4)  # type: ignore[arg-type]
@@ -121,12 +121,12 @@ def test_every_count_has_one_bin(granularity: Any, maximum: int) -> None:
 
 @pytest.mark.parametrize("count", [0.3, 1.5, -1.0, math.nan, math.inf, 5.0])
 def test_count_that_fits_no_bin_is_an_error(count: float) -> None:
-    with pytest.raises(InputError, match="fit none of the bins"):
+    with pytest.raises(InputError, match=r"\[\[0, 0\], \[1, 4\]\]"):
         Bins.of([[0, 0], [1, 4]]).classes_of(torch.tensor([[0.0, count]]))
 
 
 def test_infinite_count_is_no_count() -> None:
-    with pytest.raises(InputError, match="fit none of the bins"):
+    with pytest.raises(InputError, match="inf"):
         Bins.make("fine", 2).classes_of(torch.tensor([math.inf]))
 
 
@@ -187,18 +187,18 @@ def test_histograms_of_pictures_add_up() -> None:
         assert n == sum(own[count] for own in each if count < len(own))
     with pytest.raises(InputError, match="3 pictures"):
         block_count_histogram(points, [(40, 40)], 8)
-    with pytest.raises(InputError, match="windows is 'all'"):
+    with pytest.raises(InputError, match="windows"):
         block_count_histogram(points, [(40, 40)] * 3, 8, windows="all")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"block": 0}, "block is 0"),
-        ({"sizes": [(9, 9), None]}, "picture 1 has the size None"),
-        ({"sizes": [(9, 9), (0, 9)]}, "picture 1 has the size"),
-        ({"points": [np.zeros((0, 2)), np.ones((4, 3))]}, r"picture 1, of shape \(4, 3\)"),
-        ({"points": [np.array([[np.nan, 1]]), np.ones((1, 2))]}, "picture 0.*finite"),
+        ({"block": 0}, "block"),
+        ({"sizes": [(9, 9), None]}, "None"),
+        ({"sizes": [(9, 9), (0, 9)]}, r"\(0, 9\)"),
+        ({"points": [np.zeros((0, 2)), np.ones((4, 3))]}, r"\(4, 3\)"),
+        ({"points": [np.array([[np.nan, 1]]), np.ones((1, 2))]}, "picture 0"),
     ],
 )
 @pytest.mark.parametrize("windows", ["sliding", "aligned"])
@@ -261,5 +261,5 @@ def test_published_tables_from_the_stored_histograms(
 def test_a_bin_without_blocks_is_said(recwarn: pytest.WarningsRecorder) -> None:
     assert mean_representatives(Bins.of([[0, 0], [1, 2], [3, None]]), np.array([5, 1])) == [0, 1, 3]
     assert "[[3, None]]" in str(recwarn.pop(UserWarning).message)
-    with pytest.raises(InputError, match="up to 3 objects"):
+    with pytest.raises(InputError, match="3 objects"):
         mean_representatives(Bins.of([[0, 0], [1, 2]]), np.array([5, 1, 0, 1]))

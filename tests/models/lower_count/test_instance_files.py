@@ -106,7 +106,7 @@ def test_proposals_from_a_file(counter: LowerCount, tmp_path: Path) -> None:
 
 def test_proposals_of_another_size(counter: LowerCount) -> None:
     pixels, truth = picture()
-    with pytest.raises(InputError, match=r"shape \(2, 48, 128\) for the picture .* of 96 x 128"):
+    with pytest.raises(InputError, match=r"\(2, 48, 128\)"):
         counter.instances(pixels, proposals=truth[:, :48])
 
 
@@ -158,5 +158,5 @@ def test_predict_writes_instances(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_models_have_no_peaks_to_write() -> None:
-    with pytest.raises(InputError, match="is a CLIPCount"):
+    with pytest.raises(InputError, match="CLIPCount"):
         InstanceWriter().on_predict_start(None, CLIPCount.__new__(CLIPCount))  # type: ignore[arg-type]

@@ -262,20 +262,20 @@ def test_nothing_in_nothing_out() -> None:
     assert len(none) == 0
     assert none.masks.shape == none.responses.shape == (0, *STORED)
     assert none.labels.dtype == torch.int64
-    with pytest.warns(UserWarning, match="none covers"):
+    with pytest.warns(UserWarning, match="4 peaks"):
         none = retrieve_instances(**case, retrieval=Retrieval(area=(0.9, 0.95)))
     assert none.masks.shape == (0, *STORED)
-    with pytest.warns(UserWarning, match="no instances for 4 peaks: of 0 proposals"):
+    with pytest.warns(UserWarning, match="0 proposals"):
         assert len(retrieve_instances(**case | {"proposals": case["proposals"][:0]})) == 0
 
 
 def test_what_does_not_fit_is_named() -> None:
     case = drawn(0)
-    with pytest.raises(InputError, match="4 peaks with 3 responses"):
+    with pytest.raises(InputError, match="3 responses"):
         retrieve_instances(**case | {"responses": case["responses"][:3]})
-    with pytest.raises(InputError, match="expected bool"):
+    with pytest.raises(InputError, match="bool"):
         retrieve_instances(**case | {"proposals": case["proposals"].float()})
-    with pytest.raises(InputError, match="one for each of 3 classes"):
+    with pytest.raises(InputError, match="3 classes"):
         retrieve_instances(**case, counts=torch.ones(2))
     for options, message in (
         ({"max_proposals": 0}, "max_proposals"),

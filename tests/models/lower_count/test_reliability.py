@@ -206,8 +206,8 @@ def test_a_table_with_other_classes(words: list[str], capsys: pytest.CaptureFixt
     fitting = [*tiny.trainer(), *tiny.model("lower_count_small", classes=["plums", "kiwis"])]
     assert tiny.run("fit", *fitting, *words) == 2
     error = capsys.readouterr().err
-    assert "LowerCount counts plums, kiwis and nothing else" in error
-    assert "asked about figs" in error
+    assert "plums, kiwis" in error
+    assert "figs" in error
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_bad_input_is_named() -> None:
         torch.zeros(3, 4, 5),
         np.zeros((0, 5, 3), np.uint8),
     ):
-        with pytest.raises(InputError, match="expected uint8 RGB"):
+        with pytest.raises(InputError, match="uint8 RGB"):
             segment_proposals(picture)
-    with pytest.raises(InputError, match="at least one"):
+    with pytest.raises(InputError, match="most"):
         segment_proposals(np.zeros((4, 5, 3), np.uint8), 0)
