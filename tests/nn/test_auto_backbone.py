@@ -83,7 +83,7 @@ def test_incomplete_weights_are_an_error(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     removed = sorted(state)[0]
     save_file({k: v for k, v in state.items() if k != removed}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WeightsError, match="lacks 1 weights"):
+    with pytest.raises(WeightsError, match=r"convolution\.weight"):
         HubBackbone(str(tmp_path), 8)
 
 
@@ -94,9 +94,9 @@ def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match="auto:"):
         build_encoder(f"auto:{tmp_path / 'empty'}", 8)
-    with pytest.raises(InputError, match="model_type is 'nonsense'"):
+    with pytest.raises(InputError, match="nonsense"):
         build_encoder({"model_type": "nonsense"}, 8)
-    with pytest.raises(InputError, match="model_type is None"):
+    with pytest.raises(InputError, match="model_type"):
         build_encoder({"hidden_sizes": [8]}, 8)
 
 

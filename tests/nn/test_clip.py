@@ -45,8 +45,8 @@ def test_config_gives_the_same_shapes_again() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"vision_config": {}}, "needs 'vision_config' and 'text_config'"),
-        (tiny_clip.config() | {"attn_implementation": "somebody/kernel"}, "expected 'sdpa' or 'eager'"),
+        ({"vision_config": {}}, "text_config"),
+        (tiny_clip.config() | {"attn_implementation": "somebody/kernel"}, "attn_implementation"),
     ],
 )
 def test_no_config_of_a_clip(config: dict[str, object], message: str) -> None:
@@ -67,17 +67,17 @@ def test_folder_that_lacks_a_weight_is_not_filled_with_random_ones(tmp_path: Pat
     state = clip.state_dict()
     del state["text_model.encoder.layers.0.mlp.fc1.weight"]
     clip.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(WeightsError, match=r"lacks 1 CLIP weights.*text_model\.encoder\.layers\.0\.mlp\.fc1\.weight"):
+    with pytest.raises(WeightsError, match=r"fc1\.weight"):
         build_clip(tmp_path)
 
 
 def test_missing_weights_are_said_at_once(tmp_path: Path) -> None:
     start = time.monotonic()
-    with pytest.raises(WeightsError, match=r"(?s)not in the local cache.*huggingface-cli download.*folder"):
+    with pytest.raises(WeightsError, match="openai/clip-vit-of-nobody"):
         build_clip("openai/clip-vit-of-nobody")
     assert time.monotonic() - start < 5
     for source in ("./nowhere", "just-a-word", "/no/such/folder"):
-        with pytest.raises(WeightsError, match="is no folder, and no hub name"):
+        with pytest.raises(WeightsError, match=source):
             build_clip(source)
     with pytest.raises(WeightsError):
         build_clip(tmp_path)
@@ -125,12 +125,12 @@ def test_openai_layout() -> None:
 
 def test_openai_layout_is_strict() -> None:
     state = openai_state()
-    with pytest.raises(WeightsError, match=r"no place in a CLIP ViT for the key 'visual\.layer1\.weight'"):
+    with pytest.raises(WeightsError, match=r"visual\.layer1\.weight"):
         openai_to_huggingface(state | {"visual.layer1.weight": torch.zeros(1)})
     lacking = {k: v for k, v in state.items() if k != "visual.transformer.resblocks.1.mlp.c_fc.bias"}
-    with pytest.raises(WeightsError, match=r"missing \['vision_model\.encoder\.layers\.1\.mlp\.fc1\.bias'\]"):
+    with pytest.raises(WeightsError, match=r"fc1\.bias"):
         load_openai_clip(lacking)
-    with pytest.raises(WeightsError, match=r"it has no 'visual\.conv1\.weight'"):
+    with pytest.raises(WeightsError, match=r"visual\.conv1\.weight"):
         load_openai_clip({"some": torch.zeros(1)})
     extras = {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77), "vocab_size": torch.tensor(40)}
     load_openai_clip(state | extras)
@@ -173,7 +173,7 @@ def test_padding_is_not_attended_to() -> None:
 
 @pytest.mark.parametrize("heads", [0, 3, 32])
 def test_heads_that_do_not_divide_the_width(heads: int) -> None:
-    with pytest.raises(InputError, match=f"{heads} attention heads over a width of 16"):
+    with pytest.raises(InputError, match=f"{heads} attention heads"):
         SelfAttention(16, heads)
 
 

@@ -89,10 +89,10 @@ def test_strides_share_their_weights() -> None:
 @pytest.mark.parametrize(
     ("layers", "width", "last_stride", "message"),
     [
-        ([3, 4, 6], 64, 2, r"layers of the CLIP ResNet is \[3, 4, 6\]; expected four"),
-        ([3, 4, 0, 3], 64, 2, "expected four numbers of blocks, each >= 1"),
-        ([1, 1, 1, 1], 7, 2, "width of the CLIP ResNet is 7; expected an even number"),
-        ([1, 1, 1, 1], 8, 4, r"last_stride is 4; expected 1 .* or 2"),
+        ([3, 4, 6], 64, 2, r"\[3, 4, 6\]"),
+        ([3, 4, 0, 3], 64, 2, r"\[3, 4, 0, 3\]"),
+        ([1, 1, 1, 1], 7, 2, "width"),
+        ([1, 1, 1, 1], 8, 4, "last_stride"),
     ],
 )
 def test_settings_out_of_range(layers: list[int], width: int, last_stride: Any, message: str) -> None:
@@ -101,7 +101,7 @@ def test_settings_out_of_range(layers: list[int], width: int, last_stride: Any, 
 
 
 def test_part_of_a_cell_is_refused() -> None:
-    with pytest.raises(InputError, match="48 x 64 pixels; expected multiples of the stride, 32"):
+    with pytest.raises(InputError, match="48 x 64"):
         resnet(2)(torch.rand(1, 3, 48, 64))
     assert resnet(1)(torch.rand(1, 3, 48, 64)).shape[-2:] == (3, 4)
 
@@ -207,7 +207,7 @@ def test_attention_pool_of_another_grid() -> None:
     pool.positional_embedding[1:] = 1.0
     same = torch.randn(1, 16, 1, 1)
     torch.testing.assert_close(pool(same.expand(-1, -1, 4, 4)), pool(same.expand(-1, -1, 2, 8)), rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="3 attention heads over a width of 16"):
+    with pytest.raises(InputError, match="3 attention heads"):
         AttentionPool(4, 16, 3, 5)
 
 
@@ -247,15 +247,15 @@ def test_image_encoder_for_a_block(reduction: int, stride: int, train: bool) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"projection_dim": None}, r"clip as a mapping has \['text_config', 'vision_config'\]; expected \['projection"),
-        ({"logit": 1}, r"clip as a mapping has \['logit', "),
+        ({"projection_dim": None}, "projection_dim"),
+        ({"logit": 1}, "'logit'"),
         (
             {"vision_config": {"layers": [1, 1, 1, 1]}},
-            r"expected \['attention_pool', 'image_size', 'layers', 'width'\]",
+            "'width'",
         ),
-        ({"vision_config": {"layers": 12, "width": 8}}, "layers is 12; expected four numbers of blocks"),
-        ({"vision_config": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 40}}, "40; expected a multiple of 32"),
-        ({"attn_implementation": "somebody/kernel"}, "expected 'sdpa' or 'eager'"),
+        ({"vision_config": {"layers": 12, "width": 8}}, "layers"),
+        ({"vision_config": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 40}}, "image_size"),
+        ({"attn_implementation": "somebody/kernel"}, "attn_implementation"),
     ],
 )
 def test_no_config_of_a_clip_resnet(change: dict[str, Any], message: str) -> None:
@@ -296,7 +296,7 @@ def test_openai_layout_without_attention_pool_scale_and_counters() -> None:
     model = load_openai_towers(state | {"input_resolution": torch.tensor(64), "context_length": torch.tensor(12)})
     assert isinstance(model, CLIPResNetModel)
     assert model.attnpool is None
-    with pytest.raises(InputError, match="no attention pool"):
+    with pytest.raises(InputError, match="attnpool"):
         model.encode_image(torch.rand(1, 3, 64, 64))
     assert isinstance(random_clip_resnet(towers_config(model)), CLIPResNetModel)
 
@@ -304,14 +304,14 @@ def test_openai_layout_without_attention_pool_scale_and_counters() -> None:
 @pytest.mark.parametrize(
     ("remove", "add", "message"),
     [
-        ("visual.layer2.1.bn2.bias", {}, r"missing \['visual\.layer2\.1\.bn2\.bias'\]"),
-        ("visual.attnpool.k_proj.bias", {}, r"missing \['attnpool\.k_proj\.bias'\]"),
-        ("transformer.resblocks.1.mlp.c_fc.bias", {}, r"missing \['text_model\.encoder\.layers\.1\.mlp\.fc1\.bias'\]"),
-        ("token_embedding.weight", {}, r"no OpenAI CLIP ResNet|it has no 'token_embedding\.weight'"),
-        ("visual.conv3.weight", {}, r"it has no 'visual\.conv3\.weight'"),
-        (None, {"visual.layer5.0.conv1.weight": torch.zeros(1)}, r"no place in a CLIP ResNet for the key 'visual\.lay"),
-        (None, {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)}, r"'head\.weight', 'head\.bias'"),
-        (None, {"visual.layer1.0.conv2.weight": torch.zeros(8, 8, 1, 1)}, r"not matching \['visual\.layer1\.0\.conv2"),
+        ("visual.layer2.1.bn2.bias", {}, r"visual\.layer2\.1\.bn2\.bias"),
+        ("visual.attnpool.k_proj.bias", {}, r"attnpool\.k_proj\.bias"),
+        ("transformer.resblocks.1.mlp.c_fc.bias", {}, r"mlp\.fc1\.bias"),
+        ("token_embedding.weight", {}, "token_embedding"),
+        ("visual.conv3.weight", {}, r"visual\.conv3\.weight"),
+        (None, {"visual.layer5.0.conv1.weight": torch.zeros(1)}, r"visual\.layer5"),
+        (None, {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)}, r"head\.bias"),
+        (None, {"visual.layer1.0.conv2.weight": torch.zeros(8, 8, 1, 1)}, r"visual\.layer1\.0\.conv2"),
     ],
 )
 def test_openai_layout_is_strict(remove: str | None, add: State, message: str) -> None:

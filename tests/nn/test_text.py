@@ -162,7 +162,7 @@ def test_gradients_reach_the_context_and_the_tower_only_where_it_trains(train: b
 
 def test_a_long_prompt_is_read_at_its_end() -> None:
     text = tower()
-    with pytest.warns(UserWarning, match="cut to 22"), torch.no_grad():
+    with pytest.warns(UserWarning, match="22"), torch.no_grad():
         found = text(["pears " * 500])
     assert text.tokenizer is not None
     ids, ends = text.tokenizer(["pears " * 20])
@@ -173,11 +173,11 @@ def test_a_long_prompt_is_read_at_its_end() -> None:
 
 def test_what_cannot_be_encoded() -> None:
     text = TextTower(tiny_clip.tower(), n_context=0, pool="eot", train=False)
-    with pytest.raises(InputError, match="no tokenizer yet"):
+    with pytest.raises(InputError, match="tokenizer"):
         text(["pears"])
     text.set_tokenizer(lambda prompts: torch.tensor([[998, 5, 999]] * len(prompts)))
-    with pytest.raises(InputError, match="id 999, but the text tower knows 320"):
+    with pytest.raises(InputError, match="999"):
         text(["pears"])
-    with pytest.raises(InputError, match="text_pool is 'last'"):
+    with pytest.raises(InputError, match="text_pool"):
         TextTower(tiny_clip.tower(), n_context=0, pool="last", train=False)  # type: ignore[arg-type]
     assert isinstance(text.model.encoder.layers, nn.ModuleList)

@@ -248,7 +248,7 @@ def test_remembered_texts_follow_weights_and_tokenizer() -> None:
     ("options", "said"),
     [
         ({"window": 32}, "window|stride"),
-        ({"threshold": 1.5}, "threshold is 1"),
+        ({"threshold": 1.5}, "threshold"),
         ({"threshold": -0.1}, "threshold"),
         ({"threshold": math.nan}, "threshold"),
         ({"iou_threshold": 2.0}, "iou_threshold"),
@@ -290,7 +290,7 @@ def test_pictures_in_which_nothing_was_found(tmp_path: Path) -> None:
             named, unnamed = model.count_images(list(pictures), ask(asked), image_ids=["a.png", "b.png"])
             assert (named.counts.tolist(), unnamed.counts.tolist()) == ([[1.0]], [[0.0]])
         else:
-            with pytest.raises(InputError, match=r"none for the picture b\.png"):
+            with pytest.raises(InputError, match=r"b\.png"):
                 model.count_images(list(pictures), ask(asked), image_ids=["a.png", "b.png"])
 
 
@@ -666,7 +666,7 @@ def test_scores_of_texts(tmp_path: Path) -> None:
 
 def test_zero_shot_needs_something_to_compete_with(tmp_path: Path) -> None:
     source = boxes_csv(tmp_path / "boxes.csv")
-    with pytest.raises(InputError, match="compete"):
+    with pytest.raises(InputError, match="softmax"):
         scored(counter(proposals=source, score="softmax", negatives=[]), ["figs"])
     found = scored(counter(proposals=source, score="softmax", negatives=[], threshold=0.0), ["figs", "dates"])
     torch.testing.assert_close(found.sum(1), torch.ones(9))
@@ -912,12 +912,12 @@ def test_classify_one_name_and_no_box() -> None:
     ("boxes", "said"),
     [
         ([[0, 0, 9, 9], [70, 0, 90, 20]], "box 1"),
-        ([[5, 5, 5, 9]], "no area"),
-        ([[9, 9, 5, 5]], "no area"),
+        ([[5, 5, 5, 9]], "box 0"),
+        ([[9, 9, 5, 5]], "box 0"),
         ([[0, 0, math.nan, 9]], "finite"),
         ([[0, 0, math.inf, 9]], "finite"),
-        ([0, 0, 9, 9], "expected"),
-        ([[0, 0, 9]], "expected"),
+        ([0, 0, 9, 9], r"\(4,\)"),
+        ([[0, 0, 9]], r"\(1, 3\)"),
         ([[0, 0, 9, 9], [0, 0]], "boxes"),
         (None, "boxes"),
         ("all", "boxes"),
@@ -1030,5 +1030,5 @@ def test_random_weights_say_so(tmp_path: Path) -> None:
     model = RegionCLIPCounter(tiny.clip_config(), templates=["{}"], width=8)
     with pytest.raises(InputError, match="tokenizer"):
         model.count(torch.rand(3, 48, 64), "figs") if model.network.head is None else model.embed_names(["figs"])
-    with pytest.warns(UserWarning, match="never trained"):
+    with pytest.warns(UserWarning, match="RegionCLIPCounter"):
         trainer(tmp_path).test(model, Fruit(), verbose=False)

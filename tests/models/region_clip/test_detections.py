@@ -274,7 +274,7 @@ def test_objects_that_the_border_cuts_stay_two() -> None:
 
 def test_boxes_without_area_in_the_picture_are_left_out_and_counted() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 5, 9], [100, 0, 120, 10], [30, 30, 20, 40], [70, 50, 99, 99]])
-    with pytest.warns(UserWarning, match="3 of 5 boxes have no area in the picture of 60 x 80"):
+    with pytest.warns(UserWarning, match="3 of 5"):
         found = detect(boxes, torch.ones(5, 1), size=SIZE, threshold=0.5)
     assert found.source.tolist() == [0, 4]
     assert found.boxes[1].tolist() == [70, 50, 80, 60]
@@ -353,21 +353,21 @@ def test_a_threshold_that_separates_objects_from_the_rest_is_found() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "softmax"}, "over one name.*every region would be that object.*negatives"),
-        ({"score": "softmax", "negatives": torch.zeros(0, 4)}, "over one name"),
-        ({"score": "sigmoid", "scale": 1.0}, "scale 1.0 and bias None.*needs both"),
-        ({"score": "sigmoid", "scale": float("nan"), "bias": 0.0}, r"probabilities\[0, 0\] is nan"),
-        ({"score": "sigmoid", "scale": 1.0, "bias": 0.0, "negatives": torch.ones(1, 4)}, "on its own"),
-        ({"score": "max"}, "score is 'max'"),
-        ({"score": "official", "temperature": 0.0}, "temperature is 0.0"),
-        ({"score": "official", "texts": torch.zeros(0, 4)}, "no name to look for"),
-        ({"score": "official", "texts": torch.ones(1, 5)}, "one joint space"),
-        ({"score": "official", "negatives": torch.ones(1, 5)}, r"negatives are \(1, 5\) beside texts \(1, 4\)"),
-        ({"score": "official", "negatives": torch.full((1, 4), torch.nan)}, r"negatives\[0, 0\] is nan"),
-        ({"score": "official", "texts": torch.full((1, 4), torch.inf)}, r"texts\[0, 0\] is inf"),
+        ({"score": "softmax"}, "softmax"),
+        ({"score": "softmax", "negatives": torch.zeros(0, 4)}, "softmax"),
+        ({"score": "sigmoid", "scale": 1.0}, "bias"),
+        ({"score": "sigmoid", "scale": float("nan"), "bias": 0.0}, r"probabilities\[0, 0\]"),
+        ({"score": "sigmoid", "scale": 1.0, "bias": 0.0, "negatives": torch.ones(1, 4)}, "sigmoid"),
+        ({"score": "max"}, "'max'"),
+        ({"score": "official", "temperature": 0.0}, "temperature"),
+        ({"score": "official", "texts": torch.zeros(0, 4)}, "texts"),
+        ({"score": "official", "texts": torch.ones(1, 5)}, r"\(2, 5\)"),
+        ({"score": "official", "negatives": torch.ones(1, 5)}, r"\(1, 5\)"),
+        ({"score": "official", "negatives": torch.full((1, 4), torch.nan)}, r"negatives\[0, 0\]"),
+        ({"score": "official", "texts": torch.full((1, 4), torch.inf)}, r"texts\[0, 0\]"),
         (
             {"score": "official", "features": torch.tensor([[1.0, 2, 3, 4], [1, torch.nan, 3, 4]])},
-            r"features\[1, 1\] is nan; expected finite numbers",
+            r"features\[1, 1\]",
         ),
     ],
 )
@@ -380,11 +380,11 @@ def test_probabilities_that_cannot_be(options: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("objectness", "fusion", "message"),
     [
-        (torch.tensor([0.5, 2.0]), "geometric", "from 0.5 to 2; expected .* the sigmoid"),
-        (torch.tensor([0.5, torch.nan]), "official", r"objectness\[1\] is nan"),
-        (None, "geometric", "objectness is none for 2 regions.*fusion 'region'"),
-        (torch.rand(3), "official", r"objectness is \(3,\) for 2 regions"),
-        (torch.rand(2), "mean", "fusion is 'mean'"),
+        (torch.tensor([0.5, 2.0]), "geometric", "objectness"),
+        (torch.tensor([0.5, torch.nan]), "official", r"objectness\[1\]"),
+        (None, "geometric", "'geometric'"),
+        (torch.rand(3), "official", r"\(3,\)"),
+        (torch.rand(2), "mean", "'mean'"),
     ],
 )
 def test_fusions_that_cannot_be(objectness: Tensor | None, fusion: Any, message: str) -> None:
@@ -395,20 +395,20 @@ def test_fusions_that_cannot_be(objectness: Tensor | None, fusion: Any, message:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"boxes": torch.ones(12, 5)}, r"boxes are \(12, 5\)"),
-        ({"scores": torch.ones(11, 3)}, r"scores \(11, 3\)"),
-        ({"scores": torch.ones(12, 0)}, "no name to look for"),
-        ({"scores": torch.full((12, 3), torch.nan)}, r"scores\[0, 0\] is nan"),
-        ({"boxes": torch.full((12, 4), -torch.inf)}, r"boxes\[0, 0\] is -inf"),
-        ({"deltas": torch.zeros(12, 12)}, r"deltas are \(12, 12\) for boxes \(12, 4\)"),
-        ({"deltas": torch.full((12, 4), torch.nan)}, r"deltas\[0, 0\] is nan"),
-        ({"threshold": -0.1}, "threshold is -0.1; expected a number of at least 0"),
-        ({"threshold": float("nan")}, "threshold is nan"),
-        ({"iou_threshold": 1.5}, "iou_threshold is 1.5"),
-        ({"suppression": "none"}, "suppression is 'none'"),
-        ({"assign": "all"}, "assign is 'all'"),
-        ({"limit": 0}, "limit is 0; expected at least 1"),
-        ({"size": (0, 80)}, r"size is \(0, 80\)"),
+        ({"boxes": torch.ones(12, 5)}, r"\(12, 5\)"),
+        ({"scores": torch.ones(11, 3)}, r"\(11, 3\)"),
+        ({"scores": torch.ones(12, 0)}, r"\(12, 0\)"),
+        ({"scores": torch.full((12, 3), torch.nan)}, r"scores\[0, 0\]"),
+        ({"boxes": torch.full((12, 4), -torch.inf)}, r"boxes\[0, 0\]"),
+        ({"deltas": torch.zeros(12, 12)}, r"\(12, 12\)"),
+        ({"deltas": torch.full((12, 4), torch.nan)}, r"deltas\[0, 0\]"),
+        ({"threshold": -0.1}, "threshold"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"iou_threshold": 1.5}, "iou_threshold"),
+        ({"suppression": "none"}, "suppression"),
+        ({"assign": "all"}, "assign"),
+        ({"limit": 0}, "limit"),
+        ({"size": (0, 80)}, r"\(0, 80\)"),
     ],
 )
 def test_detections_that_cannot_be(options: dict[str, Any], message: str) -> None:
@@ -420,23 +420,23 @@ def test_detections_that_cannot_be(options: dict[str, Any], message: str) -> Non
 
 def test_counts_and_thresholds_that_cannot_be() -> None:
     scores, labels, thresholds = torch.rand(3), torch.tensor([0, 1, 2]), torch.tensor([0.1, 0.5])
-    with pytest.raises(InputError, match="labels are 0 to 2 for 2 names"):
+    with pytest.raises(InputError, match="2 names"):
         counts_at(scores, labels, 2, thresholds)
-    with pytest.raises(InputError, match="at least one name"):
+    with pytest.raises(InputError, match="0 names"):
         counts_at(scores[:0], labels[:0], 0, thresholds)
     with pytest.raises(InputError, match=r"labels \(2,\)"):
         counts_at(scores, labels[:2], 3, thresholds)
-    with pytest.raises(InputError, match=r"scores\[0\] is nan"):
+    with pytest.raises(InputError, match=r"scores\[0\]"):
         counts_at(torch.full((3,), torch.nan), labels, 3, thresholds)
     counts, targets = torch.ones(4, 2, 3), torch.ones(4, 3)
     for bad, message in (
-        ((counts, targets[:3], thresholds), r"targets \(3, 3\)"),
-        ((counts[:, :1], targets, thresholds), r"thresholds \(2,\)"),
-        ((counts[:0], targets[:0], thresholds), "at least one of each"),
-        ((counts, torch.full_like(targets, torch.nan), thresholds), r"targets\[0, 0\] is nan"),
-        ((torch.full_like(counts, torch.inf), targets, thresholds), r"counts\[0, 0, 0\] is inf"),
-        ((counts, targets, thresholds.flip(0)), "do not ascend"),
-        ((counts, targets, torch.tensor([0.1, 0.1])), "do not ascend"),
+        ((counts, targets[:3], thresholds), r"\(3, 3\)"),
+        ((counts[:, :1], targets, thresholds), r"\(4, 1, 3\)"),
+        ((counts[:0], targets[:0], thresholds), r"\(0, 2, 3\)"),
+        ((counts, torch.full_like(targets, torch.nan), thresholds), r"targets\[0, 0\]"),
+        ((torch.full_like(counts, torch.inf), targets, thresholds), r"counts\[0, 0, 0\]"),
+        ((counts, targets, thresholds.flip(0)), "thresholds"),
+        ((counts, targets, torch.tensor([0.1, 0.1])), "thresholds"),
     ):
         with pytest.raises(InputError, match=message):
             best_threshold(*bad)

@@ -236,7 +236,7 @@ def test_frozen_batch_norm() -> None:
     assert all(torch.equal(value, before[key]) for key, value in frozen.state_dict().items())
     nn.BatchNorm2d(5).load_state_dict(frozen.state_dict(), strict=True)
     frozen.load_state_dict(nn.BatchNorm2d(5).state_dict(), strict=True)
-    with pytest.raises(InputError, match="cannot be frozen: it keeps no statistics"):
+    with pytest.raises(InputError, match="BatchNorm2d"):
         FrozenBatchNorm2d(nn.BatchNorm2d(5, track_running_stats=False))
 
 
@@ -402,25 +402,25 @@ def test_autocast(build: Any) -> None:
 @each_encoder
 def test_what_does_not_fit_is_refused(build: Any) -> None:
     encoder = build()
-    with pytest.raises(InputError, match="input of 64 x 70 pixels; expected multiples of 16: pad it"):
+    with pytest.raises(InputError, match="64 x 70"):
         region_embeddings(encoder, torch.randn(1, 3, 64, 70), [ODD])
-    with pytest.raises(InputError, match=r"boxes are \[\(6, 4\)\] for 2 pictures"):
+    with pytest.raises(InputError, match=r"\(6, 4\)"):
         region_embeddings(encoder, torch.randn(2, 3, 64, 64), [ODD])
-    with pytest.raises(InputError, match=r"boxes are \[\(6, 3\)\] for 1 pictures"):
+    with pytest.raises(InputError, match=r"\(6, 3\)"):
         region_embeddings(encoder, torch.randn(1, 3, 64, 64), [ODD[:, :3]])
-    with pytest.raises(InputError, match="expected finite numbers"):
+    with pytest.raises(InputError, match=r"boxes\[0, 0\]"):
         region_embeddings(encoder, torch.randn(1, 3, 64, 64), [ODD / 0])
 
 
 def test_towers_that_miss_a_part_are_refused() -> None:
-    with pytest.raises(InputError, match="freeze_at is 6; expected 0"):
+    with pytest.raises(InputError, match="freeze_at"):
         resnet(freeze_at=6)
-    with pytest.raises(InputError, match="dense is 'values'; expected 'patch' or 'value'"):
+    with pytest.raises(InputError, match="dense"):
         vit("values")
     state = {key: value for key, value in tiny_clip.resnet_state().items() if ".attnpool." not in key}
-    with pytest.raises(InputError, match="no attention pool, which regions need"):
+    with pytest.raises(InputError, match=r"visual\.attnpool"):
         ResNetRegions(load_openai_clip_resnet(state))
     state = {name: tiny_clip.fill(name, shape) for name, shape in tiny_clip.clip_shapes().items()}
     del state["visual.proj"]
-    with pytest.raises(InputError, match="no projection, which regions need"):
+    with pytest.raises(InputError, match=r"visual\.proj"):
         ViTRegions(load_openai_towers(state))  # type: ignore[arg-type]

@@ -275,15 +275,15 @@ def test_length_does_not_matter() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     x = draw()
-    with pytest.raises(InputError, match=r"features are \(6, 8\) and texts \(5, 7\); expected .* joint space"):
+    with pytest.raises(InputError, match=r"\(5, 7\)"):
         text_logits(x["regions"], x["concepts"][:, :7])
-    with pytest.raises(InputError, match=r"temperature is 0; expected above 0"):
+    with pytest.raises(InputError, match="temperature"):
         text_logits(x["regions"], x["concepts"], 0)
-    with pytest.raises(InputError, match=r"probabilities are \(6, 4\) for 6 regions and 5 concepts"):
+    with pytest.raises(InputError, match=r"\(6, 4\)"):
         distillation_loss(x["regions"], x["probabilities"][:, :4], x["kept"], x["concepts"])
-    with pytest.raises(InputError, match="6 pictures and 5 captions"):
+    with pytest.raises(InputError, match="5 captions"):
         image_text_loss(x["images"], x["texts"][:5])
-    with pytest.raises(InputError, match="gather is 'images'; expected 'image_text'"):
+    with pytest.raises(InputError, match="gather"):
         pretraining_losses(**x, gather="images")  # type: ignore[arg-type]
 
 

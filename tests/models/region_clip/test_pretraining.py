@@ -268,7 +268,7 @@ def test_few_concepts_are_warned_about_once(caplog: pytest.LogCaptureFixture) ->
     model, batch = ready(build(**VIT, threshold=1.5))
     for _ in range(2):
         model.training_losses(batch)
-    assert [r.message.startswith("the kept regions of a batch show fewer than two") for r in caplog.records] == [True]
+    assert ["train/distinct_concepts" in r.message for r in caplog.records] == [True]
 
 
 def test_sizes_of_one_batch_may_differ() -> None:
@@ -430,7 +430,7 @@ def test_a_schedule_watches_the_loss(tmp_path: Path) -> None:
 
 
 def test_a_random_teacher_is_warned_about_once(tmp_path: Path) -> None:
-    said = "the teacher's image tower has random weights, so what it says about regions is noise"
+    said = "'teacher'"
     model = build()
     with pytest.warns(UserWarning, match=said):
         fitted(model, Toys(), tmp_path)
@@ -454,7 +454,7 @@ def test_a_random_teacher_is_warned_about_once(tmp_path: Path) -> None:
 
 def test_where_concepts_come_from(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("forks\nspoons\n\nforks\n")
-    with pytest.warns(UserWarning, match="1 names of .* stood there before"):
+    with pytest.warns(UserWarning, match=r"names\.txt"):
         assert ready(build(concepts=str(tmp_path / "names.txt")))[0].concepts == ["forks", "spoons"]
     assert ready(build(concepts=["knives", "forks"]))[0].concepts == ["knives", "forks"]
     assert ready(build(concepts="classes", distractors=["Red_discs", "cups"]))[0].concepts == [*TOYS, "cups"]
@@ -466,9 +466,9 @@ def test_concepts_of_captions_are_frequent_words() -> None:
     assert {"red", "discs", "red discs", "ring", "green"} <= set(model.concepts)
     fewer, _ = ready(build(concepts="captions", concept_count=1, concept_words=1, concept_limit=3))
     assert fewer.concepts == [name for name in model.concepts if " " not in name][:3]
-    with pytest.raises(InputError, match="no concept is in 100 captions or more"):
+    with pytest.raises(InputError, match="100 captions"):
         ready(build(concepts="captions", concept_count=100))
-    with pytest.raises(SupervisionError, match="concepts are to come from captions, and the training data have none"):
+    with pytest.raises(SupervisionError, match="concepts"):
         ready(build(concepts="captions"), Toys(bare=["captions"]))
 
 
@@ -590,12 +590,12 @@ def test_a_file_of_boxes_needs_whole_pictures(tmp_path: Path) -> None:
     from counting_zoo.data.transforms import PlainAugmentation
 
     path = str(annotation(tmp_path / "boxes.json"))
-    with pytest.raises(InputError, match=r"do not move along when pictures are flipped or cropped; set data.augm"):
+    with pytest.raises(InputError, match=r"boxes\.json"):
         fitted(build(regions=path), Toys(augmentation=PlainAugmentation(flip=True)), tmp_path)
-    with pytest.raises(InputError, match="none for the picture train/"):
+    with pytest.raises(InputError, match=r"few\.json"):
         fitted(build(regions=str(annotation(tmp_path / "few.json", names=[1, 2]))), Toys(), tmp_path)
     fitted(build(regions=str(tmp_path / "few.json"), missing_regions="empty"), Toys(), tmp_path)
-    with pytest.raises(InputError, match="proposals are 'randm'; expected"):
+    with pytest.raises(InputError, match="randm"):
         fitted(build(regions="randm"), Toys(), tmp_path)
 
 
@@ -645,7 +645,7 @@ def test_boxes_of_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(detector.seen) == [(f"train/{i}.png", (3, 48, 64), True) for i in range(4)]
     assert not any(key.startswith("_source") for key in model.state_dict())
     monkeypatch.undo()
-    with pytest.raises(InputError, match="proposals are 'detr:'"):
+    with pytest.raises(InputError, match="detr:"):
         fitted(build(regions="detr:"), Toys(), tmp_path)
 
 
@@ -663,7 +663,7 @@ def test_captions_out_of_names() -> None:
     assert len(set(numbers)) == 4
     assert numbers[4] == numbers[2]
     batch["present"][0] = []
-    with pytest.raises(InputError, match=r"train/0\.png has neither a caption nor a name of anything in it"):
+    with pytest.raises(InputError, match=r"train/0\.png"):
         drawn_captions(batch, "many {} here", generators)
 
 
@@ -689,7 +689,7 @@ def test_a_caption_longer_than_the_context_keeps_its_end() -> None:
     """Read at the end of text, which is there: two long captions of different beginnings differ."""
     model, batch = ready(build(concepts=["forks", "spoons"]))
     batch["captions"] = [[f"{word} " + "and one more disc " * 30] for word in ("red", "blue", "green", "grey")]
-    with pytest.warns(UserWarning, match=r"prompt of \d+ tokens cut to 24"):
+    with pytest.warns(UserWarning, match="24"):
         found = model.training_losses(batch)
     assert all(bool(value.isfinite()) for value in found.values())
     assert model.text.tokenizer is not None
@@ -708,36 +708,36 @@ def test_a_caption_longer_than_the_context_keeps_its_end() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"weights": {"region": 1.0}}, r"weights names \['region'\]; expected some of region_text, dist"),
-        ({"weights": {"region_text": -1.0}}, "expected finite numbers of at least 0"),
-        ({"weights": {"image_text": float("nan")}}, "expected finite numbers of at least 0"),
-        ({"weights": {"region_text": 0, "distillation": 0, "image_text": 0}}, "and one above it"),
-        ({"labels": "names"}, "labels is 'names'; expected 'teacher', or 'boxes'"),
-        ({"labels": "boxes"}, "set regions to 'boxes' .it is 'random'"),
-        ({"labels": "boxes", "regions": "boxes", "concepts": "captions"}, "concepts to 'classes' .it is 'captions'"),
-        ({"train_text": True}, "train_text moves the concepts away from the teacher"),
-        ({"n_regions": 0}, "n_regions is 0"),
-        ({"concept_words": 0}, "concept_words 0 and concept_limit None; expected at least 1"),
-        ({"concept_limit": 0}, "concept_limit 0; expected at least 1"),
-        ({"caption_template": "a photo"}, "caption_template 'a photo'; expected at least 1 region, and a text with {}"),
-        ({"gather": "both"}, "gather is 'both'; expected one of 'image_text', 'all', 'none'"),
-        ({"same_caption": "x"}, "same_caption is 'x'; expected one of 'positive', 'negative'"),
-        ({"picture_box": "x"}, "picture_box is 'x'; expected one of 'picture', 'canvas'"),
-        ({"fallback": "all"}, "fallback is 'all'; expected one of 'none', 'official'"),
-        ({"ensemble": "mean"}, "ensemble is 'mean'; expected one of 'normalised', 'official'"),
-        ({"missing_regions": "skip"}, "missing_regions is 'skip'; expected one of 'error', 'empty'"),
-        ({"threshold": -0.1}, "threshold is -0.1"),
-        ({"threshold": float("nan")}, "threshold is nan"),
-        ({"temperature": 0.0}, "temperature 0.0; expected"),
+        ({"weights": {"region": 1.0}}, "'region'"),
+        ({"weights": {"region_text": -1.0}}, r"-1\.0"),
+        ({"weights": {"image_text": float("nan")}}, "nan"),
+        ({"weights": {"region_text": 0, "distillation": 0, "image_text": 0}}, "weights"),
+        ({"labels": "names"}, "'names'"),
+        ({"labels": "boxes"}, "'random'"),
+        ({"labels": "boxes", "regions": "boxes", "concepts": "captions"}, "'captions'"),
+        ({"train_text": True}, "train_text"),
+        ({"n_regions": 0}, "n_regions"),
+        ({"concept_words": 0}, "concept_words"),
+        ({"concept_limit": 0}, "concept_limit"),
+        ({"caption_template": "a photo"}, "caption_template"),
+        ({"gather": "both"}, "gather"),
+        ({"same_caption": "x"}, "same_caption"),
+        ({"picture_box": "x"}, "picture_box"),
+        ({"fallback": "all"}, "fallback"),
+        ({"ensemble": "mean"}, "ensemble"),
+        ({"missing_regions": "skip"}, "missing_regions"),
+        ({"threshold": -0.1}, "threshold"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"temperature": 0.0}, "temperature"),
         ({"templates": ["no place"]}, "no place"),
         ({"templates": "imagenett"}, "imagenett"),
         ({"wording": "x"}, "wording"),
-        ({"stem": "patches"}, "stem is 'patches'"),
-        ({"stem": "conv", "clip": tiny_clip.resnet_config()}, "'conv' with a CLIP ViT"),
-        ({"dense": "x"}, "dense is 'x'"),
-        ({"text_pool": "x"}, "text_pool is 'x'"),
-        ({"clip": tiny_clip.resnet_config(), "freeze_at": 6}, "freeze_at is 6"),
-        ({"preprocess": {"resize": "short"}}, "needs a size"),
+        ({"stem": "patches"}, "'patches'"),
+        ({"stem": "conv", "clip": tiny_clip.resnet_config()}, "'conv'"),
+        ({"dense": "x"}, "dense"),
+        ({"text_pool": "x"}, "text_pool"),
+        ({"clip": tiny_clip.resnet_config(), "freeze_at": 6}, "freeze_at"),
+        ({"preprocess": {"resize": "short"}}, "size"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, Any], said: str) -> None:
@@ -746,9 +746,9 @@ def test_settings_out_of_range(options: dict[str, Any], said: str) -> None:
 
 
 def test_data_that_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(SupervisionError, match=r"regions is 'boxes', and Toys gives .* choose data with boxes"):
+    with pytest.raises(SupervisionError, match="'boxes'"):
         fitted(build(**VIT), Toys(bare=["boxes"]), tmp_path)
-    with pytest.raises(SupervisionError, match="trains on captions or counts, which Toys does not give"):
+    with pytest.raises(SupervisionError, match="Toys"):
         fitted(build(), Toys(bare=["captions", "points"]), tmp_path)
 
     class OnlyTraining(Toys):
@@ -758,15 +758,13 @@ def test_data_that_does_not_fit(tmp_path: Path) -> None:
                 return replace(record, boxes=None, box_labels=None)
             return record
 
-    with pytest.raises(SupervisionError, match=r"regions is 'boxes', and val/0\.png has none"):
+    with pytest.raises(SupervisionError, match=r"val/0\.png"):
         trainer(tmp_path).fit(build(**VIT), datamodule=OnlyTraining())
 
 
 def test_other_classes_than_a_loaded_model_knows(tmp_path: Path) -> None:
     model = fitted(build(**STEM), Toys(), tmp_path)
-    with pytest.raises(
-        SupervisionError, match=r"boxes are called '(balls|cones|cubes)', which is not among the 5 concepts"
-    ):
+    with pytest.raises(SupervisionError, match=r"balls|cones|cubes"):
         fitted(model, Toys(names=["balls", "cones", "cubes", "kites"]), tmp_path)
 
 
@@ -790,7 +788,7 @@ def test_a_checkpoint_has_all_but_what_training_alone_needs(tmp_path: Path) -> N
     torch.manual_seed(0)
     torch.testing.assert_close(found.train().training_losses(batch), expected)
     stored["counting_zoo"]["class"] = "counting_zoo.models.clip_count.module.CLIPCount"
-    with pytest.raises(CheckpointError, match="the checkpoint holds a"):
+    with pytest.raises(CheckpointError, match="CLIPCount"):
         found.on_load_checkpoint(stored)
 
 

@@ -153,7 +153,7 @@ def test_results_by_number(tmp_path: Path) -> None:
         assert is_sound(found, (40, 60))
         assert not found.saturated
     for name in ("img_42.jpg", "8.jpg"):
-        with pytest.raises(InputError, match=rf"r\.json: none for the picture {name}; it has 2 pictures"):
+        with pytest.raises(InputError, match=name):
             source([picture()], [name])
     empty = FileProposals(tmp_path / "r.json", missing="empty")([picture()], ["8.jpg"])[0]
     assert is_sound(empty, (40, 60))
@@ -162,7 +162,7 @@ def test_results_by_number(tmp_path: Path) -> None:
 
 def test_annotation_by_name_and_its_scale(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", ANNOTATION)
-    with pytest.warns(UserWarning, match="1 crowd regions"):
+    with pytest.warns(UserWarning, match="iscrowd"):
         source = FileProposals(path)
     half = [[10, 20, 30, 30]]  # the file says 120 x 80
     assert source([picture()], ["a/x.jpg"])[0].boxes.tolist() == half
@@ -174,13 +174,13 @@ def test_annotation_by_name_and_its_scale(tmp_path: Path) -> None:
     assert source([picture()], ["a\\y.jpeg"])[0].boxes.tolist() == [[3, 3, 6, 6]]  # by its stem
     assert len(source([picture()], ["empty.png"])[0].boxes) == 0  # named, so not missing
     assert source([picture()], ["a/x.jpg"])[0].scores.tolist() == [1]
-    with pytest.warns(UserWarning, match=r"a/y\.png is taken for c/y\.png"):
+    with pytest.warns(UserWarning, match=r"c/y\.png"):
         source([picture()], ["c/y.png"])
-    with pytest.raises(InputError, match=r"2 pictures are called like c/x\.jpg: \['a/x\.jpg', 'b/x\.jpg'\]"):
+    with pytest.raises(InputError, match=r"c/x\.jpg"):
         source([picture()], ["c/x.jpg"])
-    with pytest.raises(InputError, match=r"a/x\.jpg is 80 x 120 .* 120 x 80"):
+    with pytest.raises(InputError, match="80 x 120"):
         source([picture()], ["a/x.jpg"], [(120, 80)])
-    with pytest.raises(InputError, match="none for the picture 3"):  # an id of the file is no name of a picture
+    with pytest.raises(InputError, match=r"a\.json"):  # an id of the file is no name of a picture
         source([picture()], ["3"])
 
 
@@ -198,7 +198,7 @@ def test_table(tmp_path: Path) -> None:
 def test_what_reaches_over_the_border_stays_whole_and_what_is_empty_is_said_once(tmp_path: Path) -> None:
     boxes = [[-5, -5, 10, 10], [50, 30, 100, 100], [70, 0, 5, 5], [10, 10, 0, 5], [3, 3, 4, 4]]
     source = FileProposals(written(tmp_path / "r.json", [result("a", box) for box in boxes]))
-    with pytest.warns(UserWarning, match="2 of the 5 boxes of a have no area in the picture") as said:
+    with pytest.warns(UserWarning, match=r"r\.json") as said:
         first, found = (source([picture()], ["a"])[0] for _ in range(2))
     assert torch.equal(first.boxes, found.boxes)
     assert len(said) == 1
@@ -208,22 +208,22 @@ def test_what_reaches_over_the_border_stays_whole_and_what_is_empty_is_said_once
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([result("a", [0, 0, 1, 1]), result("a", [0, 0, math.nan, 1])], r"\[1\]: bbox is .*nan"),
-        ([result("a", [0, 0, 1, 1]), result("a", [0, 0, 1])], r"\[1\]: bbox is \[0, 0, 1\]; expected four"),
-        ([result("a", [0, 0, 1, 1]), result("a", "box")], r"\[1\]: bbox is 'box'; expected four"),
-        ([result("a", [0, 0, 1, 1, 1])], r"\[0\]: bbox .*expected four"),
-        ([result("a", [9, 9, -3, 1])], r"\[0\]: bbox .*no negative"),
-        ([result("a", [0, 0, 1, 1]), {"bbox": [0, 0, 1, 1]}], r"\[1\]: found \['bbox'\]"),
-        ([result(None, [0, 0, 1, 1])], r"\[0\]: image_id is None"),
-        ([3], r"\[0\]: found int"),
-        ([result("a", [0, 0, 1, 1], score=2.5)], r"\[0\]: score is 2.5 .*sigmoid"),
-        ([result("a", [0, 0, 1, 1], score=0.5), result("a", [0, 0, 1, 1])], r"\[1\]: score is None"),
-        ({"images": [{"id": 1, "file_name": "a"}], "annotations": [result(2, [0, 0, 1, 1])]}, r"ons\[0\]: image_id"),
-        ({"images": [{"id": 1, "file_name": "a"}] * 2, "annotations": []}, r"images\[1\]: a stood there before"),
-        ({"images": ["a"], "annotations": []}, r"images\[0\]: expected an object"),
-        ({"boxes": []}, "hold no proposals; expected a list of COCO results"),
-        ("{", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
+        ([result("a", [0, 0, 1, 1]), result("a", [0, 0, math.nan, 1])], "nan"),
+        ([result("a", [0, 0, 1, 1]), result("a", [0, 0, 1])], r"\[0, 0, 1\]"),
+        ([result("a", [0, 0, 1, 1]), result("a", "box")], "'box'"),
+        ([result("a", [0, 0, 1, 1, 1])], r"\[0, 0, 1, 1, 1\]"),
+        ([result("a", [9, 9, -3, 1])], r"-3\.0"),
+        ([result("a", [0, 0, 1, 1]), {"bbox": [0, 0, 1, 1]}], r"\['bbox'\]"),
+        ([result(None, [0, 0, 1, 1])], "image_id"),
+        ([3], r"\bint\b"),
+        ([result("a", [0, 0, 1, 1], score=2.5)], r"2\.5"),
+        ([result("a", [0, 0, 1, 1], score=0.5), result("a", [0, 0, 1, 1])], "score"),
+        ({"images": [{"id": 1, "file_name": "a"}], "annotations": [result(2, [0, 0, 1, 1])]}, r"annotations\[0\]"),
+        ({"images": [{"id": 1, "file_name": "a"}] * 2, "annotations": []}, r"images\[1\]"),
+        ({"images": ["a"], "annotations": []}, r"images\[0\]"),
+        ({"boxes": []}, "r.json"),
+        ("{", "r.json"),
+        ("[" * 100_000, "r.json"),
     ],
 )
 def test_bad_json(tmp_path: Path, content: Any, message: str) -> None:
@@ -234,13 +234,13 @@ def test_bad_json(tmp_path: Path, content: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("image,x,y\na,1,2\n", r"header is \['image', 'x', 'y'\]"),
-        ("", r"header is \[\]"),
-        ("image,x1,y1,x2,y2\na,1,2,3,4\na,1,2,3\n", "line 3: 4 cells"),
-        ("image,x1,y1,x2,y2\na,1,2,3,4\na,1,2,inf,4\n", "line 3: the box is .*inf"),
-        ("image,x1,y1,x2,y2\na,1,2,3,\n", "line 2: the box is"),
-        ("image,x1,y1,x2,y2\na,5,2,3,4\n", "line 2: the box is .*x1 <= x2"),
-        ("image,x1,y1,x2,y2,score\na,1,2,3,4,high\n", "line 2: score is 'high'"),
+        ("image,x,y\na,1,2\n", r"\['image', 'x', 'y'\]"),
+        ("", r"\[\]"),
+        ("image,x1,y1,x2,y2\na,1,2,3,4\na,1,2,3\n", "line 3"),
+        ("image,x1,y1,x2,y2\na,1,2,3,4\na,1,2,inf,4\n", "inf"),
+        ("image,x1,y1,x2,y2\na,1,2,3,\n", "line 2"),
+        ("image,x1,y1,x2,y2\na,5,2,3,4\n", "line 2"),
+        ("image,x1,y1,x2,y2,score\na,1,2,3,4,high\n", "'high'"),
     ],
 )
 def test_bad_tables(tmp_path: Path, content: str, message: str) -> None:
@@ -252,7 +252,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     for name in ("none.json", "none.csv"):
         with pytest.raises(InputError, match=name):
             FileProposals(tmp_path / name)
-    with pytest.raises(InputError, match="missing is 'skip'"):
+    with pytest.raises(InputError, match="missing"):
         FileProposals(tmp_path / "none.json", missing="skip")  # type: ignore[arg-type]
 
 
@@ -416,7 +416,7 @@ def test_detr_geometry_and_saturation(folders: dict[str, Path]) -> None:
     source.saturation = 0.8
     assert not source([picture(100, 200)], ["a"])[0].saturated
     logits = torch.zeros(4, 9)
-    with pytest.raises(WeightsError, match="9 logits for 3 labels"):
+    with pytest.raises(WeightsError, match="9 logits"):
         source([picture()], ["a"])
 
 
@@ -458,16 +458,16 @@ def test_detectors_that_cannot_be_had(folders: dict[str, Path], tmp_path: Path, 
     from safetensors.torch import load_file, save_file
 
     for made in (Owlv2Proposals, DetrProposals):
-        with pytest.raises(WeightsError, match=r"neither a folder .*huggingface-cli download owner/name"):
+        with pytest.raises(WeightsError, match="owner/name"):
             made("owner/name")
         for name in ("./nowhere", "nowhere", str(tmp_path / "nowhere")):
-            with pytest.raises(WeightsError, match=r"no folder .* no hub name"):
+            with pytest.raises(WeightsError, match="nowhere"):
                 made(name)
-        with pytest.raises(WeightsError, match="no detector"):
+        with pytest.raises(WeightsError, match=tmp_path.name):
             made(tmp_path)
-    with pytest.raises(WeightsError, match="type 'detr'; expected 'owlv2'"):
+    with pytest.raises(WeightsError, match="owlv2"):
         Owlv2Proposals(folders["detr"])
-    with pytest.raises(WeightsError, match="no detector"):
+    with pytest.raises(WeightsError, match="owlv2"):
         DetrProposals(folders["owlv2"])
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -476,10 +476,10 @@ def test_detectors_that_cannot_be_had(folders: dict[str, Path], tmp_path: Path, 
     state = load_file(broken / "model.safetensors")
     del state["class_labels_classifier.weight"]
     save_file(state, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WeightsError, match=r"lacks 1 weights .*class_labels_classifier\.weight"):
+    with pytest.raises(WeightsError, match=r"class_labels_classifier\.weight"):
         DetrProposals(broken)
     (broken / "preprocessor_config.json").unlink()
-    with pytest.raises(WeightsError, match="image processor"):
+    with pytest.raises(WeightsError, match="broken"):
         DetrProposals(broken)
 
     import transformers
@@ -488,7 +488,7 @@ def test_detectors_that_cannot_be_had(folders: dict[str, Path], tmp_path: Path, 
         raise ImportError("\nit needs Pillow")
 
     monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", without_pillow)
-    with pytest.raises(WeightsError, match=r"library that is not installed.*it needs Pillow"):
+    with pytest.raises(WeightsError, match="timm"):
         DetrProposals(folders["detr"])
 
 
@@ -694,30 +694,30 @@ def test_bad_pictures_and_settings(folders: dict[str, Path], tmp_path: Path) -> 
     owl = detector(folders, "owlv2")
     for source in (GridProposals(), FileProposals(table), owl, lambda *given: tiled(owl, *given)):
         for image in (torch.zeros(1, 9, 9), torch.zeros(3, 0, 9), torch.zeros(3, 9, 9).long(), torch.zeros(1, 3, 9, 9)):
-            with pytest.raises(InputError, match="a: the picture is"):
+            with pytest.raises(InputError, match=r"\(3, H, W\)"):
                 source([image], ["a"])
-        with pytest.raises(InputError, match="1 pictures came with 2 image_ids"):
+        with pytest.raises(InputError, match="2 image_ids"):
             source([picture()], ["a", "b"])
-        with pytest.raises(InputError, match="and 2 sizes"):
+        with pytest.raises(InputError, match="2 sizes"):
             source([picture()], ["a"], [(1, 1), (1, 1)])
     for image in (picture().float(), picture().float() / 50 - 2, torch.full((3, 9, 9), math.nan)):
-        with pytest.raises(InputError, match=r"a: pixels are .*not normalised"):
+        with pytest.raises(InputError, match="pixels"):
             owl([image], ["a"])
     for options in ({"threshold": 1.5}, {"saturation": 0.0}, {"together": 0}):
-        with pytest.raises(InputError, match="threshold is"):
+        with pytest.raises(InputError, match="threshold"):
             detector(folders, "owlv2", **options)
     for wrong in ((0, 5), (5, 0)):
-        with pytest.raises(InputError, match="at least 1 pixel"):
+        with pytest.raises(InputError, match="min_side"):
             random_boxes(wrong, 3, seeded())
     for numbers in (([], [1.0]), ([1.0], []), ([0.0], [1.0]), ([1.0], [-1.0]), ([math.nan], [1.0])):
         with pytest.raises(InputError, match="GridProposals"):
             GridProposals(*numbers)
     for kept in ({"depth": -1}, {"overlap": 1.0}):
-        with pytest.raises(InputError, match="depth is"):
+        with pytest.raises(InputError, match="depth"):
             tiled(GridProposals(), [picture()], ["a"], **kept)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="not all finite"):
+    with pytest.raises(InputError, match="finite"):
         kept_inside(torch.full((1, 4), math.nan), torch.ones(1), (9, 9))
-    with pytest.raises(InputError, match="not all finite"):
+    with pytest.raises(InputError, match="finite"):
         kept_inside(torch.ones(1, 4), torch.full((1,), math.inf), (9, 9))
 
 
@@ -732,9 +732,9 @@ def test_by_a_text(folders: dict[str, Path], tmp_path: Path) -> None:
     for text, kind in kinds.items():
         assert isinstance(proposal_source(text), kind)
     for text in ("random", "rpn", "detr:", "owlv2", "boxes.txt", ""):
-        with pytest.raises(InputError, match=r"expected 'grid', a \.json"):
+        with pytest.raises(InputError, match="'grid'"):
             proposal_source(text)
-    with pytest.raises(InputError, match="none for the picture a"):
+    with pytest.raises(InputError, match=r"boxes\.CSV"):
         proposal_source(str(table))([picture()], ["a"])
     assert not len(proposal_source(str(table), missing="empty")([picture()], ["a"])[0].boxes)
 
