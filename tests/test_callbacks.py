@@ -96,9 +96,9 @@ def test_a_broken_picture_costs_one_logged_error(
         predict(tmp_path, model, batch=3)
     errors = table(tmp_path / "errors.csv")
     assert [row["image"] for row in errors] == ["predict/00 ü.png", "predict/01 ü.png"]
-    assert all("not a picture" in row["error"] for row in errors)
-    assert len([record for record in caplog.records if "could not be read" in record.message]) == 2
-    with pytest.raises(ImageError, match="2 of 7 pictures could not be read"):
+    assert all("ImageError" in row["error"] for row in errors)
+    assert len([record for record in caplog.records if "ü.png" in record.message]) == 2
+    with pytest.raises(ImageError, match="2 of 7"):
         predict(tmp_path, model, writer={"fail_on_error": True})
 
 
@@ -142,7 +142,7 @@ def test_options_leave_files_out(tmp_path: Path, model: TinyCounter) -> None:
     predict(tmp_path, model, writer={"pictures": False, "densities": False})
     assert sorted(files_of(tmp_path)) == ["counts.csv", "errors.csv", "points.csv"]
     assert {(row["overlay"], row["density"]) for row in table(tmp_path / "counts.csv")} == {("", "")}
-    with pytest.raises(InputError, match="max_pictures is -1"):
+    with pytest.raises(InputError, match="max_pictures"):
         PredictionWriter(max_pictures=-1)
 
 
@@ -357,5 +357,5 @@ def test_the_protocol_of_the_data_is_kept_with_checkpoint_and_report(tmp_path: P
 
 @pytest.mark.parametrize("make", [lambda: DensityPictures(0), lambda: DensityPictures(1, -1), lambda: TestReport(-1)])
 def test_options_out_of_range(make: Any) -> None:
-    with pytest.raises(InputError, match="expected at least"):
+    with pytest.raises(InputError, match="pictures"):
         make()

@@ -78,7 +78,7 @@ def test_the_flag_is_taken_out_of_the_words(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("words", [["--allow_packages"], ["--allow_packages", "--model"], ["--allow_packages="]])
 def test_the_flag_needs_a_value(words: list[str]) -> None:
-    with pytest.raises(InputError, match="has no value"):
+    with pytest.raises(InputError, match="allow_packages"):
         take_allowed_packages(words)
 
 

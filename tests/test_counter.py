@@ -102,5 +102,5 @@ def test_a_density_of_other_cells_covers_exactly_its_picture(shape: Any, size: A
 def test_a_stride_without_a_window_is_not_passed_over() -> None:
     picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
     for model, options in ((BlockCounter(), {"stride": 8}), (BlockCounter(window=16), {"stride": 8, "window": 0})):
-        with pytest.raises(InputError, match="stride=8 without a window"):
+        with pytest.raises(InputError, match="stride"):
             model.count(picture, "dots", **options)

@@ -94,7 +94,7 @@ def test_tokenizer_and_clip_folders_are_not_needed_again(tmp_path: Path) -> None
 def test_overrides(tmp_path: Path) -> None:
     path = save(counter(), tmp_path / "a.ckpt")
     assert load(path, window_batch_size=3).window_batch_size == 3
-    with pytest.raises(CheckpointError, match=r"does not take the settings of .*'colour'"):
+    with pytest.raises(CheckpointError, match="'colour'"):
         load(path, colour="red")
     other = counter()
     model = load(path, tokenizer=lambda prompts: torch.tensor([[2, 3, 300]] * len(prompts)))
@@ -110,14 +110,14 @@ def damage(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"counting_zoo": None}, "is not a checkpoint of counting_zoo"),
-        ({"state_dict": None}, "is not a checkpoint of counting_zoo"),
-        ({"hyper_parameters": None}, "misses part of its recipe: 'hyper_parameters'"),
-        ({"counting_zoo": {"version": "1"}}, "misses part of its recipe: 'class'"),
-        ({"counting_zoo": {"class": "os.path.Model"}}, "outside counting_zoo|no model|does not have"),
-        ({"counting_zoo": {"class": "evil.Model"}}, r"of 'evil\.Model', from outside counting_zoo"),
-        ({"counting_zoo": {"class": "counting_zoo.models.Later"}}, "this version of counting_zoo does not have"),
-        ({"counting_zoo": {"class": "counting_zoo.types.Batch"}}, "is no model of counting_zoo"),
+        ({"counting_zoo": None}, "counting_zoo"),
+        ({"state_dict": None}, "counting_zoo"),
+        ({"hyper_parameters": None}, "'hyper_parameters'"),
+        ({"counting_zoo": {"version": "1"}}, "'class'"),
+        ({"counting_zoo": {"class": "os.path.Model"}}, r"os\.path"),
+        ({"counting_zoo": {"class": "evil.Model"}}, r"evil\.Model"),
+        ({"counting_zoo": {"class": "counting_zoo.models.Later"}}, r"models\.Later"),
+        ({"counting_zoo": {"class": "counting_zoo.types.Batch"}}, r"types\.Batch"),
     ],
 )
 def test_checkpoints_of_something_else(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -137,7 +137,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 def test_model_class_imports_nothing_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(CheckpointError, match="import that module first if you trust it"):
+    with pytest.raises(CheckpointError, match="evil_module"):
         model_class("evil_module.Model")
     assert not (tmp_path / "ran").exists()
     assert model_class("counting_zoo.CLIPCount") is CLIPCount
@@ -163,7 +163,7 @@ def test_truncated_checkpoint(tmp_path: Path, kept: float) -> None:
 
 def test_a_tensor_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(torch.zeros(2), tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match="holds a Tensor; expected a checkpoint"):
+    with pytest.raises(CheckpointError, match="Tensor"):
         load(tmp_path / "a.ckpt")
 
 
@@ -185,7 +185,7 @@ def test_pickled_code_never_runs(tmp_path: Path, old_format: bool) -> None:
         lambda: load_official("clip_count", path),
         lambda: load_official("clip_count", official_state(), SETTINGS, clip=path),
     ):
-        with pytest.raises(CheckpointError, match="could run code"):
+        with pytest.raises(CheckpointError, match=r"evil\.ckpt"):
             attempt()
     with pytest.raises(WeightsError):  # a folder's tokenizer.json is data
         load_official("clip_count", official_state(), SETTINGS, tokenizer=str(tmp_path))
@@ -284,7 +284,7 @@ def test_fixed_positions_are_compared(expected: Tensor) -> None:
 
     table = {"patch_emb_pos_embed": sinusoid(4, 128)[None]}
     assert torch.equal(official(official_state() | table), expected)
-    with pytest.raises(WeightsError, match="patch_emb_pos_embed is not the reference's fixed sinusoid"):
+    with pytest.raises(WeightsError, match="patch_emb_pos_embed"):
         official(official_state() | {"patch_emb_pos_embed": torch.zeros(1, 4, 128)})
 
 
@@ -318,19 +318,19 @@ def test_missing_clip_keys_are_listed() -> None:
 
 @pytest.mark.parametrize("key", ["decoder.0.weight", "fim_blocks.2.norm0.weight", "density_decoder.convs.4.0.weight"])
 def test_unknown_keys_are_an_error(key: str) -> None:
-    with pytest.raises(WeightsError, match=r"no place"):
+    with pytest.raises(WeightsError, match=key):
         official(official_state() | {key: torch.zeros(3)})
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"decoder_head": 7}, "7 attention heads over a width of 128"),
-        ({"vpt_width": 5}, "have another shape"),
-        ({"vpt_depth": 3}, "have another shape"),
-        ({"vpt_depth": 9}, "prompt_depth is 9, but the vision transformer has 3 layers"),
-        ({"coop_width": 3}, "have another shape"),
-        ({"use_mixed_fim": False}, "hierarchical model"),
+        ({"decoder_head": 7}, "128"),
+        ({"vpt_width": 5}, "vpt_width"),
+        ({"vpt_depth": 3}, "vpt_depth"),
+        ({"vpt_depth": 9}, "prompt_depth"),
+        ({"coop_width": 3}, "coop_width"),
+        ({"use_mixed_fim": False}, "use_mixed_fim"),
     ],
 )
 def test_settings_that_do_not_fit_the_weights(config: dict[str, Any], message: str) -> None:
@@ -349,19 +349,19 @@ def test_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         official(official_state(), SETTINGS | known)
-    with pytest.warns(UserWarning, match=r"does not know are ignored: \['colour'\]"):
+    with pytest.warns(UserWarning, match="colour"):
         official(official_state(), SETTINGS | {"colour": 3})
-    with pytest.warns(UserWarning, match="decoder_head.*default of 8"):
+    with pytest.warns(UserWarning, match="decoder_head"):
         official(official_state(), {"vpt_width": 4, "vpt_depth": 2})
 
 
 def test_what_is_no_reference_checkpoint() -> None:
-    with pytest.raises(InputError, match="knows no 'yolo'"):
+    with pytest.raises(InputError, match="yolo"):
         load_official("yolo", {})
-    with pytest.raises(CheckpointError, match="no tensors"):
+    with pytest.raises(CheckpointError, match="tensors"):
         load_official("clip_count", {"state_dict": {}})
     own, _ = split(official_state())
-    with pytest.raises(WeightsError, match=r"openai/clip-vit-base-patch16.*not in the local cache"):
+    with pytest.raises(WeightsError, match="openai/clip-vit-base-patch16"):
         load_official("clip_count", own, SETTINGS, tokenizer=tokenize)
 
 
@@ -373,7 +373,7 @@ def test_converted_model_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
     after = again.count(image, ["cats", "hot dogs"])
     assert torch.equal(before.density, after.density)  # type: ignore[union-attr]
     assert (again.window, again.stride, again.blend, again.pad) == (384, 128, "official", "official")
-    with pytest.raises(InputError, match="'dogs' is unknown"):
+    with pytest.raises(InputError, match="dogs"):
         again.count(image, "dogs")
     assert load(tmp_path / "a.ckpt", tokenizer=tokenize).count(image, "dogs").counts.shape == (1,)  # type: ignore[union-attr]
 

@@ -75,18 +75,18 @@ def test_the_largest_crowd():
 @pytest.mark.parametrize("bad", [[8.01, 1.0], [-0.01, 1.0], [1.0, 6.5], [float("nan"), 1.0], [1.0, float("inf")]])
 def test_points_outside_raise_and_say_where(bad):
     points = [torch.zeros(2, 2), torch.tensor([[1.0, 1.0], bad])]
-    with pytest.raises(InputError, match=r"point 1 of picture 1 .*width 8 and height 6"):
+    with pytest.raises(InputError, match="point 1"):
         ops.points_to_counts(points, (6, 8))
-    with pytest.raises(InputError, match="outside"):
+    with pytest.raises(InputError, match="point 1"):
         ops.points_to_density(points, (6, 8), splat="bilinear")
     assert ops.points_to_counts(points, (6, 8), validate=False).sum() == 4  # moved, not lost and not out of memory
 
 
 def test_labels_that_do_not_fit_raise():
     one = [torch.ones(1, 2)]
-    with pytest.raises(InputError, match="without labels"):
+    with pytest.raises(InputError, match="labels"):
         ops.points_to_counts(one, (4, 4), num_classes=2)
-    with pytest.raises(InputError, match="label 2; expected 0 to 1"):
+    with pytest.raises(InputError, match="label 2"):
         ops.points_to_counts(one, (4, 4), labels=[torch.tensor([2])], num_classes=2)
     with pytest.raises(InputError, match="lengths"):
         ops.points_to_counts(one, (4, 4), labels=[torch.tensor([0, 1])], num_classes=2)

@@ -252,7 +252,7 @@ def test_clamped_points_are_reported(recwarn: pytest.WarningsRecorder) -> None:
     fakes.folder(Path("data"), {f"{i}.png": [(70, 20), (5, 5), (5, 5), (64, 48)] for i in range(8)})
     folder = ImageFolder("data", sizes={"train": 4, "val": 2, "test": 2}, outside="clamp", num_workers=0)
     folder.setup("fit")
-    assert any("4 coordinates outside 4 pictures" in str(w.message) for w in recwarn)
+    assert any("4 coordinates" in str(w.message) for w in recwarn)
     batch = next(iter(folder.val_dataloader()))
     assert batch["counts"].tolist() == [[4.0]]
     assert float(batch["points"][0].max()) == 64
@@ -364,7 +364,7 @@ def test_prompts(checkpoint: Path) -> None:
     for empty in nothing:
         with pytest.raises(InputError, match=r"name|prompt"):
             counter.count(PICTURE, empty)
-    with pytest.warns(UserWarning, match="cut to"):
+    with pytest.warns(UserWarning, match="22"):
         found = counter.count(PICTURE, "apples " * 500)
     assert isinstance(found, Prediction)
     assert bool(torch.isfinite(found.counts).all())

@@ -209,19 +209,19 @@ def test_settings_that_do_not_fit_raise():
         (8, 0, "stride", 8),
         (8, -8, "stride", 8),
     ):
-        with pytest.raises(InputError, match=rf"{field} is .*density cell of 8 pixels: set model.{field} .* to {cure}"):
+        with pytest.raises(InputError, match=rf"model\.{field}\D+{cure}\b"):
             Tiling.of(window, stride, cell=8)
-    with pytest.raises(InputError, match="no gap"):
+    with pytest.raises(InputError, match="stride"):
         Tiling.of(8, 16)
-    with pytest.raises(InputError, match="cell is 0"):
+    with pytest.raises(InputError, match="cell"):
         Tiling.of(8, 8, cell=0)
-    with pytest.raises(InputError, match="blend='linear'"):
+    with pytest.raises(InputError, match="linear"):
         Tiling.of(8, 8, blend="linear")
-    with pytest.raises(InputError, match=r"density of shape \(1, 1, 8, 8\)"):
+    with pytest.raises(InputError, match=r"\(1, 1, 8, 8\)"):
         densities(lambda w, q: CountOutput(w[:, :1]), [torch.rand(3, 8, 8)], [["a"]], window=8, cell=4)
-    with pytest.raises(InputError, match="no pixels"):
+    with pytest.raises(InputError, match=r"\(3, 0, 8\)"):
         densities(IdealModel(1), [torch.rand(3, 0, 8)], [["a"]], window=8)
-    with pytest.raises(InputError, match="one for each"):
+    with pytest.raises(InputError, match="0 queries"):
         densities(IdealModel(1), [torch.rand(3, 8, 8)], [], window=8)
     with pytest.raises(InputError, match="window_batch_size"):
         densities(IdealModel(1), [torch.rand(3, 8, 8)], [["a"]], window=8, window_batch_size=0)

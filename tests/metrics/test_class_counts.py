@@ -287,5 +287,5 @@ def test_what_cannot_be_scored_raises():
     for n, level in ((0, 0.95), (10, 0.0), (10, 1.0)):
         with pytest.raises(InputError, match=f"level {level}"):
             bootstrap_interval(torch.zeros(1, 2), torch.zeros(1, 2), "mae", n=n, level=level)
-    with pytest.raises(InputError, match="0 pictures"):
+    with pytest.raises(InputError, match="1000 resamples"):
         bootstrap_interval(torch.zeros(0, 2), torch.zeros(0, 2), "mae")
