@@ -411,5 +411,5 @@ def test_merged_classes_are_all_objects_under_one_name(tmp_path: Path) -> None:
         assert not after.labels.any()
     np.testing.assert_array_equal(data.asked_counts("train"), plain.asked_counts("train", total=True))
     assert all(record.classes == ["objects"] for record in data.records("predict"))
-    with pytest.raises(InputError, match="merge_classes is empty"):
+    with pytest.raises(InputError, match="merge_classes"):
         Pictures(tmp_path, merge_classes=" ")
