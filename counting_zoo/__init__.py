@@ -25,13 +25,13 @@ _HOME = {
     "RegionCLIPPretraining": "counting_zoo.models.region_clip",
     "SyntheticScenes": "counting_zoo.data.synthetic",
     "FSC147": "counting_zoo.data.fsc147",
-    "CARPK": "counting_zoo.data.detection",
+    "CARPK": "counting_zoo.data.crowds",
     "ShanghaiTech": "counting_zoo.data.crowds",
     "UCFQNRF": "counting_zoo.data.crowds",
     "NWPUCrowd": "counting_zoo.data.crowds",
     "JHUCrowd": "counting_zoo.data.crowds",
-    "VOCCounts": "counting_zoo.data.detection",
-    "COCOCounts": "counting_zoo.data.detection",
+    "VOCCounts": "counting_zoo.data.boxes",
+    "COCOCounts": "counting_zoo.data.boxes",
     "ImageFolder": "counting_zoo.data.folder",
     "CaptionedPictures": "counting_zoo.data.folder",
     "PackedCounts": "counting_zoo.data.pack",
@@ -47,8 +47,8 @@ _HOME = {
 
 if TYPE_CHECKING:
     from counting_zoo.data.base import CountingDataModule
-    from counting_zoo.data.crowds import UCFQNRF, JHUCrowd, NWPUCrowd, ShanghaiTech
-    from counting_zoo.data.detection import CARPK, COCOCounts, VOCCounts
+    from counting_zoo.data.boxes import COCOCounts, VOCCounts
+    from counting_zoo.data.crowds import CARPK, UCFQNRF, JHUCrowd, NWPUCrowd, ShanghaiTech
     from counting_zoo.data.folder import CaptionedPictures, ImageFolder
     from counting_zoo.data.fsc147 import FSC147
     from counting_zoo.data.pack import PackedCounts, pack

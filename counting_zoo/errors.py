@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -51,3 +52,30 @@ def listed(names: Iterable[str], n: int = 12) -> str:
     """
     names = list(names)
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def check(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    one_of: Collection[Any] | None = None,
+) -> None:
+    """Refuse a setting that is out of range, NaN, or none of its choices.
+
+    Raises:
+        InputError: names the setting, its value and what is expected.
+
+    Example:
+        >>> check("data.missing", "warn", one_of=("error", "skip"))
+        Traceback (most recent call last):
+        counting_zoo.errors.InputError: data.missing is 'warn'; expected one of 'error', 'skip'
+    """
+    if one_of is not None and value not in one_of:
+        raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, one_of))}")
+    bounds = {"at least": at_least, "at most": at_most}
+    below = at_least is not None and not value >= at_least  # true of NaN too
+    if below or (at_most is not None and not value <= at_most):
+        expected = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        raise InputError(f"{name} is {value!r}; expected {expected}")

@@ -1,9 +1,10 @@
-"""Files in one piece, their hashes, tables, plain data and progress: once for the whole package."""
+"""Files in one piece, their hashes, readers of text, tables and JSON, plain data and progress: once for the package."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+JSON_LIMIT = 1 << 30  # bytes; the largest public file, COCO's training annotation, has 0.45 GB
 
 
 def progress(items: Iterable[T], total: int, description: str, patience: float = 2.0) -> Iterator[T]:
@@ -86,6 +90,183 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str 
         writer.writerow(columns)
         writer.writerows([safe_cell(value) for value in row] for row in rows)
     return path
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text cells by column.
+
+    Args:
+        path: for messages.
+        header: name of each column.
+        lines: the line of the file each row ends on.
+        cells: the cells of each column.
+    """
+
+    path: Path
+    header: list[str]
+    lines: list[int]
+    cells: list[list[str]]
+
+    def where(self, row: int) -> str:
+        """Name the file and line of a row, for messages."""
+        return f"{self.path}, line {self.lines[row]}"
+
+    def column(self, *names: str) -> list[str]:
+        """Find the cells of the one column that has one of the names.
+
+        Raises:
+            InputError: there is none, or more than one.
+        """
+        places = [i for i, name in enumerate(self.header) if name in names]
+        if len(places) == 1:
+            return self.cells[places[0]]
+        cure = "rename the others" if places else "correct it, or name the columns of a file without a header"
+        if len(self.header) == 1 and "\t" in self.header[0]:
+            cure = "it has tabs: name the file .tsv"
+        raise InputError(
+            f"{self.path}, line 1: the header is {[name[:40] for name in self.header[:12]]}; expected the column "
+            f"{' or '.join(names)} once; {cure}"
+        )
+
+    def floats(self, *names: str) -> np.ndarray:
+        """Convert columns to ``(rows, len(names))`` float64.
+
+        Raises:
+            InputError: a cell is no finite number; names file, line, column and value.
+        """
+        columns = [self.column(name) for name in names]
+        try:
+            values = np.array(columns, np.float64).reshape(len(names), -1).T
+        except ValueError:  # does not say which cell is none
+            values = np.array([[_float(cell) for cell in cells] for cells in columns]).T
+        odd = np.argwhere(~np.isfinite(values))
+        if len(odd):
+            row, column = odd[0]
+            raise InputError(
+                f"{self.where(row)}: {names[column]} is {columns[column][row]!r}; expected a finite number "
+                f"({len(odd)} such cells)"
+            )
+        return values
+
+    def select(self, rows: Sequence[int]) -> Table:
+        """Take some rows."""
+        cells = [[column[row] for row in rows] for column in self.cells]
+        return Table(self.path, self.header, [self.lines[row] for row in rows], cells)
+
+
+def read_table(path: Path, header: Sequence[str] | None = None, *, exact: bool = False) -> Table:
+    """Read a CSV file, or a TSV file by its suffix, in UTF-8 with or without a byte-order mark.
+
+    Args:
+        path: the file; empty lines are passed over.
+        header: names of the columns; those in the first line if ``None``.
+        exact: keep spaces around cells, as :func:`write_table` writes them, instead of stripping them.
+
+    Raises:
+        InputError: it cannot be read, or a row has too few or too many cells; names the line.
+    """
+    kind = "TSV" if path.suffix.lower() == ".tsv" else "CSV"
+    lines: list[int] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = _tsv_rows(file) if kind == "TSV" else _csv_rows(file, exact)
+            names = [name.strip() for name in (next(rows, (0, []))[1] if header is None else header)]
+            cells: list[list[str]] = [[] for _ in names]
+            for line, row in rows:
+                if len(row) != len(names):
+                    raise InputError(
+                        f"{path}, line {line}: {len(row)} cells, but there are {len(names)} columns {names[:12]}: "
+                        f"{[cell[:40] for cell in row[:6]]}"
+                    )
+                lines.append(line)
+                for column, cell in zip(cells, row, strict=True):
+                    column.append(cell if exact else cell.strip())
+    except UnicodeDecodeError as error:
+        line = _undecodable_line(path)
+        raise InputError(f"{path}, line {line}: not in UTF-8 ({error.reason}); save it in UTF-8") from error
+    except (OSError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a {kind} file ({error})") from error
+    return Table(path, names, lines, cells)
+
+
+def _csv_rows(file: Iterable[str], exact: bool) -> Iterator[tuple[int, list[str]]]:
+    # strict: a quote that is never closed is an error, not one cell with the rest of the file
+    reader = csv.reader(file, skipinitialspace=not exact, strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise csv.Error(f"line {reader.line_num}: {error}") from error
+
+
+def _tsv_rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    # A cell wholly in quotes loses them; a lone quote is a character of its caption.
+    for line, text in enumerate(file, 1):
+        if text := text.rstrip("\r\n"):
+            yield line, [_unquoted(cell) for cell in text.split("\t")]
+
+
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1]
+    if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or '"' in inner.replace('""', ""):
+        return cell
+    return inner.replace('""', '"')
+
+
+def _undecodable_line(path: Path) -> int:
+    # A decoder by blocks knows its place in the block only.
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    return 1
+
+
+def _float(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
+def read_lines(path: Path, expected: str) -> list[str]:
+    """Read the lines of a text file in UTF-8, with or without a byte-order mark.
+
+    Args:
+        path: the file.
+        expected: the cure in the message where it cannot be read.
+
+    Raises:
+        InputError: it is not there, or is something else.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({reason}); {expected}") from error
+
+
+def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Parse a JSON file, bounded in size and depth.
+
+    Args:
+        path: the file.
+        object_hook: called with each object as it is parsed; what it returns takes the object's place.
+
+    Raises:
+        InputError: the file is missing, above 1 GiB, nested too deeply, or no JSON.
+    """
+    try:
+        size = path.stat().st_size
+        if size <= JSON_LIMIT:
+            return json.loads(path.read_bytes(), object_hook=object_hook)
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no Unicode
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"{path}: cannot be read as JSON ({reason})") from error
+    raise InputError(f"{path}: {size / 1e9:.1f} GB; expected at most {JSON_LIMIT / 1e9:.1f} GB of JSON")
 
 
 @contextmanager

@@ -17,9 +17,9 @@ import numpy as np
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.checks import inside_root
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.splits import SPLITS, check_choice, draw, read_splits, take_ranges
+from counting_zoo.data.splits import SPLITS, draw, read_splits, take_ranges
 from counting_zoo.data.tables import Captions, Marks, read_captions, read_marks, read_mat_points
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, check
 from counting_zoo.images import IMAGE_SUFFIXES, decode_image, image_size
 
 Dot = Literal["pixel", "blob"]
@@ -114,7 +114,7 @@ ANNOTATION_FILES = (
 )
 
 
-def list_pictures(folder: Path) -> list[str]:
+def list_images(folder: Path) -> list[str]:
     """Every picture below a folder, as sorted posix paths relative to it.
 
     Hidden files are passed over. Linked folders are not entered (they may form a circle) and links that lead out of
@@ -203,7 +203,7 @@ class PictureFolder:
         self.dot = dot
         self.unnamed = unnamed
         self.images = folder / "images" if (folder / "images").is_dir() else folder
-        listed = list_pictures(folder if picture or dots else self.images)
+        listed = list_images(folder if picture or dots else self.images)
         if not picture and not dots and self.images != folder:
             listed = [f"images/{name}" for name in listed]
         self._known = {unicodedata.normalize("NFC", name): name for name in listed}
@@ -419,10 +419,8 @@ class ImageFolder(CountingDataModule):
         **options: Any,
     ) -> None:
         super().__init__(root, **options)
-        if empty not in ("error", "allow"):
-            raise InputError(f"data.empty is {empty!r}; expected 'error' or 'allow'")
-        if dot not in (None, "pixel", "blob"):
-            raise InputError(f"data.dot is {dot!r}; expected 'pixel' or 'blob'")
+        check("data.empty", empty, one_of=("error", "allow"))
+        check("data.dot", dot, one_of=(None, "pixel", "blob"))
         self.annotation = annotation
         self.picture = picture
         self.dots = dots
@@ -574,7 +572,7 @@ class ImageFolder(CountingDataModule):
         place = self.predict_root or self.find_root()
         if place.is_file():
             return [Record(place.name, place)]
-        names = list_pictures(place)
+        names = list_images(place)
         if self.picture or self.dots:
             # Another folder may name its pictures as it likes; only what is surely no picture is left out there.
             names = without_dots(names, self.picture, self.dots, keep_others=self.predict_root is not None)
@@ -634,7 +632,7 @@ class CaptionedPictures(CountingDataModule):
         **options: Any,
     ) -> None:
         super().__init__(root, **options)
-        check_choice("empty", empty, ("error", "skip"))
+        check("data.empty", empty, one_of=("error", "skip"))
         self.captions = {"train": captions} if isinstance(captions, str) else captions
         self.pictures = dict.fromkeys(SPLITS, pictures) if isinstance(pictures, str) else pictures
         for option, given in (("captions", self.captions), ("pictures", self.pictures), ("sizes", sizes or {})):
@@ -703,4 +701,4 @@ class CaptionedPictures(CountingDataModule):
 def _pictures_of(place: Path) -> list[Record]:
     if place.is_file():
         return [Record(place.name, place)]
-    return [Record(name, place / name) for name in list_pictures(place)]
+    return [Record(name, place / name) for name in list_images(place)]

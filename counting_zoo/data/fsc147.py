@@ -11,8 +11,8 @@ import numpy as np
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.checks import as_boxes, as_points, inside_root
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.tables import read_json
 from counting_zoo.errors import InputError
+from counting_zoo.io import read_json, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class FSC147(CountingDataModule):
                 raise InputError(f'{path}: expected {{"2.jpg": {{"text_description": ...}}}} ({error!r})') from None
         path = self._find(root, CLASS_FILES)
         texts = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(read_lines(path, "expected a line for each image"), start=1):
             name, tab, text = line.partition("\t")
             if line.strip() and not (tab and text.strip()):
                 raise InputError(f"{path}, line {number}: {line!r}; expected a picture, a tab and its class name")

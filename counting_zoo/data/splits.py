@@ -7,20 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from counting_zoo.data.tables import read_json, read_table
 from counting_zoo.errors import InputError
+from counting_zoo.io import read_json, read_table
 
 SPLITS = ("train", "val", "test")
-
-
-def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """An option of a data module is one of its choices; the command line has checked that before, Python has not.
-
-    Raises:
-        InputError: it is not.
-    """
-    if value not in choices:
-        raise InputError(f"data.{option} is {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
 def draw(names: Sequence[str], sizes: Mapping[str, float], seed: int) -> dict[str, list[str]]:
@@ -98,10 +88,10 @@ def read_splits(path: Path) -> dict[str, list[str]]:
             raise InputError(f'{path}: expected {{"train": ["a.png", ...], "val": [...], "test": [...]}}')
         splits: dict[str, list[str]] = found
     else:
-        columns = read_table(path, ("image", "split")).columns
+        table = read_table(path)
         splits = {}
-        for name, split in zip(columns["image"], columns["split"], strict=True):
-            splits.setdefault(split.strip(), []).append(name)
+        for name, split in zip(table.column("image"), table.column("split"), strict=True):
+            splits.setdefault(split, []).append(name)
     owner: dict[str, str] = {}
     for split in SPLITS:
         for name in splits.get(split, []):

@@ -21,9 +21,8 @@ from counting_zoo.data.base import CountingDataModule, Prompts
 from counting_zoo.data.checks import as_boxes, as_points, write_checksums
 from counting_zoo.data.records import Record, Split
 from counting_zoo.data.scenes import PRESETS, Attributes, EachClassPreset, render
-from counting_zoo.data.tables import read_json
 from counting_zoo.errors import InputError
-from counting_zoo.io import progress, sha256
+from counting_zoo.io import progress, read_json, sha256
 
 SplitBy = Literal["class", "picture"]
 

@@ -1,13 +1,12 @@
-"""Readers of annotation tables: CSV, JSON and MATLAB files of points, boxes, counts and captions."""
+"""Readers of annotation files by image: points, boxes, counts and captions; and the lookup of images by name."""
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,114 +15,100 @@ import h5py
 import numpy as np
 
 from counting_zoo.data.checks import as_points
+from counting_zoo.data.detection import coco_of, read_coco
 from counting_zoo.errors import InputError
-
-Row = tuple[str, str, Mapping[str, Any]]
-"""Where it stands (for messages), the picture, and counts by class as they are written."""
-
-
-def checked_counts(rows: Iterable[Row], classes: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Counts by picture and class.
-
-    Args:
-        rows: any number for each picture, with different classes.
-        classes: the only ones allowed; any if ``None``.
-
-    Raises:
-        InputError: a count is no whole number of at least 0, is there twice, or has another class; names the row.
-
-    Example:
-        >>> checked_counts([("line 2", "a.png", {"cat": "2"}), ("line 3", "a.png", {"dog": 0})])
-        {'a.png': {'cat': 2.0, 'dog': 0.0}}
-    """
-    found: dict[str, dict[str, float]] = {}
-    for where, picture, counts in rows:
-        own = found.setdefault(picture, {})
-        for name, value in counts.items():
-            if classes is not None and name not in classes:
-                raise InputError(
-                    f"{where}: counts {name!r}, which data.classes does not list ({', '.join(classes)}); correct the "
-                    "name, add it to data.classes, or leave it out of the file"
-                )
-            if name in own:
-                raise InputError(f"{where}: a second count of {name!r} for {picture}; expected one")
-            number = _count_value(value)
-            if not (number >= 0 and number.is_integer()):
-                raise InputError(
-                    f"{where}: count is {str(value).strip() or 'empty'} for {name!r}; expected a whole number of at "
-                    "least 0, which says how many there are in the picture; correct it, or leave the picture out if "
-                    "nobody knows"
-                )
-            own[name] = number
-    return found
-
-
-def is_count_json(content: Any) -> bool:
-    """Whether JSON content is one of the forms of counts, and not of points.
-
-    Example:
-        >>> is_count_json({"a.png": {"cat": 2}}), is_count_json({"a.png": {"cat": [[1, 2]]}})
-        (True, False)
-    """
-    if isinstance(content, list):
-        return bool(content) and all(isinstance(row, dict) for row in content)
-    if not isinstance(content, dict):
-        return False
-    values = (v for found in content.values() for v in (found.values() if isinstance(found, dict) else (found,)))
-    return any(isinstance(value, bool) or not math.isnan(_count_value(value)) for value in values)
-
-
-def json_rows(content: Any, source: str, unnamed: str) -> Iterator[Row]:
-    """The rows of ``{"a.png": {"cat": 2}}``, of ``{"a.png": 2}``, or of a list of objects.
-
-    The objects of a list have ``image`` and either ``label`` and ``count`` or a field for each class.
-
-    Args:
-        content: of the file.
-        source: the file, for messages.
-        unnamed: the name of objects that carry none.
-
-    Raises:
-        InputError: an object of a list names no picture.
-    """
-    if isinstance(content, dict):
-        for picture, found in content.items():
-            yield f"{source}: {picture}", picture, found if isinstance(found, dict) else {unnamed: found}
-        return
-    for i, row in enumerate(content):
-        where = f"{source}: row {i}"
-        if not isinstance(row.get("image"), str):
-            raise InputError(f"{where} is {row!r:.100}; expected image, label and count, or image and a count by class")
-        others = {name: value for name, value in row.items() if name != "image"}
-        yield where, row["image"], {str(row.get("label", unnamed)): row["count"]} if "count" in row else others
-
-
-def _count_value(value: Any) -> float:
-    """NaN for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan
-
+from counting_zoo.io import Table, read_json, read_table
 
 log = logging.getLogger(__name__)
 
+POINT = ("x", "y")
+BOX = ("x1", "y1", "x2", "y2")
+IMAGE_COLUMNS = ("image", "filepath", "file")
+CAPTION_COLUMNS = ("caption", "title")
 
-JSON_LIMIT = 1 << 30  # bytes; the largest public file, COCO's training annotation, has 0.45 GB
+
+class ImageNames:
+    """Names of the images of a file, by which other names of the same images are found.
+
+    A name is looked up as it is; then by its last folders and file name, which may be longer or shorter than the
+    file's; then by its file name alone; then, if ``numbered``, by the number in a file name of COCO
+    (``COCO_val2014_000000000042.jpg``); and last by its stem.
+
+    Args:
+        names: each once.
+        numbered: whether the names may be bare numbers.
+
+    Example:
+        >>> names = ImageNames(["a/x.jpg", "b/x.jpg", "y.png"])
+        >>> names.matches("data/a/x.jpg"), names.matches("c/x.jpg"), names.matches("y.jpg"), names.matches("z.jpg")
+        (['a/x.jpg'], ['a/x.jpg', 'b/x.jpg'], ['y.png'], [])
+    """
+
+    def __init__(self, names: Iterable[str], numbered: bool = False) -> None:
+        self.names = dict.fromkeys(names)
+        self.numbered = numbered
+        self._by_file: dict[str, list[str]] = {}
+        self._by_stem: dict[str, list[str]] = {}
+        for name in self.names:
+            path = as_path(name)
+            self._by_file.setdefault(path.name, []).append(name)
+            for stem in {path.stem, path.name}:  # a name without suffix may have a dot
+                self._by_stem.setdefault(stem, []).append(name)
+
+    def matches(self, name: str) -> list[str]:
+        """Find the images that a name may mean; none, or more than one where it is ambiguous."""
+        path = as_path(name)
+        for exact in (name, str(path)):
+            if exact in self.names:
+                return [exact]
+        same_file = self._by_file.get(path.name, [])
+        if along := [other for other in same_file if ends_alike(name, other)]:
+            return along
+        number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", path.stem) if self.numbered and not same_file else None
+        if number and str(int(number[1])) in self.names:
+            return [str(int(number[1]))]
+        return same_file or self._by_stem.get(path.stem, [])
+
+    def find(self, name: str, source: str) -> str | None:
+        """Find the one image that a name means, or ``None``.
+
+        Raises:
+            InputError: it may mean several.
+        """
+        found = self.matches(name)
+        if len(found) > 1:
+            raise InputError(
+                f"{source}: {len(found)} images are called like {name}: {found[:3]}; give images and {source} the same "
+                "folders"
+            )
+        return found[0] if found else None
+
+
+def as_path(name: str) -> PurePosixPath:
+    """Read an image name, in which Windows writes backslashes, as a path."""
+    return PurePosixPath(name.replace("\\", "/"))
+
+
+def ends_alike(a: str, b: str) -> bool:
+    """Compare paths by as many last folders as both have.
+
+    Example:
+        >>> ends_alike("val/a/x.jpg", "a/x.jpg"), ends_alike("a/x.jpg", "b/x.jpg")
+        (True, False)
+    """
+    return all(p == q for p, q in zip(reversed(as_path(a).parts), reversed(as_path(b).parts), strict=False))
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What a file says of one picture; ``None`` where it says nothing.
+    """Annotation of one image in a file; ``None`` where the file has none.
 
     Args:
         points: ``(N, 2)`` float32 x, y.
-        point_names: N names.
+        point_names: N class names.
         boxes: ``(M, 4)`` float32 x1, y1, x2, y2.
-        box_names: M names.
-        counts: name to count.
+        box_names: M class names.
+        counts: class name to count.
         size: ``(height, width)``.
     """
 
@@ -135,122 +120,15 @@ class Marks:
     size: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class Table:
-    """A CSV file by column.
-
-    Args:
-        path: for messages.
-        lines: the line of the file each row ends on.
-        columns: the cells of each column asked for.
-    """
-
-    path: Path
-    lines: list[int]
-    columns: dict[str, list[str]]
-
-    def floats(self, names: Sequence[str]) -> np.ndarray:
-        """``(rows, len(names))`` float64.
-
-        Raises:
-            InputError: a cell is no finite number; names file, line and column.
-        """
-        cells = [self.columns[name] for name in names]
-        try:
-            values = np.array(cells, dtype=np.float64).reshape(len(names), -1).T  # (rows, names)
-        except ValueError:
-            values = np.array([[_number(cell) for cell in column] for column in cells]).T
-        bad = np.argwhere(~np.isfinite(values))
-        if len(bad):
-            row, column = bad[0]
-            raise InputError(
-                f"{self.path}, line {self.lines[row]}: {names[column]} is {cells[column][row]!r}; "
-                f"expected a finite number ({len(bad)} such cells)"
-            )
-        return values
-
-    def names(self, unnamed: str) -> list[str]:
-        """The ``label`` column; ``unnamed`` everywhere if there is none.
-
-        Raises:
-            InputError: a label is empty.
-        """
-        if "label" not in self.columns:
-            return [unnamed] * len(self.lines)
-        labels = [label.strip() for label in self.columns["label"]]
-        if "" in labels:
-            raise InputError(f"{self.path}, line {self.lines[labels.index('')]}: the label is empty")
-        return labels
-
-    def without(self, left_out: Sequence[bool]) -> Table:
-        """The table less the rows marked."""
-        kept = [row for row, out in enumerate(left_out) if not out]
-        columns = {name: [cells[row] for row in kept] for name, cells in self.columns.items()}
-        return Table(self.path, [self.lines[row] for row in kept], columns)
-
-    def rows_by_picture(self) -> dict[str, np.ndarray]:
-        """Row numbers of each picture, in the order of the file."""
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(self.columns["image"]):
-            rows.setdefault(name, []).append(row)
-        return {name: np.array(found, np.int64) for name, found in rows.items()}
-
-
-def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Table:
-    """Read the named columns of a CSV file with a header; other columns are ignored.
-
-    Raises:
-        InputError: the file is no UTF-8 CSV, a column is missing or twice there, or a row has too few or many cells.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from error
-    header = [name.strip() for name in rows[0][1]] if rows else []
-    wanted = [*required, *(name for name in optional if name in header)]
-    if any(header.count(name) != 1 for name in wanted):
-        raise InputError(f"{path}: the header is {header}; expected the columns {list(required)}, each once, by commas")
-    for line, row in rows[1:]:
-        if len(row) != len(header):
-            raise InputError(f"{path}, line {line}: {len(row)} cells, but the header has {len(header)}: {row[:6]}")
-    cells = list(zip(*(row for _, row in rows[1:]), strict=True)) or [()] * len(header)
-    return Table(path, [line for line, _ in rows[1:]], {name: list(cells[header.index(name)]) for name in wanted})
-
-
-def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Parse a JSON file, bounded in size and depth.
-
-    Args:
-        path: the file.
-        object_hook: called with each object as it is parsed; what it returns takes the object's place.
-
-    Raises:
-        InputError: the file is missing, above 1 GiB, nested too deeply, or no JSON.
-    """
-    try:
-        size = path.stat().st_size
-        if size > JSON_LIMIT:
-            raise InputError(f"{path}: {size / 1e9:.1f} GB; expected at most {JSON_LIMIT / 1e9:.1f} GB of annotation")
-        return json.loads(path.read_bytes(), object_hook=object_hook)
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be an annotation file") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-
-
 def read_marks(path: Path, unnamed: str, classes: Sequence[str] | None = None) -> dict[str, Marks]:
-    """Marks by picture from any of the tables and JSON files an image folder may have.
+    """Read annotation by image from any of the tables and JSON files an image folder may have.
 
     Args:
         path: ``.csv`` with ``image,x,y[,label]``, ``image,x1,y1,x2,y2[,label]`` or ``image,label,count``, or, with
             "counts" in its name, a column of counts for each class (``image,cat,dog``);
             ``.json`` in COCO's layout, or ``{"a.png": [[x, y], ...]}``, or ``{"a.png": {"name": [[x, y], ...]}}``, or
             counts: ``{"a.png": {"name": 2}}``, ``{"a.png": 2}``, or a list of the rows of either table of counts.
-        unnamed: the name of objects that carry none.
+        unnamed: the class name of objects that carry none.
         classes: the only names that counts may have; any if ``None``.
 
     Raises:
@@ -259,27 +137,257 @@ def read_marks(path: Path, unnamed: str, classes: Sequence[str] | None = None) -
     if path.suffix.lower() == ".json":
         content = read_json(path)
         if isinstance(content, dict) and {"images", "annotations"} <= set(content):
-            return _coco(path, content)
-        if is_count_json(content):
-            return _counted(json_rows(content, str(path), unnamed), classes)
-        return _point_json(path, content, unnamed)
-    header = _header(path)
-    for columns in (("x", "y"), ("x1", "y1", "x2", "y2")):
-        if set(columns) <= header:
-            return _geometry_table(read_table(path, ("image", *columns), ("label",)), columns, unnamed)
-    if "count" in header:
-        return _counted(_long_rows(read_table(path, ("image", "count"), ("label",)), unnamed), classes)
+            return _coco_marks(content, path)
+        if _has_counts(content):
+            return _count_marks(_json_counts(content, path, unnamed), classes)
+        return _json_points(content, path, unnamed)
+    table = read_table(path)
+    header = set(table.header)
+    if set(POINT) <= header or set(BOX) <= header:
+        return _table_marks(table, POINT if set(POINT) <= header else BOX, unnamed)
     names = sorted(header - {"image"})
-    if "counts" in path.stem.lower() and len(names) < len(header) and not {"label", ""} & set(names):
-        return _counted(_wide_rows(read_table(path, ("image", *names)), names), classes)
+    if "count" in header or ("counts" in path.stem.lower() and "image" in header and not {"label", ""} & header):
+        return _count_marks(_table_counts(table, None if "count" in header else names, unnamed), classes)
     raise InputError(
         f"{path}: the header is {sorted(header)}; expected image,x,y[,label] or image,x1,y1,x2,y2[,label] "
         "or image,label,count or, in counts.csv, image and a column for each class"
     )
 
 
+def read_coordinates(table: Table, names: Sequence[str]) -> tuple[list[int], np.ndarray, dict[str, list[int]]]:
+    """Read points or boxes of a table; a row without coordinates says that its image has none.
+
+    Args:
+        table: with the column ``image`` and those named.
+        names: columns of coordinates, :data:`POINT` or :data:`BOX`.
+
+    Returns:
+        The N rows of the table with coordinates; ``(N, len(names))`` float64; and for each image of the file, which of
+        the N are its own.
+
+    Raises:
+        InputError: a cell is no finite number, or the corners of a box are exchanged.
+    """
+    columns = [table.column(name) for name in names]
+    rows = [row for row, cells in enumerate(zip(*columns, strict=True)) if any(cells)]
+    filled = table.select(rows)
+    values = filled.floats(*names)
+    swapped = np.flatnonzero((values[:, 2:] < values[:, : len(names) - 2]).any(1))  # none of points
+    if len(swapped):
+        raise InputError(
+            f"{filled.where(swapped[0])}: the box is {values[swapped[0]].tolist()}; expected corners x1,y1,x2,y2 with "
+            "x1 <= x2 and y1 <= y2"
+        )
+    by_image: dict[str, list[int]] = {name: [] for name in table.column("image")}
+    for i, name in enumerate(filled.column("image")):
+        by_image[name].append(i)
+    return rows, values, by_image
+
+
+def _labels(table: Table, unnamed: str) -> list[str]:
+    if "label" not in table.header:
+        return [unnamed] * len(table.lines)
+    labels = table.column("label")
+    if "" in labels:
+        raise InputError(f"{table.where(labels.index(''))}: the label is empty")
+    return labels
+
+
+def _table_marks(table: Table, columns: Sequence[str], unnamed: str) -> dict[str, Marks]:
+    rows, values, by_image = read_coordinates(table, columns)
+    names, values = _labels(table.select(rows), unnamed), values.astype(np.float32)
+    marks = {}
+    for image, own in by_image.items():
+        own_names = [names[i] for i in own]
+        if columns is POINT:
+            marks[image] = Marks(points=values[own], point_names=own_names)
+        else:
+            marks[image] = Marks(boxes=values[own], box_names=own_names)
+    return marks
+
+
+def _coco_marks(content: dict[str, Any], path: Path) -> dict[str, Marks]:
+    found = coco_of(content, path, "category_id", "bbox", crowds=False)
+    if found.crowd.any():
+        log.warning("%s: %d crowd regions (iscrowd) are left out: they have no count", path, found.crowd.sum())
+    return {
+        name: Marks(
+            boxes=found.boxes[rows].astype(np.float32),
+            box_names=[found.names[k] for k in found.category[rows]],
+            size=(int(size[0]), int(size[1])) if size.all() else None,
+        )
+        for (name, rows), size in zip(found.rows_by_image(~found.crowd).items(), found.sizes, strict=True)
+    }
+
+
+def _json_points(content: Any, path: Path, unnamed: str) -> dict[str, Marks]:
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InputError(f'{path}: expected COCO\'s layout or {{"a.png": [[x, y], ...]}}, found a {kind}')
+    marks = {}
+    for image, found in content.items():
+        groups = found if isinstance(found, dict) else {unnamed: found}
+        arrays = [as_points(points, f"{path}: {image}") for points in groups.values()]
+        names = [name for name, points in zip(groups, arrays, strict=True) for _ in range(len(points))]
+        marks[image] = Marks(points=np.concatenate([np.zeros((0, 2), np.float32), *arrays]), point_names=names)
+    return marks
+
+
+# -- counts -----------------------------------------------------------------------------------------------------------
+
+Row = tuple[str, str, Mapping[str, Any]]
+"""Its place, for messages, the image, and counts by class as they are written."""
+
+
+def _count_marks(rows: Iterable[Row], classes: Sequence[str] | None) -> dict[str, Marks]:
+    """Check counts and gather them by image."""
+    marks: dict[str, Marks] = {}
+    for where, image, counts in rows:
+        known = marks.setdefault(image, Marks(counts={})).counts
+        assert known is not None
+        for name, value in counts.items():
+            if classes is not None and name not in classes:
+                raise InputError(
+                    f"{where}: counts {name!r}, which data.classes does not list ({', '.join(classes)}); correct the "
+                    "name, add it to data.classes, or leave it out of the file"
+                )
+            if name in known:
+                raise InputError(f"{where}: a second count of {name!r} for {image}; expected one")
+            known[name] = _count_value(value)
+            if not (known[name] >= 0 and known[name].is_integer()):
+                raise InputError(
+                    f"{where}: count is {str(value).strip() or 'empty'} for {name!r}; expected a whole number of at "
+                    "least 0; correct it, or leave the image out if nobody knows"
+                )
+    return marks
+
+
+def _count_value(value: Any) -> float:
+    """Convert to a number, or NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _table_counts(table: Table, names: Sequence[str] | None, unnamed: str) -> Iterator[Row]:
+    """Read ``image,label,count``, or with ``names`` a column for each class."""
+    images = table.column("image")
+    if names is None:
+        labels, values = _labels(table, unnamed), table.column("count")
+        counts = [{label: value} for label, value in zip(labels, values, strict=True)]
+    else:
+        columns = {name: table.column(name) for name in names}
+        counts = [{name: column[row] for name, column in columns.items()} for row in range(len(images))]
+    return ((table.where(row), images[row], counts[row]) for row in range(len(images)))
+
+
+def _has_counts(content: Any) -> bool:
+    """Tell the forms of counts from those of points."""
+    if isinstance(content, list):
+        return bool(content) and all(isinstance(row, dict) for row in content)
+    if not isinstance(content, dict):
+        return False
+    values = (v for found in content.values() for v in (found.values() if isinstance(found, dict) else (found,)))
+    return any(isinstance(value, bool) or not math.isnan(_count_value(value)) for value in values)
+
+
+def _json_counts(content: Any, path: Path, unnamed: str) -> Iterator[Row]:
+    """Read ``{"a.png": {"cat": 2}}``, ``{"a.png": 2}``, or a list of objects with the columns of either table."""
+    if isinstance(content, dict):
+        for image, found in content.items():
+            yield f"{path}: {image}", image, found if isinstance(found, dict) else {unnamed: found}
+        return
+    for i, row in enumerate(content):
+        where = f"{path}: row {i}"
+        if not isinstance(row.get("image"), str):
+            raise InputError(f"{where} is {row!r:.100}; expected image, label and count, or image and a count by class")
+        others = {name: value for name, value in row.items() if name != "image"}
+        yield where, row["image"], {str(row.get("label", unnamed)): row["count"]} if "count" in row else others
+
+
+# -- captions ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions of the images of a file.
+
+    Args:
+        path: the file.
+        texts: captions of each image, in the order of the file; none where all of them are empty.
+        places: where the file names each image first, such as ``line 7`` or ``images[6]``.
+    """
+
+    path: Path
+    texts: dict[str, list[str]]
+    places: dict[str, str]
+
+
+def read_captions(path: Path, columns: Sequence[str] | None = None) -> Captions:
+    """Read every caption of a file; empty ones are left out, with one warning.
+
+    Args:
+        path: ``.json`` as ``captions_train2017.json``, ``.csv``, or ``.tsv`` with a row for each caption.
+        columns: names of the columns of a table without a header, such as ``[caption, image]``; a table's first line
+            if ``None``.
+
+    Raises:
+        InputError: the file is not of these kinds, not in UTF-8, or damaged, or an image has no name.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".json", ".csv", ".tsv"):
+        raise InputError(f"{path}: captions are read from .json (COCO's layout), .csv and .tsv; expected one of these")
+    if kind == ".json" and columns is not None:
+        raise InputError(f"data.columns is {list(columns)}, but {path} is no table; leave data.columns out")
+    texts: dict[str, list[str]] = {}
+    places: dict[str, str] = {}
+    empty: list[str] = []
+    for place, image, caption in _coco_captions(path) if kind == ".json" else _table_captions(path, columns):
+        if not image:
+            raise InputError(f"{path}, {place}: the name of the image is empty")
+        name = PurePosixPath(image).as_posix()  # without ./ in front
+        places.setdefault(name, place)
+        found = texts.setdefault(name, [])
+        if caption is None:
+            continue
+        if caption.strip():
+            found.append(caption.strip())
+        else:
+            empty.append(place)
+    if not texts:
+        raise InputError(f"{path}: names no image; expected at least one with a caption")
+    if empty:
+        warnings.warn(f"{path}: {len(empty)} empty captions were left out (the first at {empty[0]})", stacklevel=2)
+    return Captions(path, texts, places)
+
+
+def _coco_captions(path: Path) -> Iterator[tuple[str, str, str | None]]:
+    """Give place, image and caption; first each image without one, so that no image is lost."""
+    found = read_coco(path, "caption")
+    for i, name in enumerate(found.files):
+        yield f"images[{i}]", name, None
+    for i, row in enumerate(found.rows):
+        yield f"annotations[{i}]", found.files[found.image[i]], row["caption"]
+
+
+def _table_captions(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, str, str]]:
+    table = read_table(path, columns)
+    try:
+        images, captions = table.column(*IMAGE_COLUMNS), table.column(*CAPTION_COLUMNS)
+    except InputError as error:
+        raise InputError(f"{error} in data.columns" + ("" if columns is None else f", which is {columns}")) from None
+    for line, image, caption in zip(table.lines, images, captions, strict=True):
+        yield f"line {line}", image, caption
+
+
+# -- MATLAB files -----------------------------------------------------------------------------------------------------
+
+
 def read_mat_points(path: Path) -> np.ndarray:
-    """``(N, 2)`` float32 x, y from a MATLAB file.
+    """Read ``(N, 2)`` float32 x, y from a MATLAB file.
 
     Known structures: ``image_info`` holding ``location`` and ``number`` (ShanghaiTech, nested in a cell or not) and
     ``annPoints`` (UCF-QNRF, NWPU-Crowd; also in files of version 7.3).
@@ -315,7 +423,7 @@ def read_mat_points(path: Path) -> np.ndarray:
 
 
 def _read_version_73(path: Path) -> np.ndarray:
-    """``annPoints`` of a MATLAB file of version 7.3, which is HDF5 with all arrays transposed."""
+    """Read ``annPoints`` of a MATLAB file of version 7.3, which is HDF5 with all arrays transposed."""
     try:
         with h5py.File(path) as file:
             found = file.get("annPoints")
@@ -331,291 +439,7 @@ def _read_version_73(path: Path) -> np.ndarray:
         raise InputError(f"{path}: damaged MATLAB file of version 7.3 ({error})") from error
 
 
-def _header(path: Path) -> set[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return {name.strip() for name in next(csv.reader(file), [])}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from error
-
-
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return float("nan")
-
-
 def _unwrapped(value: Any) -> Any:
     while isinstance(value, np.ndarray) and value.dtype == object and value.size == 1:
         value = value.reshape(-1)[0]
     return value
-
-
-def _geometry_table(table: Table, columns: Sequence[str], unnamed: str) -> dict[str, Marks]:
-    """Points or boxes; a row without coordinates says that its picture has none."""
-    blank = [not any(cells) for cells in zip(*(table.columns[name] for name in columns), strict=True)]
-    pictures = dict.fromkeys(table.columns["image"])
-    table = table.without(blank)
-    values, names = table.floats(columns).astype(np.float32), table.names(unnamed)
-    if len(columns) == 4:
-        swapped = np.flatnonzero((values[:, 2:] < values[:, :2]).any(1))
-        if len(swapped):
-            raise InputError(
-                f"{table.path}, line {table.lines[swapped[0]]}: x2 < x1 or y2 < y1; expected corners x1,y1,x2,y2"
-            )
-    rows = table.rows_by_picture()
-    marks = {}
-    for picture in pictures:
-        own = rows.get(picture, np.zeros(0, np.int64))
-        own_names = [names[i] for i in own]
-        if len(columns) == 4:
-            marks[picture] = Marks(boxes=values[own], box_names=own_names)
-        else:
-            marks[picture] = Marks(points=values[own], point_names=own_names)
-    return marks
-
-
-def _counted(rows: Iterable[Row], classes: Sequence[str] | None) -> dict[str, Marks]:
-    return {picture: Marks(counts=counts) for picture, counts in checked_counts(rows, classes).items()}
-
-
-def _long_rows(table: Table, unnamed: str) -> Iterator[Row]:
-    """A row for each picture and class."""
-    cells = zip(table.lines, table.columns["image"], table.names(unnamed), table.columns["count"], strict=True)
-    for line, picture, name, count in cells:
-        yield f"{table.path}, line {line}", picture, {name: count}
-
-
-def _wide_rows(table: Table, names: Sequence[str]) -> Iterator[Row]:
-    """A row for each picture, a column for each class."""
-    cells = zip(*(table.columns[name] for name in names), strict=True) if names else iter([()] * len(table.lines))
-    for line, picture, counts in zip(table.lines, table.columns["image"], cells, strict=True):
-        yield f"{table.path}, line {line}", picture, dict(zip(names, counts, strict=True))
-
-
-def _point_json(path: Path, content: Any, unnamed: str) -> dict[str, Marks]:
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise InputError(f'{path}: expected COCO\'s layout or {{"a.png": [[x, y], ...]}}, found a {kind}')
-    marks = {}
-    for picture, found in content.items():
-        groups = found if isinstance(found, dict) else {unnamed: found}
-        arrays = [as_points(points, f"{path}: {picture}") for points in groups.values()]
-        names = [name for name, points in zip(groups, arrays, strict=True) for _ in range(len(points))]
-        marks[picture] = Marks(points=np.concatenate([np.zeros((0, 2), np.float32), *arrays]), point_names=names)
-    return marks
-
-
-def _coco(path: Path, content: dict[str, Any]) -> dict[str, Marks]:
-    """COCO's detection layout; crowd regions have no number of objects and are left out, with a warning."""
-    try:
-        names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
-        pictures = {image["id"]: image for image in content["images"]}
-        found: dict[Any, list[tuple[Any, str]]] = {key: [] for key in pictures}
-        crowds = 0
-        for annotation in content["annotations"]:
-            if annotation.get("iscrowd"):
-                crowds += 1
-            else:
-                found[annotation["image_id"]].append((annotation["bbox"], names[annotation["category_id"]]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: not in COCO's layout: {type(error).__name__} {error}; expected images (id, file_name), "
-            "annotations (image_id of a listed image, category_id of a listed category, bbox) and categories (id, name)"
-        ) from error
-    if crowds:
-        log.warning("%s: %d crowd regions (iscrowd) are left out: they say no number of objects", path, crowds)
-    marks = {}
-    for key, items in found.items():
-        picture = str(pictures[key].get("file_name"))
-        try:
-            boxes = np.array([box for box, _ in items], np.float64).reshape(-1, 4)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: a bbox of {picture} is not four numbers [x, y, width, height]") from error
-        if not np.isfinite(boxes).all() or (boxes[:, 2:] < 0).any():
-            raise InputError(f"{path}: a bbox of {picture} is not finite or has a negative width or height")
-        boxes[:, 2:] += boxes[:, :2]
-        size = (pictures[key].get("height"), pictures[key].get("width"))
-        marks[picture] = Marks(
-            boxes=boxes.astype(np.float32),
-            box_names=[name for _, name in items],
-            size=(int(size[0]), int(size[1])) if all(isinstance(side, int) for side in size) else None,  # type: ignore[arg-type]
-        )
-    return marks
-
-
-PICTURE_COLUMNS = ("image", "filepath", "file")
-
-
-CAPTION_COLUMNS = ("caption", "title")
-
-
-_NEEDED = {"images": ("id", "file_name"), "annotations": ("image_id", "caption")}
-
-
-@dataclass(frozen=True)
-class Captions:
-    """What a file says of its pictures.
-
-    Args:
-        path: the file.
-        texts: captions of each picture, in the order of the file; none where all of them are empty.
-        places: where the file names each picture first, such as ``line 7`` or ``images[6]``.
-    """
-
-    path: Path
-    texts: dict[str, list[str]]
-    places: dict[str, str]
-
-
-def read_captions(path: Path, columns: Sequence[str] | None = None) -> Captions:
-    """Read every caption of a file; empty ones are left out, with one warning.
-
-    Args:
-        path: ``.json`` as ``captions_train2017.json``, ``.csv``, or ``.tsv`` with a row for each caption.
-        columns: names of the columns of a table without a header, such as ``[caption, image]``; a table's first line
-            if ``None``.
-
-    Raises:
-        InputError: the file is not of these kinds, not in UTF-8, or damaged, or a picture has no name.
-    """
-    kind = path.suffix.lower()
-    if kind == ".json":
-        if columns is not None:
-            raise InputError(f"data.columns is {list(columns)}, but {path} is no table; leave data.columns out")
-        rows = _coco_rows(path)
-    elif kind in (".csv", ".tsv"):
-        rows = _table_rows(path, kind, columns)
-    else:
-        raise InputError(f"{path}: captions are read from .json (COCO's layout), .csv and .tsv; expected one of these")
-    texts: dict[str, list[str]] = {}
-    places: dict[str, str] = {}
-    empty: list[str] = []
-    for place, picture, caption in rows:
-        if not picture:
-            raise InputError(f"{path}, {place}: the name of the picture is empty")
-        name = PurePosixPath(picture).as_posix()  # without ./ in front
-        places.setdefault(name, place)
-        found = texts.setdefault(name, [])
-        if caption is None:
-            continue
-        if caption.strip():
-            found.append(caption.strip())
-        else:
-            empty.append(place)
-    if not texts:
-        raise InputError(f"{path}: names no picture; expected at least one with a caption")
-    if empty:
-        warnings.warn(f"{path}: {len(empty)} empty captions were left out (the first at {empty[0]})", stacklevel=2)
-    return Captions(path, texts, places)
-
-
-def _coco_rows(path: Path) -> Iterator[tuple[str, str, str | None]]:
-    """Place, picture and caption; first each picture without one, so that no picture is lost."""
-    content = read_json(path)
-    for part, fields in _NEEDED.items():
-        listed = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(listed, list):
-            found = sorted(content) if isinstance(content, dict) else type(content).__name__
-            raise InputError(f"{path}: has no list {part!r}, only {found}; expected COCO's captions_*.json")
-        for i, one in enumerate(listed):
-            lacking = [field for field in fields if not isinstance(one, dict) or field not in one]
-            if lacking:
-                found = sorted(one) if isinstance(one, dict) else repr(one)[:60]
-                raise InputError(f"{path}: {part}[{i}] has no {', '.join(lacking)}, only {found}; complete it")
-    files: dict[Any, str] = {}
-    owners: dict[str, int] = {}
-    for i, image in enumerate(content["images"]):
-        number, name = image["id"], image["file_name"]
-        if not isinstance(number, int | str) or not isinstance(name, str):
-            raise InputError(
-                f"{path}: images[{i}] has the id {number!r} and the file_name {name!r}; expected a number and a text"
-            )
-        if number in files or name in owners:
-            same = "id" if number in files else "file_name"
-            raise InputError(f"{path}: images[{i}] has the {same} {image[same]!r} of another; expected each once")
-        files[number], owners[name] = name, i
-        yield f"images[{i}]", name, None
-    for i, one in enumerate(content["annotations"]):
-        number, caption = one["image_id"], one["caption"]
-        if not isinstance(number, int | str) or number not in files:
-            raise InputError(
-                f"{path}: annotations[{i}] has image_id {number!r}, but no image has this id; correct it or delete "
-                "the annotation"
-            )
-        if not isinstance(caption, str):
-            raise InputError(f"{path}: annotations[{i}] has the caption {caption!r}; expected a text")
-        yield f"annotations[{i}]", files[number], caption
-
-
-def _table_rows(path: Path, kind: str, columns: Sequence[str] | None) -> Iterator[tuple[str, str, str | None]]:
-    """Place, picture and caption of each row."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = _csv_rows(file) if kind == ".csv" else _tsv_rows(file)
-            header = next(rows, (0, []))[1] if columns is None else [name.strip() for name in columns]
-            picture, caption = (
-                _column(path, header, names, columns is None) for names in (PICTURE_COLUMNS, CAPTION_COLUMNS)
-            )
-            for line, row in rows:
-                if len(row) != len(header):
-                    raise InputError(
-                        f"{path}, line {line}: {len(row)} cells, but there are {len(header)} columns {header}: "
-                        f"{[cell[:40] for cell in row[:6]]}"
-                    )
-                yield f"line {line}", row[picture].strip(), row[caption]
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}, line {_undecodable(path)}: not in UTF-8 ({error.reason}); save it in UTF-8"
-        ) from error
-    except (OSError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as a {kind[1:].upper()} file ({error})") from error
-
-
-def _undecodable(path: Path) -> int:
-    """The first line that is not UTF-8; a decoder by blocks knows its place in the block only."""
-    content = path.read_bytes()
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        return content.count(b"\n", 0, error.start) + 1
-    return 1
-
-
-def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(file, skipinitialspace=True, strict=True)  # a quote that is never closed is an error
-    try:
-        for row in reader:
-            if row:
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise csv.Error(f"line {reader.line_num}: {error}") from error
-
-
-def _tsv_rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Cells between tabs. A cell wholly in quotes loses them; a lone quote is a character of its caption."""
-    for line, text in enumerate(file, 1):
-        if text := text.rstrip("\r\n"):
-            yield line, [_unquoted(cell) for cell in text.split("\t")]
-
-
-def _unquoted(cell: str) -> str:
-    inner = cell[1:-1]
-    if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or '"' in inner.replace('""', ""):
-        return cell
-    return inner.replace('""', '"')
-
-
-def _column(path: Path, header: list[str], names: Sequence[str], in_file: bool) -> int:
-    places = [i for i, name in enumerate(header) if name.strip() in names]
-    if len(places) == 1:
-        return places[0]
-    shown = [name[:40] for name in header[:12]]
-    wanted = " or ".join(names)
-    if not in_file:
-        raise InputError(f"data.columns is {shown}; expected one of them to be {wanted}, and no other")
-    cure = "rename the others" if places else "correct it, or name the columns in data.columns if there is no header"
-    if len(header) == 1 and "\t" in header[0]:
-        cure = "it has tabs: name the file .tsv"
-    raise InputError(f"{path}, line 1: the header is {shown}; expected one column {wanted}; {cure}")

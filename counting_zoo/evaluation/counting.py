@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import ctypes
 import gc
 import json
 import logging
-import math
 import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, ItemsView, Iterator, Sequence
+from collections.abc import ItemsView, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Self, TextIO, TypedDict
 
 import torch
@@ -26,9 +24,10 @@ from torch.utils.data import DataLoader
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.dataset import collate
 from counting_zoo.data.records import Record, Split, ask
+from counting_zoo.data.tables import ImageNames
 from counting_zoo.errors import InputError, NamesError, listed
 from counting_zoo.geometry import Preprocess
-from counting_zoo.io import progress, sha256, unsafe_cell
+from counting_zoo.io import progress, read_table, sha256, unsafe_cell
 from counting_zoo.metrics.counts import CountTable, grid_errors
 from counting_zoo.metrics.statistics import JOIN
 from counting_zoo.module import CountingModule
@@ -224,45 +223,25 @@ TOTAL = ""
 
 
 def read_counts(path: str | Path) -> dict[str, dict[str, float]]:
-    """Counts by picture and name.
+    """Read counts by image and name.
 
     Args:
         path: CSV with the columns ``image``, ``count`` (or ``predicted``) and, where several names are asked about,
             ``name``; others are ignored, so ``counts.csv`` of ``predict`` will do.
 
     Raises:
-        InputError: the file cannot be read, lacks a column, says two things of one picture, or a count is no number.
+        InputError: the file cannot be read, lacks a column, has two counts of one thing, or a count is no number.
     """
-    path = Path(path)
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            column = next((name for name in COUNT_NAMES if name in columns), None)
-            if column is None or "image" not in columns:
-                raise InputError(
-                    f"{path}: its columns are {', '.join(columns) or 'none'}; expected image, count and, where several "
-                    "names are asked about, name"
-                )
-            for line in reader:
-                image, name = unsafe_cell(line["image"] or ""), unsafe_cell(line.get("name") or TOTAL)
-                try:
-                    count = float(line[column] or "nothing")
-                except ValueError:
-                    count = math.nan
-                if not math.isfinite(count):
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: {column} of {image!r} is {line[column]!r}; expected a number"
-                    )
-                if name in found[image]:
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: a second count of {name or 'all'!r} in {image!r}"
-                    )
-                found[image][name] = count
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as a table of counts: {error}") from error
-    return dict(found)
+    table = read_table(Path(path), exact=True)
+    column = next((name for name in COUNT_NAMES if name in table.header), COUNT_NAMES[0])
+    names = table.column("name") if "name" in table.header else [TOTAL] * len(table.lines)
+    counts: dict[str, dict[str, float]] = defaultdict(dict)
+    for row, cells in enumerate(zip(table.column("image"), names, table.floats(column)[:, 0], strict=True)):
+        image, name, count = unsafe_cell(cells[0]), unsafe_cell(cells[1]), cells[2]
+        if name in counts[image]:
+            raise InputError(f"{table.where(row)}: a second count of {name or 'all'!r} in {image!r}")
+        counts[image][name] = float(count)
+    return dict(counts)
 
 
 def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Split) -> CountedSplit:
@@ -321,23 +300,10 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
 
 
 def _matched(wanted: list[str], given: list[str]) -> dict[str, str]:
-    """The file's id for each wanted picture that it has."""
-    there = set(given)
-    found = {image_id: image_id for image_id in wanted if image_id in there}
-    keys: tuple[Callable[[str], str], ...] = (lambda i: PurePosixPath(i).name, lambda i: PurePosixPath(i).stem)
-    for key in keys:
-        ours, theirs = _by(wanted, key), _by(given, key)
-        for name, image_ids in ours.items():
-            if len(image_ids) == len(theirs.get(name, [])) == 1:
-                found.setdefault(image_ids[0], theirs[name][0])
-    return found
-
-
-def _by(image_ids: list[str], key: Callable[[str], str]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = defaultdict(list)
-    for image_id in image_ids:
-        grouped[key(image_id)].append(image_id)
-    return grouped
+    """Find the file's id for each wanted image, where both are the only ones that can mean each other."""
+    ours, theirs = ImageNames(wanted), ImageNames(given)
+    pairs = ((image_id, theirs.matches(image_id)) for image_id in wanted)
+    return {image_id: found[0] for image_id, found in pairs if len(found) == 1 and ours.matches(found[0]) == [image_id]}
 
 
 Row = dict[str, str | float]

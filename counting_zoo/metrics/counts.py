@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from counting_zoo.errors import InputError, listed
-from counting_zoo.io import unsafe_cell, write_table
+from counting_zoo.io import read_table, unsafe_cell, write_table
 from counting_zoo.ops import exact_dtype, points_to_grid, resize_density, sum_blocks
 
 GAME_LEVELS = 4
@@ -440,30 +439,21 @@ class CountTable(ImageRows):
         Raises:
             InputError: the file is not there, lacks a column, or holds something that is no number.
         """
-        path = Path(path)
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                lines = list(csv.reader(file))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{path}: cannot be read as a table of counts: {error}") from error
-        header = lines[0] if lines else []
-        if set(SCHEMA) - set(header):
-            raise InputError(f"{path}: its first line is {','.join(header) or 'missing'}; expected {','.join(SCHEMA)}")
-        known = {"image", "name", *SCHEMA, *GAME_COLUMNS}
+        table = read_table(Path(path), exact=True)
+        if set(SCHEMA) - set(table.header):
+            raise InputError(f"{path}: its columns are {','.join(table.header)}; expected {','.join(SCHEMA)}")
+        columns = {name: table.column(name) for name in SCHEMA}
+        columns |= {name: table.column(name) for name in GAME_COLUMNS if name in table.header}
         rows = []
-        for number, line in enumerate(lines[1:], 2):
-            try:
-                if len(line) != len(header):
-                    raise ValueError(f"{len(line)} cells")
-                row: dict[str, Any] = {}
-                for column, cell in zip(header, line, strict=True):
-                    if column in ("image", "name"):
-                        row[column] = unsafe_cell(cell)
-                    elif column in known and cell:
-                        row[column] = float(cell)
-                rows.append(row)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: {error}; expected {','.join(header)}") from error
+        for i in range(len(table.lines)):
+            row: dict[str, Any] = {name: unsafe_cell(columns[name][i]) for name in ("image", "name")}
+            for name, cells in columns.items():
+                try:
+                    if name not in row and cells[i]:
+                        row[name] = float(cells[i])
+                except ValueError as error:
+                    raise InputError(f"{table.where(i)}: {name} is {cells[i]!r}; expected a number") from error
+            rows.append(row)
         return cls.of(rows)
 
 

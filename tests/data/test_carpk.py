@@ -8,7 +8,7 @@ import fakes
 import numpy as np
 import pytest
 
-from counting_zoo.data.detection import CARPK
+from counting_zoo.data.crowds import CARPK
 from counting_zoo.errors import InputError
 
 

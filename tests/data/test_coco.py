@@ -15,7 +15,7 @@ from asking import names_of
 
 from counting_zoo import COCOCounts
 from counting_zoo.class_lists import COCO_CLASSES
-from counting_zoo.data.detection import Instances, read_instances
+from counting_zoo.data.detection import COCO, read_coco
 from counting_zoo.errors import InputError
 
 NAMES = {number: name for name, number in fakes.COCO_IDS.items()}
@@ -95,7 +95,19 @@ def test_chattopadhyay_halves_are_by_id_and_keep_empty_pictures(tmp_path: Path) 
 def test_the_published_sizes() -> None:
     n, rng = 40_504, np.random.default_rng(0)
     image = rng.permutation(n)[:40_137]  # the annotated ones
-    found = Instances([""] * n, rng.permutation(n), np.zeros((n, 2)), [], image, image, np.zeros((1, 4)), image > 0)
+    found = COCO(
+        path=Path("instances_val2014.json"),
+        files=[""] * n,
+        ids=rng.permutation(n),
+        sizes=np.zeros((n, 2)),
+        names=[],
+        image=image,
+        category=image,
+        boxes=np.zeros((1, 4)),
+        crowd=image > 0,
+        rows=[],
+        named=True,
+    )
     official, other = COCOCounts("."), COCOCounts(".", protocol="chattopadhyay")
     assert (len(official._order(found, "val")), len(official._order(found, "test"))) == (20_068, 20_069)
     assert (len(other._order(found, "val")), len(other._order(found, "test"))) == (20_252, 20_252)
@@ -113,7 +125,7 @@ def test_coco_2017_and_its_plain_protocol(tmp_path: Path) -> None:
 
 def test_classes_are_in_the_order_of_the_category_ids(tmp_path: Path) -> None:
     fakes.coco(tmp_path)
-    assert read_instances(tmp_path / VAL).names == FEW  # the file lists them backwards
+    assert read_coco(tmp_path / VAL, "category_id").names == FEW  # the file lists them backwards
     assert [COCO_CLASSES.index(name) for name in FEW] == [0, 15, 16, 79]
     assert len(set(COCO_CLASSES)) == 80
     assert COCOCounts(tmp_path).class_names("train") == list(COCO_CLASSES)

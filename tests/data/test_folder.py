@@ -11,10 +11,11 @@ import fakes
 import numpy as np
 import pytest
 
-from counting_zoo.data.folder import ImageFolder, list_pictures, read_dots
+from counting_zoo.data.folder import ImageFolder, list_images, read_dots
 from counting_zoo.data.records import Record
-from counting_zoo.data.tables import read_json, read_marks
+from counting_zoo.data.tables import read_marks
 from counting_zoo.errors import InputError
+from counting_zoo.io import read_json
 
 THREE: dict[str, list[tuple[Any, ...]]] = {
     "a.png": [(1, 2), (3.5, 4)],
@@ -574,7 +575,7 @@ def test_predict_finds_every_picture_below(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / "out.jpg").symlink_to("/etc/hostname")
     (tmp_path / "inside.png").symlink_to(tmp_path / "a" / "deep" / "er.png")
     expected = ["a/deep/er.png", "a/ü x.bmp", "b.JPG", "c.webp", "inside.png"]
-    assert list_pictures(tmp_path) == expected
+    assert list_images(tmp_path) == expected
     assert "3 links" in caplog.text
     data = ImageFolder(tmp_path, num_workers=0)
     assert [record.image_id for record in data.records("predict")] == expected

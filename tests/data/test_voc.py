@@ -148,7 +148,7 @@ def test_annotation_is_read_once_and_fast(tmp_path: Path, monkeypatch: pytest.Mo
         read[path.name] += 1
         return read_voc_xml(path)
 
-    monkeypatch.setattr("counting_zoo.data.detection.read_voc_xml", counted)
+    monkeypatch.setattr("counting_zoo.data.boxes.read_voc_xml", counted)
     data = VOCCounts(tmp_path, num_workers=0)
     data.setup("fit")
     data.setup("test")
