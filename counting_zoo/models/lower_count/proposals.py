@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import heapq
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,7 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counting_zoo.errors import InputError
+from counting_zoo.data.detection import COCO, coco_of
+from counting_zoo.data.tables import ImageNames
+from counting_zoo.errors import InputError, check
+from counting_zoo.io import read_json
 
 Size = tuple[int, int]
 
@@ -28,10 +30,10 @@ FORMATS = (
 
 
 class Proposals:
-    """The proposals of a data set: one JSON file, or a folder with ``{stem of the picture}.json`` for each picture.
+    """The proposals of a data set: one JSON file, or a folder with ``{stem of the image}.json`` for each image.
 
     Formats are told apart by their content; see :data:`FORMATS`. A file is read when first needed, a single one is
-    kept. Where every row of a picture has a ``score``, the highest come first; otherwise the order is the file's.
+    kept. Where every row of an image has a ``score``, the highest come first; otherwise the order is the file's.
 
     Args:
         path: file or folder.
@@ -47,24 +49,24 @@ class Proposals:
         self._file: _File | None = None
 
     def __call__(self, image_id: str, size: Size) -> Tensor:
-        """The masks of one picture.
+        """Read the masks of one image.
 
         Args:
-            image_id: file name of the picture, or its id in a COCO file.
-            size: ``(H, W)`` of the picture as it is stored.
+            image_id: file name of the image, or its id in a COCO file.
+            size: ``(H, W)`` of the image as it is stored.
 
         Returns:
             ``(N, H, W)`` bool.
 
         Raises:
-            InputError: a file, row or picture that is missing or damaged, or masks of another size; names all of them.
+            InputError: a file, row or image that is missing or damaged, or masks of another size; names all of them.
         """
         if self.path.is_dir():
             name = PurePosixPath(image_id).with_suffix(".json").name
             if not (self.path / name).exists():
                 raise InputError(
-                    f"proposals {self.path}: no {name} for the picture {image_id}; a folder has one file for each "
-                    "picture, of the same name"
+                    f"proposals {self.path}: no {name} for the image {image_id}; a folder has one file for each image, "
+                    "of the same name"
                 )
             return _File(self.path / name).masks(image_id, size)
         self._file = self._file or _File(self.path)
@@ -72,70 +74,60 @@ class Proposals:
 
 
 class _File:
-    """One JSON file: its rows, and which of them belong to which picture."""
+    """The masks of one JSON file, by image."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # ValueError: no JSON, no UTF-8
-            raise InputError(f"proposals {path} cannot be read as JSON: {error}") from error
-        self.field = ""
-        self.names: dict[str, str] = {}
-        if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-            self.field = "annotations"
-            for image in content.get("images") or []:
-                if isinstance(image, dict) and "id" in image:
-                    self.names[str(image["id"])] = str(image.get("file_name", image["id"]))
-            content = content["annotations"]
-        if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-            raise InputError(f"proposals {path} holds no proposals; expected {FORMATS}")
-        self.pictures: dict[str, list[int]] | None = None
-        if any("image_id" in row for row in content):
-            self.pictures = {name: [] for name in self.names}
-            for i, row in enumerate(content):
-                if "image_id" not in row:
-                    raise InputError(f"{self._where(i)} has no image_id, which others have")
-                self.pictures.setdefault(str(row["image_id"]), []).append(i)
-        self.content: list[dict[str, Any]] = content
+        content = read_json(path)
+        self.coco: COCO | None = None
+        listed = content if isinstance(content, list) else []
+        if (isinstance(content, dict) and "annotations" in content) or any(
+            "image_id" in row for row in _objects(listed)
+        ):
+            self.coco = coco_of(content, path)
+            self.rows_by_image = self.coco.rows_by_image()
+            self.names = ImageNames(self.coco.files, numbered=not self.coco.named)
+            self.rows = self.coco.rows
+        elif isinstance(content, list) and len(_objects(content)) == len(content):
+            self.rows = content
+        else:
+            raise InputError(f"{path} holds no proposals; expected {FORMATS}")
 
     def masks(self, image_id: str, size: Size) -> Tensor:
-        rows = self._rows(image_id)
-        scores = [self.content[i].get("score") for i in rows]
-        if rows and all(isinstance(score, int | float) for score in scores):
-            rows = [rows[i] for i in np.argsort(-np.array(scores, np.float64), kind="stable")]
-        masks = np.zeros((len(rows), *size), bool)
-        for mask, i in zip(masks, rows, strict=True):
+        indices = self._indices(image_id)
+        scores = [self.rows[i].get("score") for i in indices]
+        if indices and all(isinstance(score, int | float) for score in scores):
+            indices = [indices[i] for i in np.argsort(-np.array(scores, np.float64), kind="stable")]
+        masks = np.zeros((len(indices), *size), bool)
+        for mask, i in zip(masks, indices, strict=True):
+            where = f"{self.path}, [{i}]" if self.coco is None else self.coco.where(i)
             try:
-                mask[:] = decode_proposal(self.content[i], size)
+                mask[:] = decode_proposal(self.rows[i], size)
             except _Mismatch as error:
                 raise InputError(
-                    f"{self._where(i)}: {error}, but the picture {image_id} has {size[0]} x {size[1]} (height x "
-                    "width); proposals are masks of the picture as it is stored, not resized: make them again from "
-                    "this picture, or give those that belong to it"
+                    f"{where}: {error}, but the image {image_id} has {size[0]} x {size[1]} (height x width); proposals "
+                    "are masks of the image as it is stored, not resized: make them again from this image, or give "
+                    "those that belong to it"
                 ) from error
             except InputError as error:
-                raise InputError(f"{self._where(i)}: {error}") from error
+                raise InputError(f"{where}: {error}") from error
         return torch.from_numpy(masks)
 
-    def _rows(self, image_id: str) -> list[int]:
-        if self.pictures is None:
-            return list(range(len(self.content)))
-        if image_id in self.pictures:
-            return self.pictures[image_id]
-        asked = PurePosixPath(image_id)
-        for same in (lambda name: name == asked.name, lambda name: PurePosixPath(name).stem == asked.stem):
-            found = [key for key in self.pictures if same(PurePosixPath(self.names.get(key, key)).name)]
-            if len(found) == 1:
-                return self.pictures[found[0]]
-        known = [self.names.get(key, key) for key in self.pictures]
-        raise InputError(
-            f"proposals {self.path}: none for the picture {image_id}; it has {len(known)} pictures, for example "
-            f"{known[:3]}"
-        )
+    def _indices(self, image_id: str) -> list[int]:
+        if self.coco is None:
+            return list(range(len(self.rows)))
+        by_id = dict(zip(map(str, self.coco.ids), self.coco.files, strict=True))
+        name = by_id.get(image_id) or self.names.find(image_id, str(self.path))
+        if name is None:
+            raise InputError(
+                f"{self.path}: no proposals for the image {image_id}; it has {len(by_id)} images, for example "
+                f"{self.coco.files[:3]}"
+            )
+        return self.rows_by_image[name]
 
-    def _where(self, i: int) -> str:
-        return f"proposals {self.path}, {self.field}[{i}]"
+
+def _objects(rows: list[Any]) -> list[dict[str, Any]]:
+    return [row for row in rows if isinstance(row, dict)]
 
 
 class _Mismatch(InputError):
@@ -366,8 +358,7 @@ def segment_proposals(picture: np.ndarray | Tensor, most: int = 200) -> Tensor:
             f"a picture of {picture.dtype} {tuple(picture.shape)}; expected uint8 RGB: an array (H, W, 3) or a tensor "
             "(3, H, W)"
         )
-    if most < 1:
-        raise InputError(f"most is {most}; expected at least one proposal")
+    check("most", most, at_least=1)
     height, width = picture.shape[:2]
     scale = min(1.0, SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
