@@ -79,7 +79,7 @@ def test_counts_are_labels(name: str, how: str, modules: dict[str, CountingDataM
                 dataset = CountingDataset(
                     records,
                     module.read_bytes,
-                    lambda r, rng: module._choose_names("train", r, rng),
+                    lambda r, rng: module.choose_names("train", r, rng),
                     preprocess=Preprocess(**rule),
                     augmentation=AUGMENTATIONS[how],
                     training=training,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from copy import copy
@@ -15,20 +16,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from counting_zoo.data.checks import Checksums, check_duplicates, check_kinds, check_options, check_records
+from counting_zoo.data.checks import OUTSIDE, Checksums, check_duplicates, check_kinds, check_records
 from counting_zoo.data.dataset import CountingDataset, EvaluationSampler, TrainingSampler, collate
 from counting_zoo.data.records import (
     Record,
     Split,
     ask,
     croppable,
-    drawn_names,
+    draw_names,
     merged,
-    names_of_all,
     without_annotation,
 )
 from counting_zoo.data.transforms import Augmentation
-from counting_zoo.errors import InputError, listed
+from counting_zoo.errors import InputError, check, listed
 from counting_zoo.geometry import Preprocess
 
 Prompts = int | Literal["target", "all"]
@@ -88,14 +88,24 @@ class CountingDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_options(
-            {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "num_workers": num_workers},
-            {"outside": outside, "missing": missing, "duplicates": duplicates},
-            prompts=prompts,
-            classes=classes,
-            merge_classes=merge_classes,
-            constants=constants,
+        numbers = (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
         )
+        for name, number, least in numbers:
+            check(f"data.{name}", number, at_least=least)
+        check("data.outside", outside, one_of=OUTSIDE)
+        check("data.missing", missing, one_of=("error", "skip"))
+        check("data.duplicates", duplicates, one_of=("error", "warn", "ignore"))
+        if prompts not in ("target", "all") and (not isinstance(prompts, int) or prompts < 1):
+            raise InputError(f"data.prompts is {prompts!r}; expected 'target', 'all' or a number of at least 1")
+        if classes is not None and (not all(name.strip() for name in classes) or len(set(classes)) != len(classes)):
+            raise InputError(f"data.classes is {classes}; expected names that are not empty, each once")
+        if merge_classes is not None and not merge_classes.strip():
+            raise InputError("data.merge_classes is empty; expected a name for every object, such as 'objects'")
+        if constants is not None and not all(map(math.isfinite, constants.values())):
+            raise InputError(f"data.constants is {constants}; expected finite numbers by name")
         self.root = None if root is None else Path(root).expanduser()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -112,8 +122,8 @@ class CountingDataModule(L.LightningDataModule):
         self.seed = seed
         self._records: dict[str, list[Record]] = {}
         self._checksums: Checksums | None = None
-        self._class_names: dict[str, list[str]] = {}
-        self._every: list[str] | None = None
+        self._annotated_names: dict[str, list[str]] = {}
+        self._asked_names: list[str] | None = None
 
     # -- what a reader implements ---------------------------------------------------------------------------------
 
@@ -198,21 +208,51 @@ class CountingDataModule(L.LightningDataModule):
         return frozenset(found | ({"counts"} if "points" in found else set()))
 
     def class_names(self, split: Split = "train") -> list[str]:
-        """Every name annotated in a split, in a fixed order; ``data.merge_classes`` or ``data.classes`` if given."""
-        if (given := self._given_names()) is not None:
-            return given
-        if split not in self._class_names:
-            self._class_names[split] = sorted({name for record in self.records(split) for name in record.classes})
-        return self._class_names[split]
-
-    def _given_names(self) -> list[str] | None:
+        """List the class names of a split in a fixed order: ``data.merge_classes`` or ``data.classes`` if given."""
         if self.merge_classes is not None:
             return [self.merge_classes]
-        return None if self.classes is None else list(self.classes)
+        return list(self.annotated_names(split) if self.classes is None else self.classes)
+
+    def annotated_names(self, split: Split) -> list[str]:
+        """List every class name that the annotation of a split has, sorted; a reader that knows them overrides this."""
+        if split not in self._annotated_names:
+            self._annotated_names[split] = sorted({name for record in self.records(split) for name in record.classes})
+        return self._annotated_names[split]
 
     def asked_names(self, split: Split) -> list[str] | None:
-        """The names that evaluation asks about in every picture of a split; ``None`` where they differ."""
-        return list(self._every_name(split)) if self.prompts == "all" else None
+        """List the prompts that evaluation asks in every image of a split; ``None`` where they differ by image.
+
+        Under ``prompts: all`` these are the names of training, else the one list that all images share.
+
+        Raises:
+            InputError: ``prompts`` is ``all``, the training split cannot be read, and the images have different names.
+        """
+        if self.prompts != "all":
+            return None
+        if split == "predict":
+            return self.class_names("predict")
+        if self._asked_names is None:
+            try:
+                self._asked_names = self.class_names("train")
+            except (InputError, OSError) as error:
+                lists = {tuple(record.classes) for record in self.records(split)}
+                if len(lists) != 1:
+                    raise InputError(
+                        "data.prompts is 'all', but the training split, whose names it asks about, cannot be read, and "
+                        f"the images of {split} have different names; list the names in data.classes ({error})"
+                    ) from error
+                self._asked_names = list(lists.pop())
+        return list(self._asked_names)
+
+    def choose_names(self, split: Split, record: Record, rng: np.random.Generator | None) -> list[str]:
+        """Choose the prompts of an image; ``rng`` draws those of training, ``None`` stands for evaluation."""
+        if split == "predict" and not record.classes:
+            return list(self.classes or [])
+        if self.prompts == "all":
+            return self.asked_names(split) or []
+        if self.prompts == "target" or rng is None:
+            return record.classes[:1]
+        return draw_names(record, self.prompts, self.class_names("train"), rng)
 
     def train_points(self) -> list[np.ndarray]:
         """``(N_i, 2)`` points of every training picture, from the annotation alone.
@@ -253,7 +293,7 @@ class CountingDataModule(L.LightningDataModule):
         """
         rows = []
         for record in self.records(split) if records is None else records:
-            counts = ask(record, self._choose_names(split, record, None)).counts
+            counts = ask(record, self.choose_names(split, record, None)).counts
             rows.append([np.nan] if counts is None or not len(counts) else [counts.sum()] if total else counts)
         return np.array(rows, np.float64)
 
@@ -292,8 +332,8 @@ class CountingDataModule(L.LightningDataModule):
         }
         for split in splits[stage]:
             check_kinds(self.records(split), f"{type(self).__name__}, {split} split")
-        if self.prompts == "all" and stage != "predict":
-            self._every_name(splits[stage][0])
+        if stage != "predict":
+            self.asked_names(splits[stage][0])
         if stage == "fit" and isinstance(self.prompts, int) and self.prompts > len(self.class_names("train")):
             raise InputError(
                 f"data.prompts is {self.prompts}, but training knows only the names {self.class_names('train')}; "
@@ -358,7 +398,7 @@ class CountingDataModule(L.LightningDataModule):
         return CountingDataset(
             every if records is None else records,
             source.read_verified,
-            partial(source._choose_names, split),
+            partial(source.choose_names, split),
             preprocess=preprocess,
             outside=self.outside,
             tolerate=tolerate,
@@ -391,25 +431,3 @@ class CountingDataModule(L.LightningDataModule):
     def _place(self) -> dict[str, int]:
         trainer = self.trainer
         return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer is not None else {}
-
-    # -- prompts --------------------------------------------------------------------------------------------------
-
-    def _choose_names(self, split: Split, record: Record, rng: np.random.Generator | None) -> list[str]:
-        if split == "predict" and not record.classes:
-            return list(self.classes or [])
-        if self.prompts == "all":
-            return self._every_name(split)
-        if self.prompts == "target" or rng is None:
-            return record.classes[:1]
-        return drawn_names(record, self.prompts, self.class_names("train"), rng)
-
-    def _every_name(self, split: Split) -> list[str]:
-        """The names that ``prompts: all`` asks about: those of training, else the one list that all pictures share."""
-        if split == "predict":
-            return self.class_names("predict")
-        if self._every is None:
-            try:
-                self._every = self.class_names("train")
-            except (InputError, OSError) as error:
-                self._every = names_of_all(self.records(split), split, error)
-        return self._every

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import warnings
@@ -18,9 +17,9 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from counting_zoo.data.records import Record
-from counting_zoo.errors import ImageError, InputError, listed
+from counting_zoo.errors import ImageError, InputError, check, listed
 from counting_zoo.images import image_size
-from counting_zoo.io import file_sha256, sha256
+from counting_zoo.io import file_sha256, read_lines, sha256
 
 Outside = Literal["error", "clamp", "drop"]
 
@@ -128,8 +127,7 @@ def keep_inside(record: Record, size: tuple[int, int], outside: str) -> tuple[Re
     Raises:
         InputError: a coordinate is NaN or infinite; or one lies outside and ``outside`` is ``error``.
     """
-    if outside not in OUTSIDE:
-        raise InputError(f"data.outside is {outside!r}; expected one of {', '.join(OUTSIDE)}")
+    check("data.outside", outside, one_of=OUTSIDE)
     limits = np.array(size[::-1], np.float32)
     values = {name: getattr(record, name) for name in _LABELS_OF if getattr(record, name) is not None}
     outlying, removed = {}, {}
@@ -224,13 +222,8 @@ class Checksums:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[str, str] = {}
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"data.checksums: {path} cannot be read ({error}); expected a file as sha256sum writes it"
-            ) from None
-        for number, line in enumerate(text.splitlines(), start=1):
+        lines = read_lines(path, "data.checksums needs a file as sha256sum writes it")
+        for number, line in enumerate(lines, start=1):
             if not line:
                 continue
             match = _LINE.fullmatch(line)
@@ -341,13 +334,6 @@ _SHOWN = 5  # names listed in a message before "and 17 more"
 _THREADS = 8  # reading headers waits for the disk
 
 
-_CHOICES = {
-    "outside": ("error", "clamp", "drop"),
-    "missing": ("error", "skip"),
-    "duplicates": ("error", "warn", "ignore"),
-}
-
-
 def inside_root(root: str | Path, relative: str | Path, source: str) -> Path:
     """The file that an annotation names, which must lie below the root.
 
@@ -376,42 +362,6 @@ def inside_root(root: str | Path, relative: str | Path, source: str) -> Path:
     return path
 
 
-def check_options(
-    numbers: dict[str, int],
-    choices: dict[str, str],
-    *,
-    prompts: int | str,
-    classes: list[str] | None,
-    merge_classes: str | None,
-    constants: dict[str, float] | None,
-) -> None:
-    """Refuse options of a data module that are out of range.
-
-    Args:
-        numbers: those that have a least value, by name.
-        choices: those that are one of a few words, by name.
-        prompts, classes, merge_classes, constants: as of :class:`~counting_zoo.data.base.CountingDataModule`.
-
-    Raises:
-        InputError: names the option, its value and what is expected.
-    """
-    for name, value in numbers.items():
-        least = 0 if name == "num_workers" else 1
-        if value < least:
-            raise InputError(f"data.{name} is {value}; expected at least {least}")
-    for name, choice in choices.items():
-        if choice not in _CHOICES[name]:
-            raise InputError(f"data.{name} is {choice!r}; expected one of {', '.join(_CHOICES[name])}")
-    if prompts not in ("target", "all") and (not isinstance(prompts, int) or prompts < 1):
-        raise InputError(f"data.prompts is {prompts!r}; expected 'target', 'all' or a number of at least 1")
-    if classes is not None and (not all(name.strip() for name in classes) or len(set(classes)) != len(classes)):
-        raise InputError(f"data.classes is {classes}; expected names that are not empty, each once")
-    if merge_classes is not None and not merge_classes.strip():
-        raise InputError("data.merge_classes is empty; expected a name for every object, such as 'objects'")
-    if constants is not None and not all(math.isfinite(value) for value in constants.values()):
-        raise InputError(f"data.constants is {constants}; expected finite numbers by name")
-
-
 def check_records(
     records: Iterable[Record], split: str, *, outside: str = "error", missing: str = "error", source: str = "data"
 ) -> list[Record]:
@@ -431,8 +381,7 @@ def check_records(
         InputError: an inconsistency; the message names the picture and the field.
         ImageError: a picture whose header cannot be read (not in ``predict``).
     """
-    if missing not in ("error", "skip"):
-        raise InputError(f"data.missing is {missing!r}; expected 'error' or 'skip'")
+    check("data.missing", missing, one_of=("error", "skip"))
     where = f"{source}, {split} split"
     records = list(records)
     for record in records:

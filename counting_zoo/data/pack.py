@@ -31,7 +31,7 @@ import numpy as np
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.checks import fingerprint
 from counting_zoo.data.records import Record, Split, without_annotation
-from counting_zoo.errors import ImageError, InputError, listed
+from counting_zoo.errors import ImageError, InputError, check, listed
 from counting_zoo.images import decode_image
 from counting_zoo.io import progress, replacing, sha256
 
@@ -78,8 +78,7 @@ def pack(
         ImageError: a picture cannot be decoded and ``broken`` is ``error``; names it.
         InputError: a split cannot be read, or two different pictures have one id.
     """
-    if broken not in ("error", "skip"):
-        raise InputError(f"broken is {broken!r}; expected 'error' or 'skip'")
+    check("broken", broken, one_of=("error", "skip"))
     if not splits:
         raise InputError("splits is empty; expected at least one of 'train', 'val', 'test', 'predict'")
     records = [(split, record) for split in splits for record in datamodule.records(split)]
@@ -232,14 +231,12 @@ class PackedCounts(CountingDataModule):
             return [replace(record, classes=[]) for record in bare] if self.classes is not None else bare
         return self._split(split)
 
-    def class_names(self, split: Split = "train") -> list[str]:
-        """The names of the packed data module's split; ``data.merge_classes`` or ``data.classes`` if given."""
+    def annotated_names(self, split: Split) -> list[str]:
+        """List the class names of the packed data module's split."""
         names = self._read().class_names
-        if (given := self._given_names()) is not None:
-            return given
         if split == "predict" and split not in names:
             split = "test"
-        return list(names[split]) if split in names else super().class_names(split)
+        return list(names[split]) if split in names else super().annotated_names(split)
 
     def read_bytes(self, record: Record) -> bytes:
         """The encoded picture, byte for byte as it was packed.

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from counting_zoo.errors import InputError
-
 Split = Literal["train", "val", "test", "predict"]
 
 
@@ -105,7 +103,7 @@ def ask(record: Record, names: list[str]) -> Record:
 
 
 def present_names(record: Record) -> list[str]:
-    """The names that the annotation does not say are absent.
+    """List the class names in an image: all but those whose count is 0.
 
     Example:
         >>> present_names(Record("a", classes=["cat", "dog"], counts=np.float32([2, 0])))
@@ -161,64 +159,34 @@ def without_annotation(record: Record) -> Record:
     return Record(record.image_id, record.path, list(record.classes), exemplars=record.exemplars, size=record.size)
 
 
-def drawn_names(record: Record, n: int, every: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """``n`` names to ask about in a picture: its target, others that it shows, and at least one that is absent.
+def draw_names(record: Record, n: int, every: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """Draw ``n`` prompts for an image: its target, other classes in it, and at least one that is absent.
+
+    Each absent one shares words with the target with even odds, where there are such.
 
     Args:
-        record: the picture.
+        record: the image.
         n: how many; fewer where there are no more names.
         every: the names of the training data.
         rng: decides.
 
     Example:
-        >>> drawn_names(Record("a", classes=["cat"]), 2, ["cat", "dog"], np.random.default_rng(0))
+        >>> draw_names(Record("a", classes=["cat"]), 2, ["cat", "dog"], np.random.default_rng(0))
         ['cat', 'dog']
     """
     target = record.classes[:1]
     others = [name for name in present_names(record) if name not in target]
     present = [*target, *(others[i] for i in rng.permutation(len(others)))]
-    absent = absent_names(present, max(1, n - len(present)), every, rng)[: n - 1]
-    return present[: n - len(absent)] + absent
-
-
-def absent_names(present: Sequence[str], n: int, every: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """``n`` names that are not in a picture; each is with even odds one that shares words with the first present one.
-
-    Args:
-        present: names in the picture, the target first.
-        n: how many; fewer where there are no more names.
-        every: the names of the training data.
-        rng: decides.
-    """
     pool = [name for name in every if name not in present]
-    target = set(" ".join(present[:1]).split())
-    near = [name for name in pool if target & set(name.split())]
-    chosen: list[str] = []
-    for _ in range(min(n, len(pool))):
-        choices = [name for name in (near if rng.random() < 0.5 else pool) if name not in chosen]
-        choices = choices or [name for name in pool if name not in chosen]
-        chosen.append(choices[int(rng.integers(len(choices)))])
-    return chosen
-
-
-def names_of_all(records: Sequence[Record], split: Split, error: Exception) -> list[str]:
-    """The one list that all pictures of a split share, for ``prompts: all`` without a training split.
-
-    Args:
-        records: the pictures.
-        split: theirs.
-        error: why the training split cannot be read.
-
-    Raises:
-        InputError: pictures have different names.
-    """
-    lists = {tuple(record.classes) for record in records}
-    if len(lists) != 1:
-        raise InputError(
-            "data.prompts is 'all', but the training split, whose names it asks about, cannot be read, and the "
-            f"pictures of {split} have different names; list the names in data.classes ({error})"
-        ) from error
-    return list(lists.pop())
+    words = set(" ".join(present[:1]).split())
+    near = [name for name in pool if words & set(name.split())]
+    absent: list[str] = []
+    for _ in range(min(max(1, n - len(present)), len(pool))):
+        choices = [name for name in (near if rng.random() < 0.5 else pool) if name not in absent]
+        choices = choices or [name for name in pool if name not in absent]
+        absent.append(choices[int(rng.integers(len(choices)))])
+    absent = absent[: n - 1]
+    return present[: n - len(absent)] + absent
 
 
 def unasked_objects(records: Sequence[Record], asked: np.ndarray) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from counting_zoo.data.base import CountingDataModule, Prompts
 from counting_zoo.data.checks import as_boxes, as_points, write_checksums
 from counting_zoo.data.records import Record, Split
 from counting_zoo.data.scenes import PRESETS, Attributes, EachClassPreset, render
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, check
 from counting_zoo.io import progress, read_json, sha256
 
 SplitBy = Literal["class", "picture"]
@@ -72,12 +72,10 @@ class SceneSet:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise InputError(f"data.preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
+        check("data.preset", self.preset, one_of=tuple(PRESETS))
         fixed = isinstance(PRESETS[self.preset], EachClassPreset)
         split_by = self.split_by or ("picture" if fixed else "class")
-        if split_by not in ("class", "picture"):
-            raise InputError(f"data.split_by is {split_by!r}; expected 'class' or 'picture'")
+        check("data.split_by", split_by, one_of=("class", "picture"))
         if fixed and split_by == "class":
             raise InputError(
                 f"data.split_by is 'class', but the preset {self.preset!r} has one list of classes for all splits; "
@@ -86,8 +84,7 @@ class SceneSet:
         sizes = {**SIZES, **(self.sizes or {})}
         if set(sizes) != set(SIZES) or not all(isinstance(n, int) and n >= 1 for n in sizes.values()):
             raise InputError(f"data.sizes is {self.sizes}; expected at least 1 for any of {', '.join(SIZES)}")
-        if self.seed < 0:
-            raise InputError(f"data.scene_seed is {self.seed}; expected at least 0")
+        check("data.scene_seed", self.seed, at_least=0)
         object.__setattr__(self, "split_by", split_by)
         object.__setattr__(self, "sizes", sizes)
 
@@ -355,10 +352,8 @@ class SyntheticScenes(CountingDataModule):
         assert self.root is not None  # set in __init__
         ensure_scenes(self.scenes, self.root, self.processes)
 
-    def class_names(self, split: Split = "train") -> list[str]:
-        """The names of the split's classes, also of those that no picture shows; those given with the data win."""
-        if (given := self._given_names()) is not None:
-            return given
+    def annotated_names(self, split: Split) -> list[str]:
+        """List the classes of the split, also those that no image shows."""
         return list(self._split_names["test" if split == "predict" else split])
 
     def read_split(self, split: Split) -> list[Record]:

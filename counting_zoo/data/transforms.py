@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from counting_zoo.data.checks import pairs_up
 from counting_zoo.data.records import Sample
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, check
 
 
 def flip_horizontal(sample: Sample) -> Sample:
@@ -209,17 +209,11 @@ class PlainAugmentation(Augmentation):
         saturation: float = 0.0,
     ) -> None:
         self.crop = (crop, crop) if isinstance(crop, int) else crop
-        if self.crop is not None and min(self.crop) < 1:
-            raise InputError(f"augmentation.crop is {crop}; expected at least 1 pixel")
-        if not 0 < scale[0] <= scale[1]:
-            raise InputError(f"augmentation.scale is {scale}; expected 0 < lowest <= highest")
-        if not 0 <= brightness <= 1 or offset < 0:
-            raise InputError(
-                f"augmentation.brightness is {brightness} and augmentation.offset {offset}; "
-                "expected a brightness of 0 to 1 and an offset of at least 0"
-            )
-        if not 0 <= saturation <= 1:
-            raise InputError(f"augmentation.saturation is {saturation}; expected 0 to 1")
+        _check("crop", crop, self.crop is None or min(self.crop) >= 1, "at least 1 pixel")
+        _check("scale", scale, 0 < scale[0] <= scale[1], "0 < lowest <= highest")
+        check("augmentation.brightness", brightness, at_least=0, at_most=1)
+        check("augmentation.offset", offset, at_least=0)
+        check("augmentation.saturation", saturation, at_least=0, at_most=1)
         self.flip = flip
         self.vflip = vflip
         self.rot90 = rot90
@@ -313,15 +307,13 @@ class CLIPCountAugmentation(Augmentation):
         shear: float = 10.0,
         translate: float = 0.2,
     ) -> None:
-        if crop < 16:
-            raise InputError(f"augmentation.crop is {crop}; expected at least 16 pixels")
+        check("augmentation.crop", crop, at_least=16)
         if mosaic < 0 or augment < 0 or mosaic + augment > 1:
             raise InputError(
                 f"augmentation.mosaic is {mosaic} and augmentation.augment {augment}; "
                 "expected probabilities that sum to at most 1"
             )
-        if not 0 < scale[0] <= scale[1]:
-            raise InputError(f"augmentation.scale is {scale}; expected 0 < lowest <= highest")
+        _check("scale", scale, 0 < scale[0] <= scale[1], "0 < lowest <= highest")
         self.crop = crop
         self.mosaic = mosaic
         self.augment = augment
@@ -514,21 +506,18 @@ class CrowdAugmentation(Augmentation):
         blur_rule: Rule = "correct",
         noise_rule: Rule = "correct",
     ) -> None:
-        rules = ("correct", "official")
-        probability = "a probability of 0 to 1"
-        _check("crop", crop, crop >= 1, "at least 1 pixel")
+        for name, number in (("crop", crop), ("crops", crops)):
+            check(f"augmentation.{name}", number, at_least=1)
+        chances = {"jitter": jitter_probability, "blur": blur_probability, "noise": noise_probability}
+        for name, probability in chances.items():
+            check(f"augmentation.{name}_probability", probability, at_least=0, at_most=1)
+        for name, rule in (("flip", flip_rule), ("blur", blur_rule), ("noise", noise_rule)):
+            check(f"augmentation.{name}_rule", rule, one_of=("correct", "official"))
         _check("scale", scale, 0 < scale[0] <= scale[1] < float("inf"), "0 < lowest <= highest")
-        _check("crops", crops, crops >= 1, "at least 1 crop of each picture")
         _check("jitter", jitter, min(jitter) >= 0 and jitter[3] <= 0.5, "four strengths of at least 0, hue up to 0.5")
-        _check("jitter_probability", jitter_probability, 0 <= jitter_probability <= 1, probability)
         _check("blur", blur, 0 < blur[0] <= blur[1] < float("inf"), "0 < lowest <= highest sigma in pixels")
         _check("blur_kernel", blur_kernel, blur_kernel >= 1 and blur_kernel % 2 == 1, "an odd number of pixels")
-        _check("blur_probability", blur_probability, 0 <= blur_probability <= 1, probability)
         _check("noise", noise, min(noise) >= 0 and sum(noise) <= 1, "shares of white and black that sum to 1 at most")
-        _check("noise_probability", noise_probability, 0 <= noise_probability <= 1, probability)
-        _check("flip_rule", flip_rule, flip_rule in rules, "'correct' or 'official'")
-        _check("blur_rule", blur_rule, blur_rule in rules, "'correct' or 'official'")
-        _check("noise_rule", noise_rule, noise_rule in rules, "'correct' or 'official'")
         self.crop = crop
         self.scale = scale
         self.crops = crops
