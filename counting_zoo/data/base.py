@@ -88,13 +88,9 @@ class CountingDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        numbers = (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        )
-        for name, number, least in numbers:
-            check(f"data.{name}", number, at_least=least)
+        check("data.batch_size", batch_size, at_least=1)
+        check("data.eval_batch_size", eval_batch_size, at_least=1)
+        check("data.num_workers", num_workers, at_least=0)
         check("data.outside", outside, one_of=OUTSIDE)
         check("data.missing", missing, one_of=("error", "skip"))
         check("data.duplicates", duplicates, one_of=("error", "warn", "ignore"))

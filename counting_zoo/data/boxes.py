@@ -16,7 +16,7 @@ from counting_zoo.data.base import CountingDataModule, Prompts
 from counting_zoo.data.checks import inside_root
 from counting_zoo.data.detection import COCO, read_coco, read_voc_xml
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.splits import draw
+from counting_zoo.data.splits import draw_split
 from counting_zoo.errors import InputError, check, listed
 from counting_zoo.io import read_lines
 
@@ -112,8 +112,8 @@ def boxed_records(images: Iterable[BoxedImage], classes: list[str], unlisted: Un
 class VOCCounts(CountingDataModule):
     """PASCAL VOC as released: counts of each class, with the boxes and their centres as points.
 
-    Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010. Each picture is asked about all
-    classes. ``train``, ``val`` and ``test`` of 2007 have 2,501, 2,510 and 4,952 pictures and are the splits of the
+    Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010. Each image is asked about all
+    classes. ``train``, ``val`` and ``test`` of 2007 have 2,501, 2,510 and 4,952 images and are the splits of the
     counting literature (Chattopadhyay et al., "Counting Everyday Objects in Everyday Scenes", CVPR 2017).
 
     That literature has two ground truths. The reference of Lower-Count leaves out the objects marked as difficult, as
@@ -129,11 +129,11 @@ class VOCCounts(CountingDataModule):
         difficult: ``exclude`` or ``include`` the objects that are marked as difficult.
         unlisted: objects of another class than ``classes`` are an ``error``, or left out (``drop``) and reported.
         train_split: the list of ``ImageSets/Main`` to train on, such as ``train`` or ``trainval``.
-        val_split: the list to validate on, or ``drawn``: some pictures of ``train_split``.
-        test_split: the list to test on. VOC has published the annotation of its test pictures for 2007 only.
+        val_split: the list to validate on, or ``drawn``: some images of ``train_split``.
+        test_split: the list to test on. VOC has published the annotation of its test images for 2007 only.
         val_fraction: how much of ``train_split`` is drawn.
         split_seed: seeds the draw.
-        suffix: of the pictures' file names.
+        suffix: of the images' file names.
         prompts: which names are asked about.
         outside: what happens to boxes that reach over the border.
         duplicates: what happens to the same file in two splits.
@@ -145,7 +145,7 @@ class VOCCounts(CountingDataModule):
 
     layout: ClassVar[str] = """\
   root/ (VOCdevkit/VOC2007)
-    ImageSets/Main/train.txt, val.txt ...   one picture name a line, without suffix
+    ImageSets/Main/train.txt, val.txt ...   one image name a line, without suffix
     Annotations/000005.xml ...              <annotation> with <size> and <object>s: <name>, <bndbox>, <difficult>
     JPEGImages/000005.jpg ..."""
 
@@ -190,7 +190,7 @@ class VOCCounts(CountingDataModule):
         self.save_hyperparameters({"folder": self.folder, "difficult": difficult, **lists})  # results keep these
 
     def read_split(self, split: Split) -> list[Record]:
-        """Every picture of a split; ``predict`` takes the test list, whose annotation need not be there."""
+        """Read every image of a split; ``predict`` takes the test list, whose annotation need not be there."""
         root = self.find_root(self.folder, f"VOCdevkit/{self.folder}", holding="ImageSets/Main")
         if root.name in ("VOC2007", "VOC2012") and root.name != self.folder:
             raise InputError(f"data.root is {root}, but data asks for {self.folder}; set data.year to {root.name[3:]}")
@@ -201,11 +201,11 @@ class VOCCounts(CountingDataModule):
         records = self._annotated(root, self.split_names["train"] if name == "drawn" else name)
         if self.split_names["val"] != "drawn" or split == "test":
             return records
-        held_out = set(draw([r.image_id for r in records], {"val": self.val_fraction}, self.split_seed)["val"])
-        return [r for r in records if (r.image_id in held_out) == (split == "val")]
+        kept = set(draw_split([r.image_id for r in records], {"val": self.val_fraction}, self.split_seed, split))
+        return [r for r in records if r.image_id in kept]
 
     def _check_apart(self, root: Path) -> None:
-        """No picture to validate or test on may be one to train on."""
+        """Make sure that no image to validate or test on is one to train on."""
         train = self.split_names["train"]
         for split in ("val", "test"):
             name = self.split_names[split]
@@ -213,8 +213,8 @@ class VOCCounts(CountingDataModule):
                 continue  # a list that is absent is missed when its split is read
             if both := sorted(set(self._stems(root, train)) & set(self._stems(root, name))):
                 raise InputError(
-                    f"{root}: {len(both)} pictures are in both {train!r} (data.train_split) and {name!r} "
-                    f"(data.{split}_split), such as {both[0]}, so {split} pictures would be trained on; set one of the "
+                    f"{root}: {len(both)} images are in both {train!r} (data.train_split) and {name!r} "
+                    f"(data.{split}_split), such as {both[0]}, so {split} images would be trained on; set one of the "
                     "two to another list, or data.val_split to 'drawn'"
                 )
 
@@ -253,8 +253,8 @@ class VOCCounts(CountingDataModule):
         lines = [line.strip() for line in read_lines(path, f"set {lists}")]
         if odd := next((i for i, line in enumerate(lines, 1) if len(line.split()) > 1), None):
             raise InputError(
-                f"{path}, line {odd}: is {lines[odd - 1]!r}; expected one picture name a line, as in train.txt (lists "
-                "of one class, such as dog_train.txt, hold all pictures)"
+                f"{path}, line {odd}: is {lines[odd - 1]!r}; expected one image name a line, as in train.txt (lists "
+                "of one class, such as dog_train.txt, hold all images)"
             )
         return [line for line in lines if line]
 
@@ -265,24 +265,24 @@ Protocol = Literal["official", "chattopadhyay", "coco"]
 class COCOCounts(CountingDataModule):
     """COCO as released: counts of each class, with the boxes and their centres as points.
 
-    Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014. Each picture is asked about all classes. COCO
-    publishes no annotation of its test pictures, so the counting literature halves the validation pictures, in two
-    ways, and results on one are not comparable with results on the other. Numbers of pictures are those of 2014:
+    Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014. Each image is asked about all classes. COCO
+    publishes no annotation of its test images, so the counting literature halves the validation images, in two
+    ways, and results on one are not comparable with results on the other. Numbers of images are those of 2014:
 
-    - ``official``, the reference of Lower-Count: only pictures with at least one annotation, in the order in which the
+    - ``official``, the reference of Lower-Count: only images with at least one annotation, in the order in which the
       file's list of annotations names them first. 82,081 to train; the first half, 20,068, of ``val`` to validate and
       the rest, 20,069, to test.
     - ``chattopadhyay`` (Chattopadhyay et al., "Counting Everyday Objects in Everyday Scenes", CVPR 2017): all
-      pictures, by id. 82,783 to train, 20,252 to validate and 20,252 to test.
-    - ``coco``: all pictures, by id; validation and test are both the whole of ``val``, so a checkpoint that is chosen
-      by validation scores is chosen on the pictures it is tested on.
+      images, by id. 82,783 to train, 20,252 to validate and 20,252 to test.
+    - ``coco``: all images, by id; validation and test are both the whole of ``val``, so a checkpoint that is chosen
+      by validation scores is chosen on the images it is tested on.
 
     Args:
         root: the folder that holds ``annotations``, or the folder above it.
         year: 2014 or 2017.
         protocol: ``official``, ``chattopadhyay`` or ``coco``, see above.
         crowd: a region marked as a crowd (``iscrowd``) is one object of its class, as both protocols of the
-            literature have it (``include``), or none (``exclude``). The pictures of a split are the same either way.
+            literature have it (``include``), or none (``exclude``). The images of a split are the same either way.
         classes: the names to ask about, in this order; COCO's 80 if ``None``.
         unlisted: objects of another class than ``classes`` are an ``error``, or left out (``drop``) and reported.
         prompts: which names are asked about.
@@ -332,7 +332,7 @@ class COCOCounts(CountingDataModule):
         self.save_hyperparameters({"year": year, "protocol": protocol, "crowd": crowd})  # results keep these
 
     def read_split(self, split: Split) -> list[Record]:
-        """Every picture of a split; ``predict`` takes the test split without its annotation."""
+        """Read every image of a split; ``predict`` takes the test split without its annotation."""
         if split in self._read:
             return self._read[split]
         root = self.find_root("coco", "COCO", f"coco{self.year}", holding="annotations")

@@ -14,7 +14,7 @@ from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.checks import as_boxes, as_points, inside_root
 from counting_zoo.data.folder import list_images
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.splits import draw
+from counting_zoo.data.splits import draw_split
 from counting_zoo.data.tables import read_mat_points
 from counting_zoo.errors import InputError, check
 from counting_zoo.io import read_lines
@@ -86,12 +86,12 @@ class CrowdDataModule(CountingDataModule):
         """Read every image of a split; ``predict`` needs no annotation."""
         parts = self.part_of(split).split("+")
         root = self.find_release(parts[0])
-        images = [(part, path) for part in parts for path in self.list_part(root, part)]
+        images = [(self._image_id(root, path), part, path) for part in parts for path in self.list_part(root, part)]
         if self.val_split == "drawn" and split in ("train", "val"):
-            ids = [self._image_id(root, path) for _, path in images]
-            held_out = set(draw(ids, {"val": self.val_fraction}, self.split_seed)["val"])
-            images = [one for one, name in zip(images, ids, strict=True) if (name in held_out) == (split == "val")]
-        return [self._record(root, part, path, annotated=split != "predict") for part, path in images]
+            ids = [image_id for image_id, _, _ in images]
+            kept = set(draw_split(ids, {"val": self.val_fraction}, self.split_seed, split))
+            images = [image for image in images if image[0] in kept]
+        return [self._record(root, *image, annotated=split != "predict") for image in images]
 
     def part_of(self, split: Split) -> str:
         """Name the part of the release that holds a split; ``a+b`` joins two."""
@@ -133,8 +133,8 @@ class CrowdDataModule(CountingDataModule):
     def _image_id(self, root: Path, path: Path) -> str:
         return path.relative_to(root).as_posix() if "{part}" in self.images else path.name
 
-    def _record(self, root: Path, part: str, image: Path, annotated: bool) -> Record:
-        record = Record(self._image_id(root, image), image, classes=[self.class_name])
+    def _record(self, root: Path, image_id: str, part: str, image: Path, annotated: bool) -> Record:
+        record = Record(image_id, image, classes=[self.class_name])
         if not annotated:
             return record
         places = [root / pattern.format(part=part, stem=image.stem) for pattern in self.annotations]

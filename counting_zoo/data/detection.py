@@ -215,7 +215,7 @@ def numbers(rows: Sequence[Any], columns: int, where: Callable[[int], str], what
     raise AssertionError("one of the rows is wrong")
 
 
-XML_LIMIT = 1 << 25  # bytes; a picture with a thousand objects has half a megabyte
+XML_LIMIT = 1 << 25  # bytes; an image with a thousand objects has half a megabyte
 
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -223,7 +223,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass(frozen=True)
 class VOCObjects:
-    """What an annotation says of its picture.
+    """Objects of one image.
 
     Args:
         size: ``(height, width)``.
@@ -242,7 +242,7 @@ class VOCObjects:
 
 
 def read_voc_xml(path: Path) -> VOCObjects:
-    """Read the annotation of one picture.
+    """Read the annotation of one image.
 
     Files with a document type are refused before it is read: its entities can make a small file fill the memory.
 
@@ -254,7 +254,7 @@ def read_voc_xml(path: Path) -> VOCObjects:
         raise InputError(f"{path}: is <{root.tag}>; expected <annotation> as VOC and its drawing tools write it")
     width, height = (_number(root, f"size/{side}", f"{path}") for side in ("width", "height"))
     if min(width, height) < 1:
-        raise InputError(f"{path}: <size> is {width:g} x {height:g}; expected the picture's width and height in pixels")
+        raise InputError(f"{path}: <size> is {width:g} x {height:g}; expected the image's width and height in pixels")
     objects = root.findall("object")  # its direct children only: a person's <part>s have names and boxes of their own
     names, corners, difficult = [], [], []
     for number, item in enumerate(objects, 1):
@@ -295,18 +295,18 @@ def _parse(path: Path) -> ElementTree.Element:
         size = path.stat().st_size
         if size > XML_LIMIT:
             raise InputError(
-                f"is {size / 1e6:.0f} MB large; expected one picture's annotation, below {XML_LIMIT >> 20} MiB"
+                f"is {size / 1e6:.0f} MB large; expected one image's annotation, below {XML_LIMIT >> 20} MiB"
             )
         return ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_Builder()))
     except (ElementTree.ParseError, LookupError, ValueError) as error:  # unknown encodings raise the latter two
         reason = error if isinstance(error, InputError) else f"is no well-formed XML ({error}); write it anew"
         raise InputError(f"{path}: {reason}") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); every picture needs its annotation") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); every image needs its annotation") from None
 
 
 def _number(item: ElementTree.Element, field: str, where: str) -> float:
-    """A number somewhere below an element."""
+    """Read a number somewhere below an element."""
     text = item.findtext(field)
     if text is None:
         outer = field.split("/")[0]

@@ -17,7 +17,7 @@ import numpy as np
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.checks import inside_root
 from counting_zoo.data.records import Record, Split
-from counting_zoo.data.splits import SPLITS, draw, read_splits, take_ranges
+from counting_zoo.data.splits import SPLITS, draw, draw_split, read_splits, take_ranges
 from counting_zoo.data.tables import Captions, Marks, read_captions, read_marks, read_mat_points
 from counting_zoo.errors import InputError, check
 from counting_zoo.images import IMAGE_SUFFIXES, decode_image, image_size
@@ -26,7 +26,7 @@ Dot = Literal["pixel", "blob"]
 
 
 class Dots(NamedTuple):
-    """What a dot picture holds: ``(N, 2)`` float32 x, y, its (height, width), and how many blobs are suspect."""
+    """Points of a dot image: ``(N, 2)`` float32 x, y, its (height, width), and how many blobs are suspect."""
 
     points: np.ndarray
     size: tuple[int, int]
@@ -34,7 +34,7 @@ class Dots(NamedTuple):
 
 
 def read_dots(path: Path, dot: Dot | None = None) -> Dots:
-    """The objects that a dot picture marks on black.
+    """Read the objects that a dot image marks on black.
 
     A pixel in column x, row y is the point (x + 0.5, y + 0.5). Any value above 0 in any colour is a mark; pixels that
     are wholly transparent are none.
@@ -45,17 +45,17 @@ def read_dots(path: Path, dot: Dot | None = None) -> Dots:
             too, is one, at its centroid. ``None`` means ``pixel``, but refuses marks that look like blobs.
 
     Raises:
-        InputError: the picture is missing, truncated, no picture, lossy, or not black where nothing is marked; or
+        InputError: the image is missing, truncated, no image, lossy, or not black where nothing is marked; or
             what is marked may be meant either way.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: the dot picture cannot be read ({error}); add it, or correct data.dots") from error
+        raise InputError(f"{path}: the dot image cannot be read ({error}); add it, or correct data.dots") from error
     if data[:3] == b"\xff\xd8\xff" or data[8:16] == b"WEBPVP8 ":
         raise InputError(
-            f"{path}: a lossy picture (JPEG or WebP) blurs single pixels into their surroundings, so that dots cannot "
-            "be told from noise; save dot pictures as PNG from the original annotation"
+            f"{path}: a lossy image (JPEG or WebP) blurs single pixels into their surroundings, so that dots cannot "
+            "be told from noise; save dot images as PNG from the original annotation"
         )
     decode_image(data, str(path))  # raises on damage; its 8 bits could round a faint 16-bit dot to black
     image = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
@@ -80,7 +80,7 @@ def read_dots(path: Path, dot: Dot | None = None) -> Dots:
 
 
 def _marked(channels: np.ndarray, path: Path) -> np.ndarray:
-    """``(H, W)`` bool: where a dot picture ``(H, W, C)`` says that something is."""
+    """Find ``(H, W)`` bool: the marks of a dot image ``(H, W, C)``."""
     n_colours = 1 if channels.shape[2] <= 2 else 3
     marked = np.asarray(channels[..., :n_colours].any(-1))
     if channels.shape[2] > n_colours:
@@ -93,8 +93,8 @@ def _marked(channels: np.ndarray, path: Path) -> np.ndarray:
             )
     if 2 * marked.sum() > marked.size:
         raise InputError(
-            f"{path}: {marked.sum()} of {marked.size} pixels are not black; a dot picture is black where there is no "
-            "object: invert it, or correct data.dots if this is no dot picture"
+            f"{path}: {marked.sum()} of {marked.size} pixels are not black; a dot image is black where there is no "
+            "object: invert it, or correct data.dots if this is no dot image"
         )
     return marked
 
@@ -115,7 +115,7 @@ ANNOTATION_FILES = (
 
 
 def list_images(folder: Path) -> list[str]:
-    """Every picture below a folder, as sorted posix paths relative to it.
+    """List every image below a folder, as sorted posix paths relative to it.
 
     Hidden files are passed over. Linked folders are not entered (they may form a circle) and links that lead out of
     the folder or nowhere are left out, both with a warning.
@@ -124,7 +124,7 @@ def list_images(folder: Path) -> list[str]:
         InputError: the folder is not there.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder; expected one with pictures")
+        raise InputError(f"{folder}: there is no such folder; expected one with images")
     top, names, links = folder.resolve(), [], []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -152,35 +152,35 @@ def _leads_inside(link: Path, top: Path) -> bool:
 
 
 def without_dots(names: list[str], picture: str | None, dots: str | None, *, keep_others: bool) -> list[str]:
-    """The pictures to predict among the files of a folder; the patterns are those of :class:`PictureFolder`.
+    """Choose the images to predict among the files of a folder; the patterns are those of :class:`AnnotatedFolder`.
 
     Args:
         names: paths relative to the folder.
-        picture: pattern of pictures.
-        dots: pattern of dot pictures.
-        keep_others: leave out only dot pictures whose picture is there too, not what fits no pattern.
+        picture: pattern of images.
+        dots: pattern of dot images.
+        keep_others: leave out only dot images whose image is there too, not what fits no pattern.
 
     Example:
         >>> without_dots(["a.png", "a_dots.png", "b.jpg"], "{stem}.png", "{stem}_dots.png", keep_others=True)
         ['a.png', 'b.jpg']
     """
-    pictures, dotted = _sorted_out(names, picture or "{stem}.*", dots)
-    stems = set(pictures.values())
-    return [name for name in names if dotted.get(name) not in stems] if keep_others else list(pictures)
+    images, dotted = _sorted_out(names, picture or "{stem}.*", dots)
+    stems = set(images.values())
+    return [name for name in names if dotted.get(name) not in stems] if keep_others else list(images)
 
 
-class PictureFolder:
-    """Pictures with the marks that files beside them hold.
+class AnnotatedFolder:
+    """Images with the marks that files beside them hold.
 
     Args:
-        folder: has the pictures in ``images/``, or itself.
+        folder: has the images in ``images/``, or itself.
         unnamed: the name of objects that carry none.
         annotation: the one annotation file, relative to ``folder``; all of the usual names if ``None``.
-        picture: pattern of picture paths relative to ``folder``, with ``{stem}`` and any number of ``*``; all but the
-            dot pictures if ``None``.
-        dots: pattern of the dot picture that belongs to a ``{stem}``. A file that both patterns fit goes to the one
+        picture: pattern of image paths relative to ``folder``, with ``{stem}`` and any number of ``*``; all but the
+            dot images if ``None``.
+        dots: pattern of the dot image that belongs to a ``{stem}``. A file that both patterns fit goes to the one
             with more text of its own.
-        dot: what an object is in a dot picture, see :func:`~counting_zoo.data.folder.read_dots`.
+        dot: what an object is in a dot image, see :func:`~counting_zoo.data.folder.read_dots`.
         classes: the only names that a file of counts may have; any if ``None``.
 
     Raises:
@@ -210,20 +210,20 @@ class PictureFolder:
         self._dots: dict[str, str] = {}
         self._marks: dict[str, Marks] = {}
         self.n_large: dict[str, int] = {}
-        """For each dot picture that was read, in how many of its blobs objects may touch."""
+        """For each dot image that was read, in how many of its blobs objects may touch."""
         self.has_files = False
         if picture or dots:
             listed = self._pair(listed, picture or "{stem}.*", dots)
         else:
             self._read_files(annotation)
         self.names: list[str] = sorted({*listed, *self._marks})
-        """Every picture that is there or that an annotation names, relative to ``folder``."""
+        """Every image that is there or that an annotation names, relative to ``folder``."""
 
     def marks(self, name: str) -> Marks | None:
-        """What the annotation says of a picture; ``None`` where it does not mention it.
+        """Find the annotation of an image; ``None`` where it does not mention it.
 
         Raises:
-            InputError: a dot picture or ``.mat`` file is absent or damaged.
+            InputError: a dot image or ``.mat`` file is absent or damaged.
         """
         if name in self._dots:
             points, size, self.n_large[name] = read_dots(self.folder / self._dots[name], self.dot)
@@ -242,13 +242,13 @@ class PictureFolder:
         if mat is None:
             raise InputError(
                 f"{self.folder / name}: has no annotation; expected one of {', '.join(ANNOTATION_FILES)} in "
-                f"{self.folder}, {path.name} beside the picture, or data.dots"
+                f"{self.folder}, {path.name} beside the image, or data.dots"
             )
         points = read_mat_points(mat)
         return Marks(points=points, point_names=[self.unnamed] * len(points))
 
     def find(self, name: str, source: str) -> str:
-        """The path relative to ``folder`` of a picture that an annotation names.
+        """Find the path relative to ``folder`` of an image that an annotation names.
 
         Args:
             name: relative to ``images/`` or to ``folder``, in any Unicode normal form.
@@ -264,7 +264,7 @@ class PictureFolder:
         return self._known.get(below) or self._known.get(plain) or path.relative_to(self.folder).as_posix()
 
     def all_names(self) -> list[str]:
-        """Every name of an object, sorted."""
+        """List every class name, sorted."""
         names: set[str] = set()
         for marks in self._marks.values():
             names.update(marks.point_names, marks.box_names, marks.counts or {})
@@ -288,31 +288,31 @@ class PictureFolder:
                 self._marks[name] = _merged(self._marks.get(name, Marks()), marks, f"{path}: {given}")
 
     def _pair(self, listed: list[str], picture: str, dots: str | None) -> list[str]:
-        """The pictures among the files; fills in which dot picture belongs to each."""
+        """Choose the images among the files, and the dot image of each."""
         stems, dotted = _sorted_out(listed, picture, dots)
         if dots is None:
             self._read_files(None)
             return list(stems)
-        pictures = _by_stem(stems, self.folder, "data.picture")
+        images = _by_stem(stems, self.folder, "data.picture")
         partners = _by_stem(dotted, self.folder, "data.dots")
-        for stem in {**pictures, **partners}:
+        for stem in {**images, **partners}:
             # What lacks its other half is named all the same, so that it is missed and not passed over.
-            name = pictures.get(stem) or picture.replace("{stem}", stem)
+            name = images.get(stem) or picture.replace("{stem}", stem)
             self._dots[name] = partners.get(stem) or dots.replace("{stem}", stem)
         return list(self._dots)
 
 
 def _sorted_out(names: list[str], picture: str, dots: str | None) -> tuple[dict[str, str], dict[str, str]]:
-    """The stems of pictures, and those of dot pictures, by name."""
-    pictures = _stems(names, picture, "data.picture")
+    """Find the stems of images, and those of dot images, by name."""
+    images = _stems(names, picture, "data.picture")
     dotted = {} if dots is None else _stems(names, dots, "data.dots")
-    for name in pictures.keys() & dotted.keys():
-        del (pictures if len(dots or "") > len(picture) else dotted)[name]
-    return pictures, dotted
+    for name in images.keys() & dotted.keys():
+        del (images if len(dots or "") > len(picture) else dotted)[name]
+    return images, dotted
 
 
 def _stems(names: list[str], pattern: str, option: str) -> dict[str, str]:
-    """The names that fit a pattern, each with what stands for ``{stem}`` in it."""
+    """Find the names that fit a pattern, each with what stands for ``{stem}`` in it."""
     if pattern.count("{stem}") != 1:
         raise InputError(f"{option} is {pattern!r}; expected one {{stem}} in it, such as '{{stem}}cell.png'")
     if pattern.startswith("/") or ".." in pattern.split("/"):
@@ -335,7 +335,7 @@ def _by_stem(stems: dict[str, str], folder: Path, option: str) -> dict[str, str]
 
 
 def _merged(first: Marks, second: Marks, where: str) -> Marks:
-    """Both together; two files must not say the same thing."""
+    """Join both; two files must not say the same thing."""
     changes = {}
     for item in fields(Marks):
         old, new = getattr(first, item.name), getattr(second, item.name)
@@ -349,7 +349,7 @@ SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "te
 
 
 class ImageFolder(CountingDataModule):
-    """Your own pictures, annotated in one of the usual ways.
+    """Your own images, annotated in one of the usual ways.
 
     **Annotation** lies in the folder and is found by its name:
 
@@ -359,48 +359,48 @@ class ImageFolder(CountingDataModule):
       ``{"a.png": {"cat": 2}}`` or a list of such rows; beside points they are checked against these. Counts are whole
       numbers, and where ``classes`` are given, of no other class;
     - ``a.mat`` or ``GT_a.mat`` beside ``a.jpg``, as ShanghaiTech and UCF-QNRF have it;
-    - dot pictures, paired by ``picture`` and ``dots``: lossless pictures with a mark on black for each object, a
+    - dot images, paired by ``picture`` and ``dots``: lossless images with a mark on black for each object, a
       single pixel or a small blob (``dot``); a pixel in column x, row y is the point (x + 0.5, y + 0.5).
 
-    A row of ``points.csv`` or ``boxes.csv`` with empty coordinates says that a picture has no objects.
+    A row of ``points.csv`` or ``boxes.csv`` with empty coordinates says that an image has no objects.
 
     **Splits** come from the first of these that is there:
 
-    - ``splits``: a mapping of each split to a range of the sorted pictures, or a JSON or CSV (``image,split``) file;
-    - folders ``train``, ``val`` and ``test``, each with its pictures and annotation;
-    - ``sizes`` alone: drawn from all pictures;
-    - nothing: all pictures are the test split.
+    - ``splits``: a mapping of each split to a range of the sorted images, or a JSON or CSV (``image,split``) file;
+    - folders ``train``, ``val`` and ``test``, each with its images and annotation;
+    - ``sizes`` alone: drawn from all images;
+    - nothing: all images are the test split.
 
-    Beside ``splits``, ``sizes`` draws from the pictures that ``splits`` gives to ``train`` (from all that it gives to
+    Beside ``splits``, ``sizes`` draws from the images that ``splits`` gives to ``train`` (from all that it gives to
     no split, where it does not name ``train``). Beside split folders, it draws only the splits that have no folder,
     from ``train``, which keeps the rest. The VGG cells protocol, 64 to train and 36 to validate drawn from
-    pictures 1-100, and 101-200 to test, is ``splits={"train": [0, 100], "test": [100, 200]}, sizes={"train": 64,
+    images 1-100, and 101-200 to test, is ``splits={"train": [0, 100], "test": [100, 200]}, sizes={"train": 64,
     "val": 36}`` with one ``split_seed`` a draw.
 
-    Predict reads every picture below ``predict_root`` (or ``root``), in sorted order, and needs no annotation; dot
-    pictures beside their pictures are left out.
+    Predict reads every image below ``predict_root`` (or ``root``), in sorted order, and needs no annotation; dot
+    images beside their images are left out.
 
     Args:
-        root: the folder; its pictures lie in ``images/``, or in itself.
+        root: the folder; its images lie in ``images/``, or in itself.
         annotation: the one annotation file to read, relative to ``root`` (or to each split's folder).
-        picture: pattern of the pictures' paths below ``root``, such as ``{stem}cell.png`` or ``images/{stem}.*``; with
-            ``dots`` alone, every other picture.
-        dots: pattern of the dot pictures' paths below ``root``, such as ``{stem}_dots.png`` or ``dots/{stem}.png``.
-        dot: each marked ``pixel`` of a dot picture is one object, or each ``blob`` of pixels that touch; ``None``
+        picture: pattern of the images' paths below ``root``, such as ``{stem}cell.png`` or ``images/{stem}.*``; with
+            ``dots`` alone, every other image.
+        dots: pattern of the dot images' paths below ``root``, such as ``{stem}_dots.png`` or ``dots/{stem}.png``.
+        dot: each marked ``pixel`` of a dot image is one object, or each ``blob`` of pixels that touch; ``None``
             takes pixels, and raises where they look like blobs.
         splits: ranges ``[start, stop]`` by split (from 0, ``stop`` not included, ``null`` for the end), or a file.
-        sizes: numbers of pictures (below 1: fractions) to draw for each split.
+        sizes: numbers of images (below 1: fractions) to draw for each split.
         split_seed: seeds the draw.
-        empty: a picture that the annotation does not mention is an ``error``, or has no objects (``allow``).
-        predict_root: a folder or picture to predict; ``root`` if ``None``.
+        empty: an image that the annotation does not mention is an ``error``, or has no objects (``allow``).
+        predict_root: a folder or image to predict; ``root`` if ``None``.
         options: those of :class:`CountingDataModule`; the first of ``classes`` names objects without a label.
     """
 
     layout: ClassVar[str] = """\
   root/ (or root/train/, root/val/, root/test/, each like this)
-    images/a.png ...         or the pictures in root itself
+    images/a.png ...         or the images in root itself
     points.csv               image,x,y[,label]
-    or boxes.csv, counts.csv, counts.json, annotations.json (COCO), a.mat beside each picture, dot pictures
+    or boxes.csv, counts.csv, counts.json, annotations.json (COCO), a.mat beside each image, dot images
     (data.dots)"""
 
     def __init__(
@@ -430,18 +430,18 @@ class ImageFolder(CountingDataModule):
         self.split_seed = split_seed
         self.empty = empty
         self.predict_root = None if predict_root is None else Path(predict_root).expanduser()
-        self._folders: dict[Path, PictureFolder] = {}
+        self._folders: dict[Path, AnnotatedFolder] = {}
 
     def read_split(self, split: Split) -> list[Record]:
-        """Every picture of a split; for ``predict`` every picture there is, without annotation."""
+        """Read every image of a split; for ``predict`` every image there is, without annotation."""
         if split == "predict":
             return self._predict_records()
         folder, names = self._members(split)
-        pictures = self._folder(folder)
-        marks = {name: pictures.marks(name) for name in names}
-        if large := {name: n for name in names if (n := pictures.n_large.get(name))}:
+        images = self._folder(folder)
+        marks = {name: images.marks(name) for name in names}
+        if large := {name: n for name in names if (n := images.n_large.get(name))}:
             log.warning(
-                "%s: %d blobs in the dot pictures of %s have at least 1.5 times the usual size (the first in that of "
+                "%s: %d blobs in the dot images of %s have at least 1.5 times the usual size (the first in that of "
                 "%s); each counts as one object, also where several touch",
                 folder,
                 sum(large.values()),
@@ -451,12 +451,12 @@ class ImageFolder(CountingDataModule):
         silent = [name for name, found in marks.items() if found is None]
         if silent and self.empty == "error":
             raise InputError(
-                f"{folder}: the annotation does not mention {len(silent)} of {len(names)} pictures of {split}: "
+                f"{folder}: the annotation does not mention {len(silent)} of {len(names)} images of {split}: "
                 f"{silent[:5]}; annotate them, or set data.empty to 'allow' if they hold no objects"
             )
         if silent:
-            log.warning("%s: %d pictures of %s without annotation hold no objects", folder, len(silent), split)
-        order = list(dict.fromkeys([*(self.classes or []), *pictures.all_names()]))
+            log.warning("%s: %d images of %s without annotation hold no objects", folder, len(silent), split)
+        order = list(dict.fromkeys([*(self.classes or []), *images.all_names()]))
         kinds = [found for found in marks.values() if found is not None]
         nothing = Marks(
             points=np.zeros((0, 2), np.float32) if any(found.points is not None for found in kinds) else None,
@@ -468,7 +468,7 @@ class ImageFolder(CountingDataModule):
     # -- splits ---------------------------------------------------------------------------------------------------
 
     def _members(self, split: Split) -> tuple[Path, list[str]]:
-        """The folder of a split and its pictures, relative to the folder."""
+        """Find the folder of a split and its images, relative to the folder."""
         root = self.find_root()
         folders = {
             name: root / variant
@@ -486,21 +486,19 @@ class ImageFolder(CountingDataModule):
             folder = folders.get(split, folders.get("train", root))
             names = self._folder(folder).names
             if drawn and folder == folders.get("train"):
-                dealt = draw(names, drawn, self.split_seed)
-                taken = {name for found in dealt.values() for name in found}
-                names = dealt[split] if split in dealt else [name for name in names if name not in taken]
+                names = draw_split(names, drawn, self.split_seed, split)
             return folder, names
         splits = self._dealt(root)
         if split not in splits:
             raise InputError(
-                f"{root}: nothing says which pictures are {split} (known: {sorted(splits)}); set data.splits, such as "
+                f"{root}: nothing says which images are {split} (known: {sorted(splits)}); set data.splits, such as "
                 "{train: [0, 80], test: [80, null]}, or data.sizes, such as {train: 0.8, val: 0.1, test: 0.1}, or "
                 "make folders train, val and test"
             )
         return root, splits[split]
 
     def _dealt(self, root: Path) -> dict[str, list[str]]:
-        """The pictures of every split, by ``splits`` and ``sizes``."""
+        """Deal the images to splits, by ``splits`` and ``sizes``."""
         folder = self._folder(root)
         splits: dict[str, list[str]] = {}
         if isinstance(self.splits, str):
@@ -518,10 +516,10 @@ class ImageFolder(CountingDataModule):
             raise InputError(f"data.splits and data.sizes both say what {both} is; leave it out of one of them")
         return {**splits, **draw(pool, self.sizes, self.split_seed)}
 
-    def _folder(self, folder: Path) -> PictureFolder:
+    def _folder(self, folder: Path) -> AnnotatedFolder:
         if folder not in self._folders:
             unnamed = self.classes[0] if self.classes else "objects"
-            self._folders[folder] = PictureFolder(
+            self._folders[folder] = AnnotatedFolder(
                 folder,
                 unnamed=unnamed,
                 annotation=self.annotation,
@@ -570,13 +568,11 @@ class ImageFolder(CountingDataModule):
 
     def _predict_records(self) -> list[Record]:
         place = self.predict_root or self.find_root()
-        if place.is_file():
-            return [Record(place.name, place)]
-        names = list_images(place)
-        if self.picture or self.dots:
-            # Another folder may name its pictures as it likes; only what is surely no picture is left out there.
-            names = without_dots(names, self.picture, self.dots, keep_others=self.predict_root is not None)
-        return [Record(name, place / name) for name in names]
+        if place.is_file() or not (self.picture or self.dots):
+            return _records_at(place)
+        # Another folder may name its images as it likes; only what is surely no image is left out there.
+        names = without_dots(list_images(place), self.picture, self.dots, keep_others=self.predict_root is not None)
+        return _records_at(place, names)
 
 
 def _indices(names: list[str], classes: list[str]) -> np.ndarray:
@@ -585,7 +581,7 @@ def _indices(names: list[str], classes: list[str]) -> np.ndarray:
 
 
 class CaptionedPictures(CountingDataModule):
-    """Pictures with any number of captions each, from COCO's JSON, CSV or TSV.
+    """Images with any number of captions each, from COCO's JSON, CSV or TSV.
 
     - **JSON** in the layout of COCO's ``captions_train2017.json``: ``images`` (``id``, ``file_name``) and
       ``annotations`` (``image_id``, ``caption``). Chen et al., "Microsoft COCO Captions", arXiv 1504.00325.
@@ -597,16 +593,16 @@ class CaptionedPictures(CountingDataModule):
     An augmentation may crop: a caption stays what it is, as CLIP's own training has it.
 
     Args:
-        root: the folder that the files of captions and the pictures lie in.
+        root: the folder that the files of captions and the images lie in.
         captions: the file of each split below ``root``, or one file, which is that of ``train``.
-        pictures: the folder below ``root`` that the names of the pictures start from, one for all splits or each its
+        pictures: the folder below ``root`` that the names of the images start from, one for all splits or each its
             own; ``root`` itself by default.
         columns: names of the columns of tables without a header.
-        sizes: numbers of pictures (below 1: fractions) to draw for splits from the file of ``train``, which keeps the
+        sizes: numbers of images (below 1: fractions) to draw for splits from the file of ``train``, which keeps the
             rest where ``sizes`` does not name it.
         split_seed: seeds the draw.
-        empty: a picture without a caption that is not empty is an ``error``, or ``skip``ped and reported.
-        predict_root: a folder or picture to predict; the pictures of ``test`` if ``None``.
+        empty: an image without a caption that is not empty is an ``error``, or ``skip``ped and reported.
+        predict_root: a folder or image to predict; the images of ``test`` if ``None``.
         options: those of :class:`CountingDataModule`.
 
     Raises:
@@ -650,10 +646,10 @@ class CaptionedPictures(CountingDataModule):
         self._files: dict[str, tuple[Captions, list[str]]] = {}
 
     def read_split(self, split: Split) -> list[Record]:
-        """Every picture of a split with its captions; ``predict`` takes ``predict_root``, or the test split."""
+        """Read every image of a split with its captions; ``predict`` takes ``predict_root``, or the test split."""
         if split == "predict":
             if self.predict_root is not None:
-                return _pictures_of(self.predict_root)
+                return _records_at(self.predict_root)
             split = "test"
         root = self.find_root()
         source, names = self._members(root, split)
@@ -666,39 +662,37 @@ class CaptionedPictures(CountingDataModule):
         return records
 
     def _members(self, root: Path, split: str) -> tuple[str, list[str]]:
-        """The split whose file names the pictures of a split, and which of them these are."""
+        """Find the split whose file names the images of a split, and those among its images."""
         drawn = self.sizes or {}
         if split in self.captions and (split != "train" or not drawn):
             return split, self._file(root, split)[1]
         if "train" not in self.captions or (split != "train" and split not in drawn):
             raise InputError(
-                f"CaptionedPictures: nothing says which pictures are {split} (data.captions has "
+                f"CaptionedPictures: nothing says which images are {split} (data.captions has "
                 f"{sorted(self.captions)}, data.sizes {sorted(drawn)}); name its file in data.captions, such as "
                 f"{{{split}: captions_{split}.json}}, or draw it from train by data.sizes, such as {{{split}: 0.1}}"
-                + ("; to predict other pictures set data.predict_root" if split == "test" else "")
+                + ("; to predict other images set data.predict_root" if split == "test" else "")
             )
-        names = self._file(root, "train")[1]
-        dealt = draw(names, drawn, self.split_seed)
-        taken = {name for found in dealt.values() for name in found}
-        return "train", dealt[split] if split in dealt else [name for name in names if name not in taken]
+        return "train", draw_split(self._file(root, "train")[1], drawn, self.split_seed, split)
 
     def _file(self, root: Path, split: str) -> tuple[Captions, list[str]]:
-        """What the file of a split says, and its pictures that have captions; read once."""
+        """Read the captions of a split's file, once, and its images that have some."""
         name = self.captions[split]
         if name not in self._files:
             found = read_captions(inside_root(root, name, "data.captions"), self.columns)
-            bare = [picture for picture, texts in found.texts.items() if not texts]
+            bare = [image for image, texts in found.texts.items() if not texts]
             if bare:
-                shown = ", ".join(f"{picture} ({found.places[picture]})" for picture in bare[:5])
-                message = f"{found.path}: {len(bare)} of {len(found.texts)} pictures have no caption: {shown}"
+                shown = ", ".join(f"{image} ({found.places[image]})" for image in bare[:5])
+                message = f"{found.path}: {len(bare)} of {len(found.texts)} images have no caption: {shown}"
                 if self.empty == "error":
                     raise InputError(f"{message}. Give them one, or set data.empty to 'skip'")
                 warnings.warn(f"{message}; skipped (data.empty=skip)", stacklevel=2)
-            self._files[name] = found, [picture for picture, texts in found.texts.items() if texts]
+            self._files[name] = found, [image for image, texts in found.texts.items() if texts]
         return self._files[name]
 
 
-def _pictures_of(place: Path) -> list[Record]:
+def _records_at(place: Path, names: list[str] | None = None) -> list[Record]:
+    """Make records of an image, or of those of a folder, all if ``None``."""
     if place.is_file():
         return [Record(place.name, place)]
-    return [Record(name, place / name) for name in list_images(place)]
+    return [Record(name, place / name) for name in (list_images(place) if names is None else names)]

@@ -47,6 +47,19 @@ def draw(names: Sequence[str], sizes: Mapping[str, float], seed: int) -> dict[st
     }
 
 
+def draw_split(names: Sequence[str], sizes: Mapping[str, float], seed: int, split: str) -> list[str]:
+    """Draw as :func:`draw` does, and take one split; one without a size keeps what is left over.
+
+    Example:
+        >>> names = [f"{i}.png" for i in range(10)]
+        >>> [len(draw_split(names, {"val": 0.2}, 0, split)) for split in ("train", "val")]
+        [8, 2]
+    """
+    drawn = draw(names, sizes, seed)
+    taken = {name for found in drawn.values() for name in found}
+    return drawn[split] if split in drawn else [name for name in names if name not in taken]
+
+
 def take_ranges(names: Sequence[str], ranges: Mapping[str, Sequence[int | None]]) -> dict[str, list[str]]:
     """Pictures ``start`` (counted from 0) to before ``stop`` of each split; ``null`` is an open end.
 

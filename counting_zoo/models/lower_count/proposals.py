@@ -131,7 +131,7 @@ def _objects(rows: list[Any]) -> list[dict[str, Any]]:
 
 
 class _Mismatch(InputError):
-    """A mask of another size than the picture's."""
+    """A mask of another size than the image's."""
 
 
 def decode_proposal(row: Mapping[str, Any], size: Size) -> np.ndarray:
@@ -282,7 +282,7 @@ def _inside(corners: np.ndarray, size: Size) -> np.ndarray:
 
 
 SIDE = 320
-"""The longer side of the picture that is segmented, in pixels."""
+"""The longer side of the image that is segmented, in pixels."""
 
 
 LEVELS = 10
@@ -290,7 +290,7 @@ LEVELS = 10
 
 
 AREA = (1e-3, 0.7)
-"""Shares of the picture between which a proposal lies."""
+"""Shares of the image between which a proposal lies."""
 
 
 ALIKE = 0.75
@@ -327,42 +327,42 @@ class _Part:
         return int(np.count_nonzero(self.mask))
 
 
-def segment_proposals(picture: np.ndarray | Tensor, most: int = 200) -> Tensor:
-    """Masks of whatever may be an object, the most distinct first; the same for the same picture.
+def segment_proposals(image: np.ndarray | Tensor, most: int = 200) -> Tensor:
+    """Masks of whatever may be an object, the most distinct first; the same for the same image.
 
     About half a second for 448 x 448 on one core. They follow visible borders, so objects of one colour on a calm
     ground come out well and a dressed person in parts; better ones from a segmentation network can be read from a file
     (:class:`~counting_zoo.models.lower_count.proposals.Proposals`).
 
     Args:
-        picture: ``(H, W, 3)`` uint8 RGB array, or ``(3, H, W)`` uint8 tensor.
+        image: ``(H, W, 3)`` uint8 RGB array, or ``(3, H, W)`` uint8 tensor.
         most: how many at the most.
 
     Returns:
-        ``(N, H, W)`` bool; none where the picture is of one colour.
+        ``(N, H, W)`` bool; none where the image is of one colour.
 
     Raises:
-        InputError: something else than a picture, or ``most`` below 1.
+        InputError: something else than an image, or ``most`` below 1.
 
     Example:
-        >>> picture = np.zeros((64, 64, 3), np.uint8)
-        >>> picture[20:40, 10:30] = 200
-        >>> masks = segment_proposals(picture)
+        >>> image = np.zeros((64, 64, 3), np.uint8)
+        >>> image[20:40, 10:30] = 200
+        >>> masks = segment_proposals(image)
         >>> masks[0].sum().item(), masks[0, 20:40, 10:30].all().item()
         (400, True)
     """
-    if isinstance(picture, Tensor) and picture.ndim == 3:
-        picture = picture.detach().cpu().permute(1, 2, 0).numpy()
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
+    if isinstance(image, Tensor) and image.ndim == 3:
+        image = image.detach().cpu().permute(1, 2, 0).numpy()
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise InputError(
-            f"a picture of {picture.dtype} {tuple(picture.shape)}; expected uint8 RGB: an array (H, W, 3) or a tensor "
+            f"an image of {image.dtype} {tuple(image.shape)}; expected uint8 RGB: an array (H, W, 3) or a tensor "
             "(3, H, W)"
         )
     check("most", most, at_least=1)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     scale = min(1.0, SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = np.ascontiguousarray(picture if scale == 1 else cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
+    small = np.ascontiguousarray(image if scale == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA))
     colours = cv2.cvtColor(small, cv2.COLOR_RGB2LAB)
     edges = _edges(colours)
     smooth = cv2.GaussianBlur(colours, (3, 3), 0)
@@ -530,7 +530,7 @@ def _distinct(parts: list[_Part], edges: np.ndarray, most: int) -> list[int]:
 
 
 def _border_strength(part: _Part, edges: np.ndarray) -> float:
-    """Edge strength that most of the border has; the frame of the picture is no border."""
+    """Edge strength that most of the border has; the frame of the image is no border."""
     h, w = part.mask.shape
     inner = np.pad(part.mask.view(np.uint8), 1)
     around = np.pad(edges, 1, constant_values=-1)[part.y : part.y + h + 2, part.x : part.x + w + 2]
