@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from counting_zoo.class_lists import COCO_CLASSES
 from counting_zoo.errors import InputError, SupervisionError
-from counting_zoo.io import replacing, sha256, tensors_sha256
+from counting_zoo.io import read_json, read_lines, replacing, sha256, tensors_sha256
 from counting_zoo.nn.text import TextTower
 
 Wording = Literal["corrected", "official"]
@@ -252,11 +252,7 @@ def concepts_from_file(path: str | Path) -> list[str]:
         InputError: the file cannot be read, or holds no name.
     """
     file = Path(path).expanduser()
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        lines = json.loads(text) if file.suffix.lower() == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(file)!r} cannot be read as a list of concepts: {error}") from error
+    lines = read_json(file) if file.suffix.lower() == ".json" else read_lines(file, "expected a name in each line")
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise InputError(f"{str(file)!r} holds no list of strings; expected names, one in each line or as a JSON list")
     names = [line.strip() for line in lines if line.strip()]
