@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tiny import data, model, run, trainer
 from torch import Tensor
 
+RATES = {"class_path": "LearningRateMonitor", "init_args": {"logging_interval": "step"}}
 EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
 # All randomness there is: order, mosaic, jitter, prompts, dropout of visual prompts, density mask.
 MODEL = model("clip_count", density_mask="pixel", contrast_epochs=1)
@@ -116,6 +118,31 @@ def test_a_schedule_goes_on(options: dict[str, Any]) -> None:
     assert a["last_epoch"] == b["last_epoch"] == whole["global_step"] == 4
     assert a["_last_lr"] == b["_last_lr"]
     assert a["_last_lr"][0] < 0.01
+
+
+def rates(name: str) -> list[float]:
+    """Learning rates of the steps that a run took itself."""
+    with Path("runs", name, "metrics.csv").open(encoding="utf-8") as file:
+        return [float(row["lr-AdamW/pg1"]) for row in csv.DictReader(file) if row.get("lr-AdamW/pg1")]
+
+
+def test_a_longer_run_decays_over_its_own_length(options: dict[str, Any]) -> None:
+    """The rate of a run resumed with more epochs stayed at the end of the schedule of the shorter one."""
+    words = [
+        "--model.scheduler=counting_zoo.schedules.WarmupHoldDecay",
+        "--model.scheduler.warmup=1",
+        "--model.scheduler.hold=0.1",
+        "--model.optimizer=torch.optim.AdamW",
+        "--model.optimizer.lr=0.01",
+    ]
+    more = {"callbacks": [RATES], "log_every_n_steps": 1}
+    fit(options, "short", 2, *words, **more)
+    fit(options, "longer", 4, *words, "--ckpt_path", str(place("short")), **more)
+    fit(options, "whole", 4, *words, **more)
+    whole, longer = rates("whole"), rates("longer")
+    assert (len(whole), len(longer)) == (8, 4)
+    assert longer == whole[4:]
+    assert len(set(longer)) == 4, "it still falls"
 
 
 def test_averaged_weights(options: dict[str, Any]) -> None:

@@ -357,6 +357,22 @@ def test_bins_are_calibrated_in_tiles_as_in_one_piece() -> None:
         assert np.allclose(table.interval, done.counts.interval)
 
 
+@pytest.mark.parametrize("window", [None, 16])
+def test_no_calibration_takes_part_in_making_one(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = ebc(window=window), TinyPictures(n=25)
+    model.interval_calibration = ONE
+    known: list[IntervalCalibration | None] = []
+    reported = model.reported
+    monkeypatch.setattr(model, "reported", lambda counts: known.append(model.interval_calibration) or reported(counts))
+    done = calibrate(model, data, width="bins")
+    assert set(known) == {None}
+    deviation = done.counts.column("deviation")
+    assert (deviation > 0).all()
+    np.testing.assert_array_equal(done.counts.interval, done.calibration.bounds(done.counts.predicted, deviation))
+    blank = count_split(ebc(window=window, head="regression"), data, "val").table
+    assert np.isnan(blank.column("deviation")).all(), "a count without a distribution has no deviation"
+
+
 def test_variances_of_tiles_are_joined_as_densities_are() -> None:
     model = ebc(window=16)
     images = torch.rand(2, 3, 32, 32)

@@ -29,6 +29,7 @@ def picture(i: int) -> dict[str, Any]:
         "points": torch.rand(i, 2, generator=rng) * 40,
         "labels": torch.randint(0, 2, (i,), generator=rng),
         "prompts": prompts,
+        "names": (["figs", "dates"], ["dates", "figs"], ["plums", "figs"])[i % 3],  # each rank has its own first ones
     }
 
 
@@ -43,7 +44,7 @@ def score(indices: list[int]) -> dict[str, float]:
         target = torch.stack([one.bincount(minlength=2) for one in labels]).float()
         grids = [grid_errors(p["density"], p["points"], (40, 40), p["labels"]) for p in batch]
         bounds = torch.stack([predicted - 9, predicted + 9], -1)
-        table.update(ids, [["figs", "dates"]] * len(ids), predicted, target, game=torch.stack(grids), interval=bounds)
+        table.update(ids, [p["names"] for p in batch], predicted, target, game=torch.stack(grids), interval=bounds)
         prompts.update(ids, *torch.cat([p["prompts"] for p in batch], 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a rank without pictures computes before it updates
@@ -83,4 +84,6 @@ def test_equals_one_process(world, tmp_path):
         assert len(results) == 4 * len(LENGTHS)
         for case, result in results.items():
             assert result == pytest.approx(alone[int(case.split()[0])], rel=1e-9), case
-            assert result["CountTable.sum_n"] == int(case.split()[0])
+            n = int(case.split()[0])
+            assert result["CountTable.sum_n"] == n
+            assert result["CountTable.n_classes"] == (2 if n < 3 else 3)
