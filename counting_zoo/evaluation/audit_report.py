@@ -29,7 +29,7 @@ from counting_zoo.evaluation.audit_metrics import (
     spread,
     verdict,
 )
-from counting_zoo.evaluation.report import axis, embedded, judge, render
+from counting_zoo.evaluation.report import embedded, judge, render
 from counting_zoo.io import plain, write_table, write_whole
 from counting_zoo.metrics.counts import CountTable
 
@@ -214,50 +214,16 @@ def write_audit(audit: Audit, folder: str | Path) -> dict[str, Any]:
             for m in audit.mosaics
         ],
     )
-    page = _page(figures)
+    judged, name = figures["verdict"], figures["protocol"]["model"]
+    baselines = {"always the median true count": judged["constant_mae"]} if judged["constant_mae"] is not None else {}
+    page = {
+        "title": f"Does {name} count what it is asked for?",
+        "verdict": judge(name, judged["mae"], baselines, follows=judged["follows"], ratio=judged["ratio"]),
+        "audit": figures,
+    }
     write_whole(folder / "audit.md", render("audit", "md", **page))
     write_whole(folder / "audit.html", render("audit", "html", **page, groups=embedded(audit.examples)))
     if audit.cost is not None:
         cost = asdict(audit.cost) | {"ratio": audit.cost.ratio}
         write_whole(folder / "audit_cost.json", json.dumps(cost, indent=1) + "\n")
     return figures
-
-
-def _page(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that ``templates/audit.jinja`` names, but the drawings."""
-    judged, name = figures["verdict"], figures["protocol"]["model"]
-    baselines = {} if judged["constant_mae"] is None else {"always the median true count": judged["constant_mae"]}
-    sentence = judge(name, judged["mae"], baselines, follows=judged["follows"], ratio=judged["ratio"])
-    return {
-        "title": f"Does {name} count what it is asked for?",
-        "verdict": sentence,
-        "audit": figures,
-        "plots": _kinds(figures["kinds"]),
-        "groups": {},
-    }
-
-
-def _kinds(kinds: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Plot count over true count for each kind of prompt: middle half, 5 to 95 %, median and mean."""
-    if not kinds:
-        return []
-    parts = [
-        ("line", "one", "p5", "p95", "5 to 95 %"),
-        ("box", "one", "p25", "p75", "middle half"),
-        ("tick", "one", "median", "median", "median"),
-        ("dot", "two", "mean", "mean", "mean"),
-    ]
-    rows = [
-        {
-            "name": kind,
-            "value": one["mean"],
-            "marks": [
-                {"shape": shape, "style": style, "x": one[x], "end": one[end]} for shape, style, x, end, _ in parts
-            ],
-        }
-        for kind, one in kinds.items()
-    ]
-    scale = axis("count / true count", [1.5, *(v for one in kinds.values() for k, v in one.items() if k != "n")])
-    caption = "Count over the true count of the image's own name, for each kind of prompt; at the right its mean"
-    legend = [(shape, style, text) for shape, style, *_, text in parts]
-    return [{"axis": scale, "rows": rows, "legend": legend, "caption": caption}]

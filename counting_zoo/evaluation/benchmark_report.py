@@ -21,16 +21,12 @@ import numpy as np
 from counting_zoo.errors import InputError
 from counting_zoo.evaluation.report import (
     TITLES,
-    Cell,
     Drawing,
-    axis,
     cell,
     constant_label,
-    count,
     embedded,
     jpeg,
     judge,
-    number,
     render,
     scatter,
     table,
@@ -361,45 +357,15 @@ def _file_names(i: int, run: Run) -> list[str]:
 
 
 def _page(results: Scores, level: int, folder: str | None = None, runs: Sequence[Run] = ()) -> dict[str, Any]:
-    """Everything that ``templates/benchmark.jinja`` names."""
+    """Add to stored results all else that ``templates/benchmark.jinja`` names."""
     sets = []
     for entry in results["data"]:
         own = [run for run in runs if run.data == entry["name"]]
         drawings = [replace(one, group=f"{run.model}: {one.group}") for run in own for one in run.pictures]
-        models = entry["models"]
-        sets.append(
-            {
-                "name": entry["name"],
-                "models": models,
-                "verdict": _verdict(entry),
-                "groups": embedded(drawings),
-                "bars": _bars(entry),
-                "plots": [plot for run in own for plot in scatter(run.table, run.model)],
-                "n_constants": len(constants(entry)),
-                "errors": _score_table(entry, ""),
-                "totals": _score_table(entry, "totals") if any("totals" in m["figures"] for m in models) else None,
-                "classes": _score_table(entry, "classes") if any("classes" in m["figures"] for m in models) else None,
-                "published": _published_table(entry["published"]),
-                "matrix": _matrix(entry),
-                "pairs": table(PAIR_COLUMNS, [_pair_row(pair) for pair in entry["comparisons"]]),
-                "decades": _decade_table(entry),
-                "coverage": _coverage_table(entry),
-                "largest": _largest_table(entry),
-                "protocol": list(_protocol(entry)),
-                "facts": _fact_tables(entry),
-                "files": [
-                    {
-                        "file": f"{folder}/{one['file']}",
-                        "caption": f"{model['model']}, {one['group']}: {one['caption']}",
-                    }
-                    for model in models
-                    for one in model["pictures"]
-                    if folder is not None
-                ],
-            }
-        )
-    shown = {"title": results["title"], "bootstrap": results["bootstrap"], "skipped": results.get("skipped", [])}
-    return {"level": level, "sets": sets, **shown}
+        beside = {part: constants(entry, part) for part in ("", "totals", "classes")}
+        shown = {"verdict": _verdict(entry), "matrix": _matrix(entry), "constants": beside, "facts": _facts(entry)}
+        sets.append({**entry, **shown, "groups": embedded(drawings), "plots": [scatter(r.table, r.model) for r in own]})
+    return {"level": level, "folder": folder, **results, "data": sets, "skipped": results.get("skipped", [])}
 
 
 def _verdict(entry: Scores) -> dict[str, Any]:
@@ -437,30 +403,6 @@ def _verdict(entry: Scores) -> dict[str, Any]:
     )
 
 
-def _bars(entry: Scores) -> list[dict[str, Any]]:
-    """Plot the MAE of models and constants with their intervals."""
-    rows = [(model["model"], model["figures"], "one") for model in entry["models"]]
-    rows += [(label, scores, "grey") for label, scores in constants(entry)]
-    shown = [(name, s["mae"], s.get("interval", {}).get("mae"), style) for name, s, style in rows if "mae" in s]
-    if not shown:
-        return []
-    marks = [
-        [{"shape": "line", "style": style, "x": ends[0], "end": ends[1]}] * bool(ends)
-        + [{"shape": "dot", "style": style, "x": mae}]
-        for _, mae, ends, style in shown
-    ]
-    return [
-        {
-            "axis": axis("MAE", [value for _, mae, ends, _ in shown for value in (mae, *(ends or ()))]),
-            "rows": [
-                {"name": name, "marks": each, "value": mae} for (name, mae, *_), each in zip(shown, marks, strict=True)
-            ],
-            "legend": [("dot", "one", "model"), ("dot", "grey", "constant"), ("line", "one", "interval")],
-            "caption": "Mean absolute errors with their intervals; grey: the same number whatever the image",
-        }
-    ]
-
-
 def constants(entry: Scores, part: str = "") -> list[tuple[str, Scores]]:
     """Label and scores of each constant prediction, once where all models have it on the same rows.
 
@@ -488,157 +430,36 @@ def constants(entry: Scores, part: str = "") -> list[tuple[str, Scores]]:
     ]
 
 
-def _score_table(entry: Scores, part: str) -> dict[str, Any]:
-    """Models and constants with their intervals; ``part`` as for :func:`constants`."""
-    rows: list[tuple[str, Scores]] = []
-    for model in entry["models"]:
-        figures = model["figures"]
-        rows.append((model["model"], figures.get(part, {} if part == "classes" else figures) if part else figures))
-    n_models = len(rows)
-    rows += constants(entry, part)
-    allowed = {"": (*METRICS, *GAME_COLUMNS), "totals": METRICS, "classes": MEAN_STATISTICS}[part]
-    metrics = [key for key in allowed if any(key in scores for _, scores in rows)]
-    lines: list[list[Cell]] = [
-        [name, *(cell(s.get(key), _digits(key), interval=s.get("interval", {}).get(key)) for key in metrics)]
-        for name, s in rows
-    ]
-    return table(["", *(TITLES[metric] for metric in metrics)], lines, bold=n_models)
-
-
-def _digits(metric: str) -> int:
-    return 3 if metric == "nae" or metric in MEAN_STATISTICS else 2
-
-
-def _protocol(entry: Scores) -> Iterator[str]:
-    yield from entry["protocol"]
-    for model in entry["models"]:
-        yield from (f"{model['model']}: {sentence}" for sentence in model["protocol"])
-    if entry["facts_differ"]:
-        yield f"Not the same data: what is known of them differs for {', '.join(entry['facts_differ'])}; see below."
-
-
-def _published_table(found: Sequence[Scores]) -> dict[str, Any] | None:
-    metrics = [key for key in TITLES if any(key in result["metrics"] for result in found)]
-    rows: list[list[Cell]] = [
-        [
-            result["model"],
-            *(
-                {"text": str(result["metrics"][key]), "value": result["metrics"][key]}
-                if key in result["metrics"]
-                else None
-                for key in metrics
-            ),
-            result["protocol"],
-            {
-                "text": result["source"] + (f" (arXiv {result['arxiv']})" if result["arxiv"] else ""),
-                "url": result["url"],
-            },
-        ]
-        for result in found
-    ]
-    head = ["published, not measured here", *(TITLES[key] for key in metrics), "protocol", "source"]
-    return table(head, rows) if rows else None
-
-
 def _matrix(entry: Scores) -> dict[str, Any] | None:
     """Differences of MAE, row minus column."""
     cells = {}
     for pair in entry["comparisons"]:
         if "mae" in pair:
             value, ends = pair["mae"]["difference"], pair["mae"].get("interval")
-            cells[pair["a"], pair["b"]] = _difference(value, ends)
-            cells[pair["b"], pair["a"]] = _difference(-value, ends and [-ends[1], -ends[0]])
+            cells[pair["a"], pair["b"]] = cell(value, interval=ends, signed=True)
+            cells[pair["b"], pair["a"]] = cell(-value, interval=ends and [-ends[1], -ends[0]], signed=True)
     names = [model["model"] for model in entry["models"]]
     rows = [[a, *("" if a == b else cells.get((a, b)) for b in names)] for a in names]
     return table(["MAE", *(f"- {name}" for name in names)], rows) if entry["comparisons"] else None
 
 
-PAIR_COLUMNS = (
-    "first",
-    "second",
-    "compared on",
-    "difference of RMSE",
-    "first is better",
-    "second is better",
-    "not compared",
-)
-
-
-def _pair_row(pair: Scores) -> list[Cell]:
-    on = "images' totals" if pair["compared"] == "totals" else "counts"
-    left_out = pair["only_a"] + pair["only_b"] + pair["left_out"]
-    rmse = pair.get("rmse")
-    return [
-        pair["a"],
-        pair["b"],
-        f"{pair['rows']} {on}, {pair['pictures']} images",
-        _difference(rmse["difference"], rmse.get("interval")) if rmse else None,
-        *(
-            {"text": f"{100 * pair[key]:.0f} %", "value": pair[key]} if key in pair else None
-            for key in ("a_better", "b_better")
-        ),
-        f"{left_out} images, {pair['rows_left_out']} counts",
-    ]
-
-
-def _difference(value: float, ends: Sequence[float] | None) -> Cell:
-    """A signed cell, with a star where the interval leaves out zero."""
-    found = cell(value, interval=ends, signed=True)
-    return {**found, "text": found["text"] + "*"} if ends and (ends[0] > 0 or ends[1] < 0) else found
-
-
-def _decade_table(entry: Scores) -> dict[str, Any] | None:
-    models = [model for model in entry["models"] if model["figures"].get("decades")]
-    by_model = [{decade["from"]: decade for decade in model["figures"]["decades"]} for model in models]
-    rows: list[list[Cell]] = []
-    for start in sorted(set().union(*by_model)):
-        row: list[Cell] = [{"text": f"{start} to {10 * start - 1}" if start else "0", "value": start}]
-        for decade in (found.get(start) for found in by_model):
-            if decade:
-                three = number(decade["mae"]), number(decade["bias"], signed=True), number(decade.get("nae"), 3)
-                row.append({"text": f"{' / '.join(three)} ({decade['rows']})", "value": decade["mae"]})
-            else:
-                row.append(None)
-        rows.append(row)
-    return table(["true count", *(model["model"] for model in models)], rows) if rows else None
-
-
-def _coverage_table(entry: Scores) -> dict[str, Any] | None:
-    rows: list[list[Cell]] = []
-    for model in entry["models"]:
-        coverage = model["figures"].get("coverage")
-        for part in [coverage, *coverage["decades"]] if coverage else []:
-            label = "all" if part is coverage else f"from {part['from']}, below {part['below']}"
-            ends = " to ".join(f"{100 * bound:.1f}" for bound in part["bounds"])
-            inside = {"text": f"{100 * part['share']:.1f} % ({ends})", "value": part["share"]}
-            rows.append([model["model"], label, part["rows"], inside, part.get("mean_width"), part["unbounded"]])
-    head = ["", "predicted count", "counts", "true count inside", "mean width", "without bound"]
-    return table(head, rows) if rows else None
-
-
-def _largest_table(entry: Scores) -> dict[str, Any] | None:
-    rows: list[list[Cell]] = [
-        [model["model"], row["image"], row["name"], count(row["target"]), row["predicted"]]
-        for model in entry["models"]
-        for row in model["largest_errors"]
-    ]
-    return table(["", "image", "class name or prompt", "true", "predicted"], rows) if rows else None
-
-
-def _fact_tables(entry: Scores) -> list[dict[str, Any]]:
-    """What is known of the data, once where it is the same for all models, and of the models."""
+def _facts(entry: Scores) -> list[dict[str, Any]]:
+    """Tables of what is known of the data, once where that is the same for all models, and of the models."""
     names = [model["model"] for model in entry["models"]]
-    data = [model["data_facts"] for model in entry["models"]] if entry["facts_differ"] else [entry["facts"]]
-    parts = [("data", names if entry["facts_differ"] else [""], data)]
-    parts.append(("model", names, [model["facts"] for model in entry["models"]]))
+    differ = entry["facts_differ"]
+    parts = [
+        ("data", names if differ else [""], [m["data_facts"] for m in entry["models"]] if differ else [entry["facts"]]),
+        ("model", names, [model["facts"] for model in entry["models"]]),
+    ]
     return [
-        table([title, *head], [[key, *(_fact(each[key]) if key in each else None for each in facts)] for key in keys])
+        table([title, *head], [[key, *(_fact(each, key) for each in facts)] for key in keys])
         for title, head, facts in parts
         if (keys := sorted(set().union(*facts)))
     ]
 
 
-def _fact(value: Any, most: int = 100) -> str:
+def _fact(facts: Scores, key: str, most: int = 100) -> str:
     """Write a fact in a cell; what is too long for one, such as a whole recipe, is in the JSON."""
+    value = facts.get(key, "–")
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
     return text if len(text) <= most else "see benchmark.json"

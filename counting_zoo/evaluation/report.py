@@ -6,7 +6,7 @@ import base64
 import csv
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ TITLES = {
     "rmse": "RMSE",
     "nae": "NAE",
     "bias": "bias",
+    "absent_ratio": "absent / present",
     "game1": "GAME(1)",
     "game2": "GAME(2)",
     "game3": "GAME(3)",
@@ -88,14 +89,16 @@ def _environment(kind: Literal["html", "md"]) -> Any:
         lstrip_blocks=True,
         extensions=["jinja2.ext.do"],
     )
-    environment.globals |= {"kind": kind, "version": __version__, "table": table, "cell": cell, "titles": TITLES}
+    environment.globals |= {"kind": kind, "version": __version__, "titles": TITLES, "mean_statistics": MEAN_STATISTICS}
+    environment.globals |= {f.__name__: f for f in (axis, cell, constant_label, number, score_table, table)}
     environment.filters |= {
         "number": number,
         "one_line": lambda text: Markup(" ".join(text.split())),
         "quoted": lambda url: Markup(quote(url, safe="/:?&=#%+,;@")),
-        "share": share,
-        "percent": percent,
-        "at": lambda value, axis: percent(share(value, axis)),
+        "at": place,
+        "up": lambda value, axis: place(value, axis, upwards=True),
+        "picked": lambda keys, mapping: [mapping[key] for key in keys],
+        "whole": whole,
         "tick": lambda value: f"{value:,.6g}",
     }
     return environment
@@ -132,7 +135,7 @@ def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str
     return f"{value:{'+' if signed and value > 0 else ''},.{0 if abs(value) >= 1000 else digits}f}"
 
 
-def count(value: float) -> float:
+def whole(value: float) -> float:
     """Make a whole number an integer, as true counts are shown."""
     return int(value) if math.isfinite(value) and value == int(value) else value
 
@@ -140,32 +143,35 @@ def count(value: float) -> float:
 def cell(
     value: float | None, digits: int = 2, *, interval: Sequence[float] | None = None, signed: bool = False
 ) -> dict[str, Any]:
-    """Build the cell of a number, with its interval.
+    """Build the cell of a number; a signed one gets a star where its interval leaves out zero.
 
     Example:
-        >>> cell(3.287, interval=[2.8, 3.81])["text"]
-        '3.29 [2.80, 3.81]'
+        >>> cell(3.287, interval=[2.8, 3.81]), cell(-1.5, interval=[-2, -1.0], signed=True)["text"]
+        ({'text': '3.29 [2.80, 3.81]', 'value': 3.287}, '-1.50 [-2, -1.00]*')
     """
-    if value is None:
-        return {"text": number(value)}
     ends = ", ".join(number(end, digits, signed=signed) for end in interval or ())
-    return {"text": number(value, digits, signed=signed) + (f" [{ends}]" if ends else ""), "value": value}
+    star = "*" if signed and interval and (interval[0] > 0 or interval[1] < 0) else ""
+    text = number(value, digits, signed=signed) + (f" [{ends}]{star}" if ends else "")
+    return {"text": text} if value is None else {"text": text, "value": value}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], bold: int = 0) -> dict[str, Any]:
-    """Build a table.
-
-    Args:
-        head: title of each column.
-        rows: as many cells each.
-        bold: how many of the first rows stand out.
-    """
-    right = [any(_is_number(row[k]) for row in rows) for k in range(len(head))]
+    """Build a table; the first ``bold`` rows stand out, and columns with numbers are aligned to the right."""
+    numbers = [[isinstance(c, int | float) or (isinstance(c, Mapping) and "value" in c) for c in row] for row in rows]
+    right = [any(column) for column in zip(*numbers, strict=True)] or [False] * len(head)
     return {"head": head, "rows": rows, "right": right, "bold": bold}
 
 
-def _is_number(one: Cell) -> bool:
-    return "value" in one if isinstance(one, Mapping) else isinstance(one, int | float)
+def score_table(rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Iterable[str], bold: int = 1) -> dict[str, Any]:
+    """Build a table of scores with their intervals, a row for each label; metrics that none has are left out."""
+    known = [metric for metric in metrics if any(metric in scores for _, scores in rows)]
+    lines: list[list[Cell]] = [[label, *(_score(scores, metric) for metric in known)] for label, scores in rows]
+    return table(["", *(TITLES[metric] for metric in known)], lines, bold)
+
+
+def _score(scores: Mapping[str, Any], metric: str) -> Cell:
+    digits = 3 if metric == "nae" or metric in MEAN_STATISTICS else 2
+    return cell(scores.get(metric), digits, interval=scores.get("interval", {}).get(metric))
 
 
 # -- the verdict ------------------------------------------------------------------------------------------------------
@@ -249,47 +255,20 @@ def axis(label: str, values: Sequence[float]) -> dict[str, Any]:
     return {"label": label, "low": ticks[0], "high": ticks[-1], "ticks": ticks}
 
 
-def share(value: float, axis: Mapping[str, Any]) -> float:
-    """Place a value between the ends of an axis, 0 to 1."""
-    return (value - axis["low"]) / (axis["high"] - axis["low"])
+def place(value: float, axis: Mapping[str, Any], *, upwards: bool = False) -> str:
+    """Place a value on an axis, as SVG takes it; ``upwards`` where the axis begins below."""
+    part = (value - axis["low"]) / (axis["high"] - axis["low"])
+    return f"{100 * (1 - part if upwards else part):.2f}%"
 
 
-def percent(part: float) -> str:
-    """Write a place as SVG takes it."""
-    return f"{100 * part:.2f}%"
-
-
-def scatter(table: CountTable, caption: str) -> list[dict[str, Any]]:
-    """Plot true and predicted counts, whatever the order of rows; none where nothing is finite."""
+def scatter(table: CountTable, caption: str) -> dict[str, Any]:
+    """Choose the dots of a plot of true and predicted counts, whatever the order of rows, and one axis for both."""
     rows = sorted(zip(table.image, table.name, table.target.tolist(), table.predicted.tolist(), strict=True))
-    dots = [(true, predicted) for _, _, true, predicted in rows if math.isfinite(true) and math.isfinite(predicted)]
-    step = math.ceil(len(dots) / MAX_DOTS)
+    dots = [(true, said) for _, _, true, said in rows if math.isfinite(true) and math.isfinite(said)]
+    step = max(1, math.ceil(len(dots) / MAX_DOTS))
     note = f" (one in {step} of {len(dots)})" if step > 1 else ""
-    if not dots:
-        return []
-    both = axis("", [value for dot in dots[::step] for value in dot])
-    return [
-        {
-            "x": both | {"label": "true count"},
-            "y": both | {"label": "predicted count"},
-            "dots": dots[::step],
-            "line": [],
-            "diagonal": True,
-            "legend": [("dot", "dots one", "one count"), ("line", "rule", "predicted = true")],
-            "caption": caption + note,
-        }
-    ]
-
-
-def curve_plot(curve: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
-    """Plot the MAE in validation by epoch; none where there are fewer than two."""
-    line = [point for point in curve if all(map(math.isfinite, point))]
-    if len(line) < 2:
-        return []
-    x, y = axis("epoch", [x for x, _ in line]), axis("MAE", [y for _, y in line])
-    legend = [("line", "one", "MAE in validation")]
-    caption = "MAE in validation by epoch"
-    return [{"x": x, "y": y, "dots": [], "line": line, "diagonal": False, "legend": legend, "caption": caption}]
+    dots = dots[::step]
+    return {"axis": axis("count", [value for dot in dots for value in dot]), "dots": dots, "caption": caption + note}
 
 
 # -- the report of a test ---------------------------------------------------------------------------------------------
@@ -340,6 +319,8 @@ def constant_label(name: str) -> str:
         >>> constant_label("train_mean"), constant_label("always_1")
         ('always the training mean', 'always 1')
     """
+    if name == "present_1":
+        return "1 if present, without a mistake"
     words = name.replace("train_", "training ").replace("_", " ")
     return words if words.startswith("always") else f"always the {words}"
 
@@ -373,33 +354,44 @@ def write_report(
     """
     named = {name.split("/", 1)[-1]: float(value) for name, value in scores.items()}
     counts = CountTable() if counts is None else counts
+
+    def of(name: str) -> dict[str, float]:
+        """The scores of a constant, whose names begin with its own."""
+        return {key.removeprefix(f"{name}_"): value for key, value in named.items() if key.startswith(f"{name}_")}
+
     found = [name[:-5] for name in named if name.endswith("_rmse") and name != "sum_rmse"]
-    constants = [name for name in found if f"{name}_mae" in named]  # not those of m_rel_rmse
+    constants = {name: of(name) for name in found if f"{name}_mae" in named}  # not those of m_rel_rmse
     follows, ratio = "untested", named.get("absent_ratio")
     if ratio is not None:
         follows = verdict(ratio, named.get("mae", math.nan), named.get("shuffled_mae", math.nan)).follows
+        constants = {name: scores | {"absent_ratio": 1.0} for name, scores in constants.items()}
+    baselines = {constant_label(name): scores["mae"] for name, scores in constants.items()}
+    means = [name.removesuffix("_mrmse") for name in named if name.endswith("_mrmse")]
     text = render(
         "test",
         "html",
         title=title,
-        verdict=judge(
-            title,
-            named.get("mae"),
-            {constant_label(name): named[f"{name}_mae"] for name in constants},
-            follows=follows,
-            ratio=ratio,
-        ),
+        verdict=judge(title, named.get("mae"), baselines, follows=follows, ratio=ratio),
         groups=embedded(images),
-        plots=[*scatter(counts, "Predicted and true counts"), *curve_plot(curve)],
+        scatter=scatter(counts, "Predicted and true counts"),
+        curve=[point for point in curve if all(map(math.isfinite, point))],
         named=named,
         n=len(counts.images()[0]),
-        scores=_score_table(named, constants),
-        classes=_class_table(classes),
-        means=_mean_table(named),
-        worst=_worst_table(counts),
+        constants=[(constant_label(name), scores) for name, scores in constants.items()],
+        means=[(constant_label(name), of(name)) for name in means],
+        classes=classes,
+        worst=_largest_errors(counts),
         settings={key: str(value) for key, value in (settings or {}).items()},
     )
     return write_whole(Path(path), text)
+
+
+def _largest_errors(counts: CountTable) -> list[list[Cell]]:
+    """The rows with the largest errors; those that are NaN or infinite come first."""
+    error = np.nan_to_num(np.abs(counts.predicted - counts.target), nan=math.inf)
+    known = [i for i in np.argsort(-error, kind="stable") if not math.isnan(counts.target[i])][:LARGEST]
+    image, name, target, predicted = counts.image, counts.name, counts.target.tolist(), counts.predicted.tolist()
+    return [[image[i], name[i], whole(target[i]), predicted[i]] for i in known]
 
 
 def read_curve(checkpoint: str | Path | None, column: str = "val/mae") -> list[tuple[float, float]]:
@@ -419,61 +411,3 @@ def read_curve(checkpoint: str | Path | None, column: str = "val/mae") -> list[t
         except (OSError, ValueError, csv.Error):
             continue
     return []
-
-
-def _score_table(scores: Mapping[str, float], constants: Sequence[str]) -> dict[str, Any] | None:
-    """Scores of the model, and of the same number for every image."""
-    metrics = [metric for metric in ("mae", "rmse", "nae", "bias") if metric in scores]
-    head = ["", *(TITLES[metric] for metric in metrics)]
-    rows: list[list[Cell]] = [["this model", *(scores[metric] for metric in metrics)]]
-    rows += [[constant_label(name), *(scores.get(f"{name}_{metric}") for metric in metrics)] for name in constants]
-    if "absent_ratio" in scores:  # a model that ignores the text has a ratio of 1, and so has every constant
-        head.append("absent / present")
-        rows = [[*row, 1.0 if i else scores["absent_ratio"]] for i, row in enumerate(rows)]
-    return table(head, rows, bold=1) if metrics else None
-
-
-def _class_table(classes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if not classes:
-        return None
-    constants = [key for key in classes[0] if key.endswith("_mae")]
-    said = [f"MAE, {constant_label(key.removesuffix('_mae'))}" for key in constants]
-    rows = [
-        [
-            row["class"],
-            {"text": f"{row['pictures_with_it']} of {row['pictures']}", "value": row["pictures_with_it"]},
-            cell(row["mae"], interval=(row["mae_low"], row["mae_high"])),
-            row["rmse"],
-            *(row[key] for key in constants),
-        ]
-        for row in classes
-    ]
-    return table(["class name", "images with it", "MAE [95 % interval]", "RMSE", *said], rows)
-
-
-def _mean_table(scores: Mapping[str, float]) -> dict[str, Any] | None:
-    if "mrmse" not in scores:
-        return None
-    labels = {
-        "": "this model",
-        "train_mean": "always the training mean of the class",
-        "train_median": "always the training median of the class",
-        "present_1": "1 if present, without a mistake",
-    }
-    names = ["", *(name.removesuffix("_mrmse") for name in scores if name.endswith("_mrmse"))]
-    rows: list[list[Cell]] = [
-        [
-            labels.get(name, name.replace("_", " ")),
-            *(cell(scores.get(f"{name}_{mean}" if name else mean), 3) for mean in MEAN_STATISTICS),
-        ]
-        for name in names
-    ]
-    return table(["", *(TITLES[mean] for mean in MEAN_STATISTICS)], rows, bold=1)
-
-
-def _worst_table(counts: CountTable) -> dict[str, Any] | None:
-    error = np.nan_to_num(np.abs(counts.predicted - counts.target), nan=math.inf)
-    image, name, true, predicted = counts.image, counts.name, counts.target, counts.predicted
-    worst = [i for i in np.argsort(-error, kind="stable") if np.isfinite(true[i])][:LARGEST]
-    rows = [[image[i], name[i], count(float(true[i])), float(predicted[i])] for i in worst]
-    return table(["image", "class name or prompt", "true", "predicted"], rows) if rows else None
