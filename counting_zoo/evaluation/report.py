@@ -245,7 +245,7 @@ def axis(label: str, values: Sequence[float]) -> dict[str, Any]:
         >>> axis("MAE", [3.0, 11.0])["ticks"]
         [0, 2, 4, 6, 8, 10, 12]
     """
-    low, high = min(0.0, *values), max(0.0, *values)
+    low, high = min([0.0, *values]), max([0.0, *values])
     high = high if high > low else 1.0
     power = math.floor(math.log10(high - low)) - 1
     step = next(n for n in (1, 2, 5, 10, 20, 50) if (high - low) / (n * 10.0**power) <= 6)
