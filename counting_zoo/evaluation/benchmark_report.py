@@ -384,12 +384,13 @@ def _verdict(entry: Scores) -> dict[str, Any]:
     if others:
         mae, name = min(others)
         less, interval = mae - error, None
-        for pair in entry["comparisons"]:  # on the images of both, where there are such
-            if {pair["a"], pair["b"]} == {name, best["model"]} and "mae" in pair:
+        for pair in entry["comparisons"]:  # on the images of both, which has an interval
+            same = pair["compared"] == ("totals" if totals else "rows")
+            if same and {pair["a"], pair["b"]} == {name, best["model"]} and "mae" in pair:
                 sign = 1 if pair["a"] == name else -1
                 less = sign * pair["mae"]["difference"]
                 interval = sorted(sign * end for end in pair["mae"].get("interval", ())) or None
-        rival = {"name": name, "less": cell(less, interval=interval), "sure": interval is not None and interval[0] > 0}
+        rival = {"name": name, "less": cell(less, interval=interval), "sure": interval and interval[0] > 0}
     reads = best["facts"].get("text_guided", True)
     return judge(
         best["model"],

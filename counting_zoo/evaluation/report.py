@@ -286,12 +286,12 @@ def class_rows(counts: CountTable, constants: Mapping[str, Mapping[str, float]])
         ``pictures_with_it``, ``mae``, its 95 % bootstrap interval over images ``mae_low`` and ``mae_high``, ``rmse``,
         and ``train_mean_mae`` and so on of each constant. Empty where a prediction is not finite.
     """
-    columns = list(dict.fromkeys(counts.name))
+    columns = {name: k for k, name in enumerate(dict.fromkeys(counts.name))}
     images, line = counts.images()
-    place = line, np.array([columns.index(name) for name in counts.name], np.int64)
+    at = line, np.array([columns[name] for name in counts.name], np.int64)
     target = torch.full((len(images), len(columns)), torch.nan, dtype=torch.float64)
     predicted = target.clone()
-    target[place], predicted[place] = torch.from_numpy(counts.target), torch.from_numpy(counts.predicted)
+    target[at], predicted[at] = torch.from_numpy(counts.target), torch.from_numpy(counts.predicted)
     if not columns or not bool(predicted[~target.isnan()].isfinite().all()):
         return []
     errors = errors_by_class(predicted, target)
