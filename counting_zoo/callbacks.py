@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.evaluation.counting import count_again
 from counting_zoo.evaluation.predictions import PartWriter, merge_parts
-from counting_zoo.evaluation.report import ClassRow, CountRow, Picture, class_rows, read_curve, write_report
+from counting_zoo.evaluation.report import Drawing, class_rows, read_curve, write_report
 from counting_zoo.io import write_table, write_whole
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.module import CountingModule
@@ -164,13 +164,12 @@ class TestReport(L.Callback):
         self.pictures = pictures
         self.title = title
         self._names: dict[str, list[str]] = {}
-        self._shown: list[Picture] = []
-        self._rows: list[CountRow] = []
+        self._shown: list[Drawing] = []
         self._table = CountTable()
         self._batches: dict[int, int] = {}
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._names, self._shown, self._rows = {}, [], []
+        self._names, self._shown, self._table = {}, [], CountTable()
         n_batches = int(trainer.num_test_batches[0]) if np.isfinite(trainer.num_test_batches[0]) else 1
         chosen = np.linspace(0, n_batches - 1, self.pictures).round().astype(int).tolist() if n_batches else []
         self._batches = {batch: chosen.count(batch) for batch in chosen}
@@ -202,7 +201,7 @@ class TestReport(L.Callback):
                 else:
                     target = float(true[k]) if k < len(asked) and name == asked[k] else 0.0
                 text = f"{name}: {float(prediction.counts[k]):.1f} counted, {target:g} true"
-                self._shown.append(Picture(prediction.overlay(name), batch["image_id"][i], text))
+                self._shown.append(Drawing(prediction.overlay(name), batch["image_id"][i], text))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, CountingModule)
@@ -218,10 +217,6 @@ class TestReport(L.Callback):
         for image, name, numbers in (row for rows in everyone for row in rows):
             counted.setdefault(image, {})[name] = numbers
         self._table = CountTable.of((i, n, *numbers) for i in sorted(counted) for n, numbers in counted[i].items())
-        rows = zip(
-            self._table.image, self._table.name, *self._table.column("target", "predicted").T.tolist(), strict=True
-        )
-        self._rows = [CountRow(*row) for row in rows]
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of all processes: it is broadcast
@@ -230,19 +225,14 @@ class TestReport(L.Callback):
         self._table.write(folder / "test_counts.csv")
         classes = self._class_rows(pl_module)
         if classes:
-            named = [f"{name}_mae" for name in classes[0].constants]
-            write_table(
-                folder / "test_classes.csv",
-                ("class", "pictures", "pictures_with_it", "mae", "mae_low", "mae_high", "rmse", *named),
-                [(r.name, r.n, r.n_present, r.mae, r.low, r.high, r.rmse, *r.constants.values()) for r in classes],
-            )
+            write_table(folder / "test_classes.csv", tuple(classes[0]), (tuple(row.values()) for row in classes))
         datamodule = getattr(trainer, "datamodule", None)
         path = write_report(
             folder / "report.html",
             title=self.title or f"{type(pl_module).__name__} on {type(datamodule).__name__}",
             scores={name: float(value) for name, value in trainer.callback_metrics.items()},
-            rows=self._rows,
-            pictures=self._shown,
+            counts=self._table,
+            images=self._shown,
             classes=classes,
             curve=read_curve(getattr(trainer, "ckpt_path", None)),
             settings={
@@ -255,7 +245,7 @@ class TestReport(L.Callback):
         )
         rank_zero_info(f"report: {path}")
 
-    def _class_rows(self, module: L.LightningModule) -> list[ClassRow]:
+    def _class_rows(self, module: L.LightningModule) -> list[dict[str, Any]]:
         """The errors of each class where all pictures were asked about the same names."""
         assert isinstance(module, CountingModule)
         lists = {tuple(names) for names in self._names.values()}
@@ -265,7 +255,7 @@ class TestReport(L.Callback):
             name: dict(zip(names, value if isinstance(value, list) else [value] * len(names), strict=True))
             for name, value in module.test_counts.constants.items()
         }
-        return class_rows(self._rows, constants)
+        return class_rows(self._table, constants)
 
 
 def _absent_name(module: CountingModule, trainer: L.Trainer, batch: Batch, index: int) -> str | None:

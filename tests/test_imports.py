@@ -186,7 +186,18 @@ def test_an_unknown_name_says_what_there_is() -> None:
     ],
 )
 def test_heavy_libraries_stay_out(code: str) -> None:
-    heavy = ["torch", "lightning", "transformers", "numpy", "cv2", "h5py", "albumentations", "jsonargparse", "scipy"]
+    heavy = [
+        "torch",
+        "lightning",
+        "transformers",
+        "numpy",
+        "cv2",
+        "h5py",
+        "albumentations",
+        "jsonargparse",
+        "scipy",
+        "jinja2",
+    ]
     check = f"{code}; import sys; print('LOADED', *[m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "LOADED"

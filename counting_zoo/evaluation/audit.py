@@ -22,7 +22,7 @@ from counting_zoo.data.records import Record, Split, present_names
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.evaluation.audit_metrics import grid_matches
 from counting_zoo.evaluation.counting import FinishedPictures, picture_key
-from counting_zoo.evaluation.report import Picture
+from counting_zoo.evaluation.report import Drawing
 from counting_zoo.geometry import Preprocess, resize_image, scale_points
 from counting_zoo.io import progress, sha256
 from counting_zoo.loading import model_sha256
@@ -545,7 +545,7 @@ class Questions:
         except FAILURES:  # said of each picture, later
             return None
 
-    def examples(self, pictures: Sequence[AskedPicture], n: int) -> list[Picture]:
+    def examples(self, pictures: Sequence[AskedPicture], n: int) -> list[Drawing]:
         """Some pictures with their own name and with the absent one that is counted highest."""
         usable = [one for one in pictures if one.target is not None]
         kept = [usable[i * len(usable) // n] for i in range(n)] if len(usable) > n else usable
@@ -560,7 +560,7 @@ class Questions:
                 output = self.asker.output(seen, [name], one.image_id, item["original_size"])
                 prediction = self.model.to_prediction(output, [name], item["original_size"], one.image_id, seen)
                 text = f"asked for {name}: {float(prediction.counts[0]):.1f} counted, {one.truth.get(name, 0):g} there"
-                drawn.append(Picture(prediction.overlay(name), one.image_id, text))
+                drawn.append(Drawing(prediction.overlay(name), one.image_id, text))
         return drawn
 
 
@@ -595,7 +595,7 @@ class Audit:
     failed: list[tuple[str, str]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
-    examples: list[Picture] = field(default_factory=list)
+    examples: list[Drawing] = field(default_factory=list)
     cost: Cost | None = None
 
 

@@ -28,7 +28,7 @@ from counting_zoo.evaluation.counting import (
     measure_costs,
     read_parts,
 )
-from counting_zoo.evaluation.report import Picture
+from counting_zoo.evaluation.report import Drawing
 from counting_zoo.io import file_sha256, sha256
 from counting_zoo.loading import load, model_sha256
 from counting_zoo.metrics.counts import CountTable
@@ -140,7 +140,7 @@ def benchmark(
                 reasons = "; ".join(sorted({reason for _, reason in counted.failed})[:3])
                 skipped.append((model_name, data_name, f"no picture was counted: {reasons}"))
                 continue
-            drawings: list[Picture] = []
+            drawings: list[Drawing] = []
             if isinstance(model, CountingModule):
                 with fabric.autocast():
                     drawings = _drawings(model, datamodule, split, counted.table, pictures)
@@ -277,7 +277,7 @@ def _run(
     datamodule: CountingDataModule,
     split: Split,
     counted: CountedSplit,
-    drawings: list[Picture],
+    drawings: list[Drawing],
     precision: str,
 ) -> Run:
     total = model.class_blind if isinstance(model, CountingModule) else all(JOIN in n for n in counted.table.name)
@@ -359,7 +359,7 @@ def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, spli
 
 def _drawings(
     model: CountingModule, datamodule: CountingDataModule, split: Split, table: CountTable, n: int
-) -> list[Picture]:
+) -> list[Drawing]:
     """The pictures with the largest and the smallest error, the latter in proportion to what they hold."""
     ids, index = table.images()
     error = np.bincount(index, np.abs(table.predicted - table.target))
@@ -380,7 +380,7 @@ def _drawings(
             prediction = count_again(model, batch, 0)
             name = table.name[row]
             drawings.append(
-                Picture(
+                Drawing(
                     prediction.overlay(name),
                     group,
                     f"{ids[i]}, {name}: {table.predicted[row]:.1f} counted, {table.target[row]:g} true",

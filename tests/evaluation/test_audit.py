@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from models.region_clip.test_counter import counter as region_counter
+from pages import Page
 from tiny_clip import counter as clip_counter
 from torch import Tensor
 
@@ -260,11 +261,17 @@ def test_the_files(tmp_path: Path, listened: Audit) -> None:
     page = (tmp_path / "audit.html").read_text(encoding="utf-8")
     text = (tmp_path / "audit.md").read_text(encoding="utf-8")
     for written in (page, text):
-        assert "The count follows the text:" in written
+        assert figures["verdict"]["sentence"].split(":")[0] in written
         assert "one_by_one" not in written
-    assert page.count("<img") == 6
-    assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
+    read = Page(page)
+    assert (read.verdict["best"], read.verdict["better"], read.verdict["follows"]) == ("Oracle", "yes", "yes")
+    assert read.headings[1:4] == ["Images", "Kinds of prompts", "Right and wrong prompts"]
+    assert read.tags.count("img") == 6
+    assert all(link.startswith("data:") for link in read.links)
+    rows = {row[0]: row[1:] for row in read.rows}
+    assert rows["halves"][:3] == ["1.00", "1.00", "1.00"]
+    assert rows["|f(A) - f(A+B)|"] == ["48.00"]
+    assert text.splitlines()[2].startswith("**Oracle ")
     assert json.loads((tmp_path / "audit_cost.json").read_text())["prompts"] == 4
 
 

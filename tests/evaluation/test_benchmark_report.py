@@ -8,23 +8,22 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from pages import Page, markdown_tables
 
 from counting_zoo.errors import InputError
 from counting_zoo.evaluation.benchmark_report import Run, read_results, results_section, write_benchmark, write_costs
-from counting_zoo.evaluation.report import Picture, interval_plot
+from counting_zoo.evaluation.report import Drawing
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.statistics import Bootstrap, compare, summarise
 
 NASTY = '<script>alert("x")</script>|&\'=1,.jpg'
 NAMES = ["figs", f"date|{NASTY}"]
 FACTS = {"class": "ShanghaiTech", "split": "test", "settings": {"part": "A"}, "pictures": 20, "sha256": "ab" * 32}
-VOID = {"meta", "img", "circle", "line", "rect", "br"}
 
 
 def table(noise: float, names: list[str], n: int = 20, points: bool = True, intervals: bool = True) -> CountTable:
@@ -43,7 +42,7 @@ def table(noise: float, names: list[str], n: int = 20, points: bool = True, inte
 
 
 def run(model: str, noise: float, names: list[str] = NAMES, **changes: object) -> Run:
-    shade = np.full((40, 60, 3), int(noise), np.uint8)
+    shade = np.full((40, 60, 3), min(int(noise), 99), np.uint8)
     shade[:, :, 0] = 200
     made = Run(
         model,
@@ -53,7 +52,7 @@ def run(model: str, noise: float, names: list[str] = NAMES, **changes: object) -
         {"class": "Model", "parameters": 10},
         FACTS,
         ["All pictures, once each.", f"{model} is loaded first."],
-        [Picture(shade, "best", NASTY), Picture(shade, "worst", "b.jpg")],
+        [Drawing(shade, "best", NASTY), Drawing(shade, "worst", "b.jpg")],
         [(f"broken {NASTY}", "cut short")],
     )
     return replace(made, **changes)  # type: ignore[arg-type]
@@ -70,49 +69,6 @@ def write(folder: Path, runs: list[Run]) -> dict[str, Path]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-class Page(HTMLParser):
-    """Rows of tables by their first cell; fails on unbalanced tags."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.rows: list[list[str]] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        assert not [name for name, _ in attrs if name.startswith("on")]
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-
-def markdown_tables(text: str) -> list[list[list[str]]]:
-    """Cells of every table, as GitHub splits them."""
-    tables: list[list[list[str]]] = [[]]
-    for line in text.splitlines():
-        if line.startswith("|"):
-            tables[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
-        elif tables[-1]:
-            tables.append([])
-    return [rows for rows in tables if rows]
 
 
 def test_written_twice_it_is_the_same_to_the_byte(tmp_path: Path) -> None:
@@ -163,10 +119,10 @@ def test_the_json_holds_figures_and_comparisons(tmp_path: Path) -> None:
 def test_the_page_is_whole_and_safe(tmp_path: Path) -> None:
     text = write(tmp_path, three())["html"].read_text(encoding="utf-8")
     page = Page(text)
-    assert "script" not in page.tags
-    assert "<script" not in text
+    assert page.tags.count("script") == 1, "the page's own"
+    assert '<script>alert("x")' not in text
     assert all(link.startswith(("data:image/jpeg;base64,", "https://")) for link in page.links)
-    assert page.tags.count("svg") == 1 + 3
+    assert text.count('class="dots one"') == 3 + 3, "a scatter for each model, and its legend"
     pictures = [link for link in page.links if link.startswith("data:")]
     decoded = cv2.imdecode(np.frombuffer(base64.b64decode(pictures[0].split(",")[1]), np.uint8), cv2.IMREAD_COLOR)
     assert decoded.shape == (40, 60, 3)
@@ -175,8 +131,10 @@ def test_the_page_is_whole_and_safe(tmp_path: Path) -> None:
     assert (stored == decoded).all()
     own = summarise(three()[0].table, None, Bootstrap(100))
     low, high = own["interval"]["mae"]
-    scores = next(row for row in page.rows if row[0] == "good")
-    assert scores[1] == f"{own['mae']:.2f} [{low:.2f}, {high:.2f}]"
+    first = next(i for i, row in enumerate(page.rows) if row[0] == "good")
+    assert page.rows[first][1] == f"{own['mae']:.2f} [{low:.2f}, {high:.2f}]"
+    assert page.values[first][1] == pytest.approx(own["mae"], rel=1e-9)
+    assert page.tags.index("p") < page.tags.index("img") < page.tags.index("table")
 
 
 def test_every_table_of_the_markdown_keeps_its_columns(tmp_path: Path) -> None:
@@ -238,7 +196,8 @@ def test_little_or_nothing_to_show(tmp_path: Path, rows: list) -> None:
     paths = write(tmp_path, [Run("m", "d", CountTable.of(rows)), Run("n", "d", CountTable.of(rows), {"mean": 2.0})])
     Page(paths["html"].read_text(encoding="utf-8"))
     for name in ("md", "html", "json"):
-        assert "nan" not in paths[name].read_text(encoding="utf-8").lower().replace("nan or infinity", "")
+        written = paths[name].read_text(encoding="utf-8").partition("<script>")[0]  # the page's own knows isNaN
+        assert "nan" not in written.lower().replace("nan or infinity", "")
     assert "No constant predictors" not in paths["md"].read_text(encoding="utf-8") or not rows or rows[0][2] is None
 
 
@@ -318,22 +277,61 @@ def test_costs_have_files_of_their_own(tmp_path: Path) -> None:
     paths = write_costs(tmp_path, costs)
     assert json.loads(paths["json"].read_text())["good"]["pictures_per_second"] == 12.3456
     (rows,) = markdown_tables(paths["md"].read_text(encoding="utf-8"))
-    assert rows[0] == ["", "pictures per second", "device", "peak memory mib", "parameters"]
-    assert rows[2:] == [["good", "12.3", r"Xeon\|x", "–", "–"], ["poor", "1,234", "–", "–", "1,234,567"]]
+    assert rows[0] == ["", "images per second", "device", "peak memory mib", "parameters"]
+    assert rows[2:] == [["good", "12.35", r"Xeon\|x", "–", "–"], ["poor", "1,234", "–", "–", "1,234,567"]]
     after = contents(tmp_path)
     assert {name: after[name] for name in before} == before
     assert b"12.3456" not in after["benchmark.html"]
 
 
-def test_the_plot_puts_values_on_one_scale() -> None:
-    text = interval_plot([("a", 10.0, [5.0, 20.0], True), ("b", 20.0, None, False)], "MAE", "c")
-    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', text)]
-    ends = [
-        float(x) for x in re.findall(r'x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)" y2="[\d.]+" stroke="#2a6fdb"', text)[0]
-    ]
-    left = float(re.findall(r'<line x1="([\d.]+)"', text)[0])
-    assert places[1] - left == pytest.approx(2 * (places[0] - left), abs=0.2)
-    assert ends[0] - left == pytest.approx((places[0] - left) / 2, abs=0.2)
-    assert ends[1] == pytest.approx(places[1], abs=0.2)
-    assert interval_plot([], "MAE", "c") == ""
-    assert ">1.05 MAE<" in interval_plot([("a", 1.0, None, True)], "MAE", "c")
+def verdict(folder: Path, runs: list[Run]) -> dict[str, str]:
+    return Page(write(folder, runs)["html"].read_text(encoding="utf-8")).verdict
+
+
+def test_the_verdict_names_the_best_by_totals_where_a_model_counts_without_names(tmp_path: Path) -> None:
+    found = verdict(tmp_path, three())
+    assert (found["best"], found["better"], found["follows"]) == ("good", "yes", "untested")
+    own = [summarise(one.table, None, Bootstrap(100)) for one in three()]
+    less = own[2]["mae"] - own[0]["totals"]["mae"]
+    assert f"{own[0]['totals']['mae']:.2f} [" in found["text"]
+    assert f"{less:.2f} [" in found["text"]
+    assert "blind" in found["text"], "poor is the last"
+
+
+@pytest.mark.parametrize(
+    ("noise", "constant", "better"), [(2, 50.0, "yes"), (2000, 50.0, "no")], ids=["better", "no better"]
+)
+def test_the_verdict_beside_constants(tmp_path: Path, noise: float, constant: float, better: str) -> None:
+    found = verdict(tmp_path, [run("only", noise, constants={"mean": constant})])
+    assert (found["best"], found["better"]) == ("only", better)
+    assert "always the mean" in found["text"]
+
+
+def test_the_verdict_where_little_is_known(tmp_path: Path) -> None:
+    found = verdict(tmp_path / "a", [run("only", 2, constants={}, model_facts={"text_guided": False})])
+    assert (found["best"], found["better"], found["follows"]) == ("only", "unknown", "blind")
+    lost = Run("m", "d", CountTable.of([("a", "x", None, 4)]))
+    assert verdict(tmp_path / "b", [lost])["best"] == ""
+    close = [run("first", 9.1, constants={}), run("second", 9, constants={})]
+    assert "may explain" in verdict(tmp_path / "c", close)["text"]
+
+
+def test_each_data_set_has_its_verdict_and_its_sections_in_order(tmp_path: Path) -> None:
+    other = replace(run("alone", 2), data="B")
+    text = write(tmp_path, [*three(), other])["html"].read_text(encoding="utf-8")
+    assert re.findall('data-best="([a-z]*)"', text) == ["good", "alone"]
+    page = Page(text)
+    second = page.headings[page.headings.index("B") :]
+    assert second[:4] == ["B", "Images", "Plots", "Errors"]
+
+
+def test_the_plot_puts_values_and_intervals_on_one_scale(tmp_path: Path) -> None:
+    text = write(tmp_path, [run("only", 2, constants={"c": 0.0})])["html"].read_text(encoding="utf-8")
+    own = summarise(run("only", 2).table, {"c": 0.0}, Bootstrap(100))
+    low, high = own["interval"]["mae"]
+    row = text[text.index('aria-label="only"') :]
+    dot = float(re.findall(r'<circle cx="([\d.]+)%"', row)[0])
+    start, end = map(float, re.findall(r'<line x1="([\d.]+)%" x2="([\d.]+)%" y1="50%"', row)[0])
+    assert start / dot == pytest.approx(low / own["mae"], rel=0.05)
+    assert end / dot == pytest.approx(high / own["mae"], rel=0.05)
+    assert start < dot < end

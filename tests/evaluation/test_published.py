@@ -85,11 +85,12 @@ def test_the_best_comes_first() -> None:
     assert len(values) > 5
 
 
-def test_the_installed_package_has_the_file() -> None:
+def test_the_installed_package_has_the_file_and_the_templates() -> None:
     """Hatch packs every file of the package that git does not ignore, unless told otherwise."""
     built = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
     assert built["wheel"]["packages"] == ["counting_zoo"]
     assert not {"exclude", "include", "only-include"} & set(built["wheel"])
     assert "counting_zoo" in built["sdist"]["include"]
-    ignored = subprocess.run(["git", "check-ignore", "-q", "counting_zoo/evaluation/published.json"], cwd=ROOT)
-    assert ignored.returncode != 0
+    for file in ("published.json", "templates/page.html.jinja"):
+        ignored = subprocess.run(["git", "check-ignore", "-q", f"counting_zoo/evaluation/{file}"], cwd=ROOT)
+        assert ignored.returncode != 0
