@@ -44,8 +44,8 @@ NOTES = {
     ),
     "bccd": (
         "263 images of trainval to train, 72 to test; three names in each, learnt from counts up to four. "
-        'Nearly every image has five or more red cells, of which the model learns "more than four" only; its README has '
-        "the same with a higher limit, and the errors of each class."
+        'Nearly every image has five or more red cells, of which the model learns "more than four" only; its README '
+        "has the same with a higher limit, and the errors of each class."
     ),
 }
 COLUMNS = ("MAE", "RMSE", "NAE", "bias", "MAE of the total", "mRMSE", "images/s")
