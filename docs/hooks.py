@@ -1,4 +1,4 @@
-"""Hooks of the site: pages that show a file of the repository, links to files beside docs/, and roles of docstrings."""
+"""Hooks of the site: pages that show a file of the repository, and links to files outside docs/."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = re.compile(r"^<!-- include (\S+) -->$", re.MULTILINE)
 LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)\s#]+)")
-ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):<code>~?([\w.]+)</code>")
 
 log = logging.getLogger("mkdocs.hooks")
 pages: dict[str, str] = {}  # by files of the repository, the page that shows it
@@ -43,13 +42,3 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return "".join(
         linked((ROOT / part).read_text(encoding="utf-8"), part) if i % 2 else part for i, part in enumerate(parts)
     )
-
-
-def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Turn Sphinx's roles into links where the reference has their target, and into code where it has not."""
-
-    def link(match: re.Match[str]) -> str:
-        name = match[1].rpartition(".")[2]
-        return f'<autoref identifier="{match[1]}" optional><code>{name}</code></autoref>'
-
-    return ROLE.sub(link, html)
