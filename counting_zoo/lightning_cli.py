@@ -193,7 +193,9 @@ class _Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:
+    def parse_args(  # type: ignore[override]  # jsonargparse differs from argparse here too
+        self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
+    ) -> Any:
         return super().parse_args(None if args is None else _with_shipped_configs(args), *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
