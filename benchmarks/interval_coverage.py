@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     made = calibrate(model, scenes(options.seed), options.classes, options.level, options.width)
     print(f"{made.describe()}\n")
-    print("| pictures | predicted | counts | covered | 95 % binomial | mean width | true mean | MAE |")
+    print("| images | predicted | counts | covered | 95 % binomial | mean width | true mean | MAE |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     rows: dict[str, tuple[Split, Corruption | None]] = {"the same classes": (options.classes, None)}
     if options.preset != "low":  # which has one list of classes

@@ -18,11 +18,11 @@ SYSTEMS = {
 INTRODUCTION = """\
 # Results
 
-Everything here was measured by `benchmarks/results.py` and is stored in `results/`, from which this page is written; no
-figure was typed. Errors stand beside those of saying the same number for every picture, which knows nothing. Square
-brackets are 95 % bootstrap intervals over test pictures: what a figure owes to the choice of pictures. What it owes to
-the training run shows in the seeds. Of each run the checkpoint with the best validation MAE is scored (of blood cells
-the last one). Published figures are in the READMEs of the models, and in the reports of `counting-zoo benchmark`.
+`benchmarks/results.py` measured everything here and stored it in `results/`; this page is written from there. Errors
+stand beside those of constant predictions, which know nothing of the image. Square brackets are 95 % bootstrap
+intervals over test images; the spread over training runs shows in the seeds. The scored checkpoint of a run is that
+of the best validation MAE (of blood cells the last one). Published figures are in the READMEs of the models, and in
+the reports of `counting-zoo benchmark`.
 
 ```bash
 python benchmarks/results.py train      # or --only scenes; --jobs 2 trains two at a time, with a thread each
@@ -31,24 +31,24 @@ python benchmarks/results.py page
 ```
 """
 NOTES = {
-    "easy": "Asked about one name in each picture, of a shape and colour that training never showed together.",
-    "objects": "The pictures of the first table, every object under one name, for a model that counts without names.",
+    "easy": "One name is asked about in each image, of a shape and colour that training never showed together.",
+    "objects": "The images of the first table with every object under one name, for a model that counts without names.",
     "low": (
-        "Asked about twelve names in each picture, on which Lower-Count was trained (1,500 pictures, nothing but "
+        "Twelve names are asked about in each image. Lower-Count was trained on them (1,500 images, nothing but "
         "counts). The text-guided models were trained on `easy` and never saw this list; EBC, trained on `easy` too, "
-        "is scored on the total of a picture."
+        "is scored on the total of an image."
     ),
     "cells": (
-        "64 pictures to train, 36 to validate, 100 to test; two draws of the first two. The constants are those of "
+        "64 images to train, 36 to validate, 100 to test; two draws of the first two. The constants are those of "
         "draw 0."
     ),
     "bccd": (
-        "263 pictures of trainval to train, 72 to test; three names in each, learnt from counts up to four. "
-        'Nearly every picture has five or more red cells, of which that limit knows no more than "more than four"; '
-        "the model's README has the same with a higher limit, and the errors of each class."
+        "263 images of trainval to train, 72 to test; three names in each, learnt from counts up to four. "
+        'Nearly every image has five or more red cells, of which the model learns "more than four" only; its README '
+        "has the same with a higher limit, and the errors of each class."
     ),
 }
-COLUMNS = ("MAE", "RMSE", "NAE", "bias", "MAE of the total", "mRMSE", "pictures/s")
+COLUMNS = ("MAE", "RMSE", "NAE", "bias", "MAE of the total", "mRMSE", "images/s")
 
 
 def write_page() -> None:
@@ -116,7 +116,7 @@ def benchmark_table(name: str) -> list[str]:
             if row not in rows:
                 rows.append(row)
     facts = entry["facts"]
-    about = f"{facts['pictures']} pictures, {facts['objects']} annotated objects"
+    about = f"{facts['pictures']} images, {facts['objects']} annotated objects"
     text = f"{NOTES[name]} {about}, annotation sha256 `{facts['sha256'][:16]}`.\n"
     left = [f"{one['model']}: {one['reason']}" for one in results.get("skipped", [])]
     lines = [f"### {results['title']}\n", text, *markdown_table(["", *COLUMNS], rows), ""]
@@ -169,8 +169,8 @@ def audit_table() -> list[str]:
     ]
     checkpoint = "runs/results/clip_count-0/checkpoints/best.ckpt"
     return [
-        "### Does the count follow the prompt?\n",
-        "Every name of the split, mosaics and other ways to ask, on 100 test pictures of `easy`. NMN, PCCN and Cnt* "
+        "### Prompt audit\n",
+        "Every name of the split, mosaics and other ways to ask, on 100 test images of `easy`. NMN, PCCN and Cnt* "
         "are those of Ciampi et al. (2024).\n",
         "```bash",
         f"counting-zoo audit --ckpt_path {checkpoint} {EASY} --limit 100 --out runs/audit",
@@ -182,7 +182,7 @@ def audit_table() -> list[str]:
 
 def interval_tables() -> list[str]:
     """Coverage of intervals, as ``benchmarks/interval_coverage.py`` printed it."""
-    lines = ["### Do intervals hold what they promise?\n"]
+    lines = ["### Coverage of intervals\n"]
     for name in INTERVALS:
         path = STORED / f"intervals-{name}.md"
         if path.exists():

@@ -26,6 +26,7 @@ from counting_zoo.config_safety import CURE
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.module import CountingModule
+from counting_zoo.quickstart import config_or_path
 from counting_zoo.training import TrainingModule, current_name
 
 log = logging.getLogger(__name__)
@@ -187,10 +188,15 @@ def _data_parser(command: str, description: str) -> _Parser:
 
 
 class _Parser(LightningArgumentParser):
-    """Takes whole option names only, and adds to a refused import what the user can do about it."""
+    """Takes whole option names only, finds shipped configurations, and adds a cure to a refused import."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def parse_args(  # type: ignore[override]  # jsonargparse differs from argparse here too
+        self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
+    ) -> Any:
+        return super().parse_args(None if args is None else _with_shipped_configs(args), *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         refused = "not allowed, denied by" in f"{message} {ex}"
@@ -270,6 +276,18 @@ class CountingCLI(LightningCLI):
     def predict(self, model: CountingModule, **kwargs: Any) -> None:
         """Write predictions as they come; keeping them all would fill the memory."""
         self.trainer.predict(model, **{**kwargs, "return_predictions": False})
+
+
+def _with_shipped_configs(args: Sequence[str]) -> list[str]:
+    """Replace the names of shipped configurations behind ``--config`` by their files."""
+    words = list(args)
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if equals and flag in ("--config", "-c"):
+            words[i] = f"{flag}={config_or_path(value)}"
+        elif i and words[i - 1] in ("--config", "-c"):
+            words[i] = config_or_path(word)
+    return words
 
 
 def _import_classes() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import shutil
 import time
 import warnings
@@ -170,6 +172,21 @@ def config(name: str) -> Path:
         if path.is_file():
             return path
     raise InputError(f"configs/{name} is neither in the package nor beside it; install counting-zoo again")
+
+
+def config_or_path(name: str) -> str:
+    """Find the shipped configuration of a name, unless a file has that name.
+
+    ``quick``, ``trainer/quick`` and ``configs/trainer/quick.yaml`` are one shipped file. A name that fits none is
+    returned as it is, for the parser to tell.
+    """
+    match = re.fullmatch(r"(?:configs/)?(?:(\w+)/)?(\w+)(?:\.yaml)?", name)
+    if match is None or Path(name).is_file():
+        return name
+    for folder in [match[1]] if match[1] else ("trainer", "model", "data", "pretraining"):
+        with contextlib.suppress(InputError):
+            return str(config(f"{folder}/{match[2]}.yaml"))
+    return name
 
 
 def bfloat16_instructions() -> bool:

@@ -12,6 +12,8 @@ import torch
 import yaml
 from tiny import CONFIGS, DATA, MODELS, TRAINERS, WHOLE, run
 
+from counting_zoo.quickstart import config_or_path
+
 ALL = sorted(CONFIGS.rglob("*.yaml"))
 COMBINATIONS = list(
     itertools.islice(
@@ -163,3 +165,41 @@ def test_the_last_checkpoint_is_the_last(path: Path, tmp_path: Path, monkeypatch
     assert tiny.run("fit", *options, *tiny.model("lower_count_small"), *words) == 0
     last = torch.load(tmp_path / "runs" / "a" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("quick", "clip_count_small", "scenes_easy"),
+        ("trainer/quick", "model/clip_count_small", "data/scenes_easy"),
+        ("configs/trainer/quick.yaml", "configs/model/clip_count_small.yaml", "configs/data/scenes_easy.yaml"),
+    ],
+    ids=["names", "folders", "paths"],
+)
+def test_shipped_configurations_are_found_from_any_folder(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer, model, data = names
+    shown = printed(capsys, "fit", "--config", trainer, f"--config={model}", "-c", data)
+    for path in (
+        CONFIGS / "trainer/quick.yaml",
+        CONFIGS / "model/clip_count_small.yaml",
+        CONFIGS / "data/scenes_easy.yaml",
+    ):
+        _holds(yaml.safe_load(path.read_text(encoding="utf-8")), shown, path.stem)
+
+
+def test_a_file_of_the_working_directory_wins_over_a_shipped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Path(config_or_path("quick")) == CONFIGS / "trainer/quick.yaml"
+    Path("quick").write_text("trainer: {max_epochs: 3}\n", encoding="utf-8")
+    assert config_or_path("quick") == "quick"
+    for unknown in ("quicker", "trainer/clip_count", "configs/elsewhere/quick.yaml", "../trainer/quick.yaml", "a: 1"):
+        assert config_or_path(unknown) == unknown
+
+
+def test_shipped_names_are_unique() -> None:
+    assert len({path.stem for path in ALL}) == len(ALL)

@@ -16,9 +16,8 @@ from counting_zoo import benchmark
 
 sys.path.append(str(BENCHMARKS))
 
-import results_page
-
 import results
+import results_page
 
 
 class Blind(TinyCounter):
