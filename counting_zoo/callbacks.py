@@ -273,11 +273,7 @@ def _absent_name(module: CountingModule, trainer: L.Trainer, batch: Batch, index
 def _show(trainer: L.Trainer, tag: str, drawing: np.ndarray, caption: str) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            try:
-                logger.experiment.add_image(tag, drawing, trainer.global_step, dataformats="HWC")
-            except ImportError:
-                log.debug("TensorBoard needs Pillow to log pictures; they are written as files")
-                continue
+            logger.experiment.add_image(tag, drawing, trainer.global_step, dataformats="HWC")
             logger.experiment.add_text(f"{tag}/name", caption, trainer.global_step)
             return
     folder = trainer.loggers[0].log_dir if trainer.loggers else None

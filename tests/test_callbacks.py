@@ -309,7 +309,6 @@ def test_density_pictures_are_capped_and_written_where_the_logger_takes_none(
 
 def test_density_pictures_go_to_tensorboard(tmp_path: Path, model: TinyCounter) -> None:
     pytest.importorskip("tensorboard")
-    pytest.importorskip("PIL")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path)

@@ -137,10 +137,12 @@ def test_what_may_be_imported_only_in_its_place(path: Path) -> None:
             assert matches(own, "nn") or own == "models.region_clip.proposals", where
         if top == "albumentations":
             assert own == "data.transforms", where
+        if top == "PIL":
+            assert own == "images", where
         if top in ("lightning", "pytorch_lightning"):
             assert found.target.startswith("lightning"), where
             assert not any(matches(own, pure) for pure in PURE), f"{where}: mathematics without Lightning"
-        if top in ("torchvision", "timm", "open_clip", "PIL", "matplotlib", "tensorboard", "gradio", "pandas"):
+        if top in ("torchvision", "timm", "open_clip", "matplotlib", "tensorboard", "gradio", "pandas"):
             assert not found.at_once, f"{where}: not in the core"
         if matches(own, "data") or matches(own, "nn") or own == "module":
             assert not found.target.startswith("counting_zoo.models"), where
@@ -192,6 +194,7 @@ def test_heavy_libraries_stay_out(code: str) -> None:
         "transformers",
         "numpy",
         "cv2",
+        "PIL",
         "h5py",
         "albumentations",
         "jsonargparse",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import cv2
@@ -154,6 +155,93 @@ def _moved_boxes(boxes: np.ndarray, matrix: np.ndarray, frame: np.ndarray) -> np
     return np.clip(limits, 0, np.tile(frame, 2)).astype(np.float32)
 
 
+# Transforms that leave every object in its place, and need neither a file nor another image. What shifts content
+# (Downscale, by up to 2 pixels, MotionBlur, ChromaticAberration, GlassBlur, ZoomBlur) or cuts holes is left out.
+PIXEL_TRANSFORMS = """
+    AdditiveNoise AutoContrast Blur CLAHE ChannelDropout ChannelShuffle ColorJitter Defocus Emboss Equalize
+    FancyPCA GaussNoise GaussianBlur HueSaturationValue ISONoise Illumination ImageCompression InvertImg MedianBlur
+    MultiplicativeNoise PlanckianJitter PlasmaBrightnessContrast PlasmaShadow Posterize RGBShift
+    RandomBrightnessContrast RandomFog RandomGamma RandomRain RandomShadow RandomSnow RandomSunFlare RandomToneCurve
+    RingingOvershoot SaltAndPepper Sharpen ShotNoise Solarize Spatter ToGray ToSepia UnsharpMask
+"""
+"""Names of albumentations' transforms that ``pixel`` may list."""
+
+_ALLOWED = frozenset(PIXEL_TRANSFORMS.split())
+
+Pixel = list[dict[str, Any]]
+"""Transforms with their arguments, each a mapping from its name, as in YAML: ``- GaussNoise: {p: 0.3}``."""
+
+
+class PixelTransforms:
+    """One pipeline of albumentations that changes pixel values alone, drawing from the generator it is handed.
+
+    Args:
+        pixel: names of :data:`PIXEL_TRANSFORMS`, or any other name with a ``function`` of image and generator.
+    """
+
+    def __init__(self, pixel: Pixel) -> None:
+        self.pixel = pixel
+
+    @classmethod
+    def of(cls, pixel: Pixel | None, default: Pixel) -> PixelTransforms:
+        """Make the pipeline of the option ``pixel``, or the default, which stays unbuilt until it is used.
+
+        Raises:
+            InputError: a transform is not one of :data:`PIXEL_TRANSFORMS`, or its arguments are wrong.
+        """
+        if pixel is None:
+            return cls(default)
+        for given in pixel:
+            right = all(name in _ALLOWED and isinstance(options, dict | None) for name, options in given.items())
+            if len(given) != 1 or not right:
+                raise InputError(
+                    f"augmentation.pixel has {given!r}; expected a mapping from one name to its arguments, such as "
+                    f"{{'GaussNoise': {{'p': 0.3}}}}, and a name of {', '.join(sorted(_ALLOWED))}"
+                )
+        made = cls(pixel)
+        try:
+            made._compose  # noqa: B018  a mistake is found here, not in a worker
+        except (TypeError, ValueError) as error:
+            raise InputError(f"augmentation.pixel: {error}; correct the arguments") from error
+        return made
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if not self.pixel:
+            return sample
+        # Seeded for every sample: albumentations repeats its own stream in every worker and epoch. Its set_random_seed
+        # would give each transform the same stream, so that one is applied when and only when the others are.
+        self._compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+        return replace(sample, image=self._compose(image=sample.image)["image"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pixel": self.pixel}  # for workers, which build their own
+
+    @cached_property
+    def _compose(self) -> Any:
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
+        import albumentations as A
+
+        class Own(A.ImageOnlyTransform):  # type: ignore[misc]
+            def __init__(self, function: Callable[[np.ndarray, np.random.Generator], np.ndarray], p: float) -> None:
+                super().__init__(p=p)
+                self.function = function
+
+            def apply(self, img: np.ndarray, **_: Any) -> np.ndarray:
+                return self.function(img, self.random_generator)
+
+        named = [
+            (getattr(A, name) if name in _ALLOWED else Own, o) for given in self.pixel for name, o in given.items()
+        ]
+        return A.Compose([make(**(options or {})) for make, options in named], strict=True)  # no unknown argument
+
+
+def _colour_jitter(strength: tuple[float, float, float, float], p: float = 1.0) -> dict[str, Any]:
+    """Brightness, contrast, saturation and hue changed as torchvision does, in random order."""
+    ranges = [(max(0.0, 1 - own), 1 + own) for own in strength[:3]]
+    names = ("brightness", "contrast", "saturation")
+    return {"ColorJitter": {**dict(zip(names, ranges, strict=True)), "hue": (-strength[3], strength[3]), "p": p}}
+
+
 class Augmentation(ABC):
     """What is done to a training sample; all randomness comes from the generator it is handed."""
 
@@ -192,6 +280,8 @@ class PlainAugmentation(Augmentation):
         saturation: colours are drawn to the grey of the same brightness, or away from it, by a factor from
             1 - saturation to 1 + saturation. With little colour left, shapes are learned from their outlines and not
             from the colours that they happen to have in training.
+        pixel: transforms of albumentations in place of these last three, such as ``[{GaussNoise: {p: 0.3}}]``; see
+            :data:`~counting_zoo.data.transforms.PIXEL_TRANSFORMS`.
 
     Raises:
         InputError: a value is out of range.
@@ -207,6 +297,7 @@ class PlainAugmentation(Augmentation):
         brightness: float = 0.0,
         offset: float = 0.0,
         saturation: float = 0.0,
+        pixel: Pixel | None = None,
     ) -> None:
         self.crop = (crop, crop) if isinstance(crop, int) else crop
         _check("crop", crop, self.crop is None or min(self.crop) >= 1, "at least 1 pixel")
@@ -218,9 +309,13 @@ class PlainAugmentation(Augmentation):
         self.vflip = vflip
         self.rot90 = rot90
         self.scale = scale
-        self.brightness = brightness
-        self.offset = offset
-        self.saturation = saturation
+        default: Pixel = []
+        if brightness or offset:
+            limits = {"brightness_limit": offset / 255, "contrast_limit": brightness}  # factor * value + shift
+            default.append({"RandomBrightnessContrast": {**limits, "p": 1.0}})
+        if saturation:
+            default.append(_colour_jitter((0.0, 0.0, saturation, 0.0)))
+        self.pixel = PixelTransforms.of(pixel, default)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if sample.croppable:
@@ -228,16 +323,7 @@ class PlainAugmentation(Augmentation):
         sample = random_flips(sample, rng, self.flip, self.vflip)
         if self.rot90:
             sample = random_turn(sample, rng)
-        if self.brightness or self.offset:
-            factor = rng.uniform(1 - self.brightness, 1 + self.brightness)
-            shift = rng.uniform(-self.offset, self.offset)
-            table = np.clip(np.rint(np.arange(256) * factor + shift), 0, 255).astype(np.uint8)
-            sample = replace(sample, image=cv2.LUT(sample.image, table))
-        if self.saturation:
-            factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
-            grey = cv2.cvtColor(cv2.cvtColor(sample.image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-            sample = replace(sample, image=cv2.addWeighted(sample.image, factor, grey, 1 - factor, 0))
-        return sample
+        return self.pixel(sample, rng)
 
     def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
         """A crop larger than every picture is an error, one larger than some is said: those are padded."""
@@ -289,6 +375,8 @@ class CLIPCountAugmentation(Augmentation):
         scale: range of the enlargement.
         shear: largest shear in degrees.
         translate: largest shift, as a share of the side.
+        pixel: transforms of albumentations in place of the second branch's noise, jitter and blur; mosaics keep the
+            jitter. See :data:`~counting_zoo.data.transforms.PIXEL_TRANSFORMS`.
 
     Raises:
         InputError: a value is out of range.
@@ -306,6 +394,7 @@ class CLIPCountAugmentation(Augmentation):
         scale: tuple[float, float] = (0.8, 1.2),
         shear: float = 10.0,
         translate: float = 0.2,
+        pixel: Pixel | None = None,
     ) -> None:
         check("augmentation.crop", crop, at_least=16)
         if mosaic < 0 or augment < 0 or mosaic + augment > 1:
@@ -317,18 +406,20 @@ class CLIPCountAugmentation(Augmentation):
         self.crop = crop
         self.mosaic = mosaic
         self.augment = augment
-        self.noise = noise
-        self.jitter = jitter
-        self.blur = blur
         self.rotate = rotate
         self.scale = scale
         self.shear = shear
         self.translate = translate
+        colours = _colour_jitter(jitter)
+        noisy = {"GaussNoise": {"std_range": (noise, noise), "p": 1.0}}
+        blurry = {"GaussianBlur": {"blur_limit": (7, 9), "sigma_limit": blur, "p": 1.0}}
+        self.pixel = PixelTransforms.of(pixel, [noisy, colours, blurry])
+        self.mosaic_pixel = PixelTransforms([colours])
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         branch = rng.random()
         if branch < self.mosaic and sample.croppable:
-            return self._recoloured(_mosaic(sample, rng, self.crop), rng, self._jitter)
+            return self.mosaic_pixel(_mosaic(sample, rng, self.crop), rng)
         augment = branch < self.mosaic + self.augment
         if augment:
             if sample.croppable:
@@ -336,7 +427,7 @@ class CLIPCountAugmentation(Augmentation):
             sample = random_flips(sample, rng, horizontal=True, vertical=True)
         if sample.croppable:
             sample = random_crop(sample, rng, self.crop, self.crop)
-        return self._recoloured(sample, rng, self._photometric) if augment else sample
+        return self.pixel(sample, rng) if augment else sample
 
     def _random_matrix(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         """Shear, then turn and scale, about the centre; then shift."""
@@ -348,45 +439,6 @@ class CLIPCountAugmentation(Augmentation):
         linear = rng.uniform(*self.scale) * np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]])
         shift = rng.uniform(-self.translate, self.translate, 2) * [width, height]
         return np.column_stack([linear, centre - linear @ centre + shift])
-
-    @staticmethod
-    def _recoloured(sample: Sample, rng: np.random.Generator, pipeline: Any) -> Sample:
-        # albumentations would repeat its own stream in every worker and every epoch.
-        pipeline.set_random_seed(int(rng.integers(2**31 - 1)))
-        return replace(sample, image=pipeline(image=sample.image)["image"])
-
-    @cached_property
-    def _jitter(self) -> Any:
-        A = _albumentations()
-        return A.Compose([self._colour_jitter(A)])
-
-    @cached_property
-    def _photometric(self) -> Any:
-        A = _albumentations()
-        return A.Compose(
-            [
-                A.GaussNoise(std_range=(self.noise, self.noise), p=1),
-                self._colour_jitter(A),
-                A.GaussianBlur(blur_limit=(7, 9), sigma_limit=self.blur, p=1),
-            ]
-        )
-
-    def _colour_jitter(self, A: Any) -> Any:
-        brightness, contrast, saturation, hue = self.jitter
-        return A.ColorJitter(
-            brightness=(max(0, 1 - brightness), 1 + brightness),
-            contrast=(max(0, 1 - contrast), 1 + contrast),
-            saturation=(max(0, 1 - saturation), 1 + saturation),
-            hue=(-hue, hue),
-            p=1,
-        )
-
-
-def _albumentations() -> Any:
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
-    import albumentations
-
-    return albumentations
 
 
 def random_flips(sample: Sample, rng: np.random.Generator, horizontal: bool, vertical: bool) -> Sample:
@@ -482,6 +534,8 @@ class CrowdAugmentation(Augmentation):
         noise: share of the pixels that become white, and of those that become black.
         noise_probability: of the noise.
         flip_rule, blur_rule, noise_rule: ``correct`` or ``official``, see above.
+        pixel: transforms of albumentations in place of jitter, blur and noise; see
+            :data:`~counting_zoo.data.transforms.PIXEL_TRANSFORMS`.
 
     Raises:
         InputError: a value is out of range.
@@ -505,6 +559,7 @@ class CrowdAugmentation(Augmentation):
         flip_rule: Rule = "correct",
         blur_rule: Rule = "correct",
         noise_rule: Rule = "correct",
+        pixel: Pixel | None = None,
     ) -> None:
         for name, number in (("crop", crop), ("crops", crops)):
             check(f"augmentation.{name}", number, at_least=1)
@@ -524,16 +579,19 @@ class CrowdAugmentation(Augmentation):
         self.flip = flip
         self.vflip = vflip
         self.rot90 = rot90
-        self.jitter = jitter
-        self.jitter_probability = jitter_probability
-        self.blur = blur
-        self.blur_kernel = blur_kernel
-        self.blur_probability = blur_probability
-        self.noise = noise
-        self.noise_probability = noise_probability
         self.flip_rule = flip_rule
-        self.blur_rule = blur_rule
-        self.noise_rule = noise_rule
+        white, black = noise
+        share, salt = white + black, white / (white + black or 1)
+        blurring: dict[str, Any] = {"GaussianBlur": {"blur_limit": (blur_kernel, blur_kernel), "sigma_limit": blur}}
+        salting: dict[str, Any] = {"SaltAndPepper": {"amount": (share, share), "salt_vs_pepper": (salt, salt)}}
+        if blur_rule == "official":  # albumentations' blurs are equally wide along rows and columns
+            blurring = {"official blur": {"function": partial(blurred, sigmas=blur, kernel=blur_kernel)}}
+        if noise_rule == "official":  # and its salt falls on whole pixels
+            salting = {"official noise": {"function": partial(salted_channels, share=noise)}}
+        default = [_colour_jitter(jitter, jitter_probability)]
+        for given, p in ((blurring, blur_probability), (salting, noise_probability)):
+            default += [{name: {**options, "p": p}} for name, options in given.items()]
+        self.pixel = PixelTransforms.of(pixel, default)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if sample.croppable:
@@ -545,17 +603,7 @@ class CrowdAugmentation(Augmentation):
             sample = flip_vertical(sample)
         if self.rot90:
             sample = random_turn(sample, rng)
-        return replace(sample, image=self._recoloured(sample.image, rng))
-
-    def _recoloured(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if rng.random() < self.jitter_probability:
-            image = jittered(image, self.jitter, rng)
-        if rng.random() < self.blur_probability:
-            sigmas = self.blur if self.blur_rule == "official" else (rng.uniform(*self.blur),) * 2
-            image = blurred(image, sigmas, self.blur_kernel)
-        if rng.random() < self.noise_probability:
-            image = salted(image, self.noise, rng, per_channel=self.noise_rule == "official")
-        return image
+        return self.pixel(sample, rng)
 
 
 def bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -583,39 +631,8 @@ def official_flip(sample: Sample) -> Sample:
     return replace(mirrored, points=np.stack([x, sample.points[:, 1]], 1))
 
 
-def jittered(image: np.ndarray, strength: tuple[float, float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation and hue changed by random amounts, in random order.
-
-    The first three blend the picture with black, with its mean grey and with its own greyscale: by a factor f drawn
-    from 1 - strength to 1 + strength, a value v becomes ``f * v + (1 - f) * other``.
-
-    Args:
-        image: ``(H, W, 3)`` uint8 RGB.
-        strength: of brightness, contrast, saturation and hue.
-        rng: draws the order and the amounts.
-    """
-    levels = np.arange(256)
-    grey = np.array([0.299, 0.587, 0.114])
-    for kind in rng.permutation(4):
-        if not strength[kind]:
-            continue
-        if kind == 3:
-            hue = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-            hue[..., 0] += np.uint8(round(256 * rng.uniform(-strength[3], strength[3])) % 256)  # wraps around
-            image = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB_FULL)
-            continue
-        factor = rng.uniform(max(0, 1 - strength[kind]), 1 + strength[kind])
-        if kind == 2:
-            image = cv2.transform(image, factor * np.eye(3) + (1 - factor) * grey)  # rows are alike: the same grey
-            continue
-        other = 0 if kind == 0 else grey @ cv2.mean(image)[:3]
-        table = np.rint(factor * levels + (1 - factor) * other)
-        image = cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8))
-    return image
-
-
-def blurred(image: np.ndarray, sigmas: tuple[float, float], kernel: int) -> np.ndarray:
-    """Gaussian blur, reflected at the border.
+def blurred(image: np.ndarray, _: np.random.Generator, sigmas: tuple[float, float], kernel: int) -> np.ndarray:
+    """Blur by a Gaussian of two widths, reflected at the border.
 
     Args:
         image: ``(H, W, 3)`` uint8.
@@ -626,23 +643,20 @@ def blurred(image: np.ndarray, sigmas: tuple[float, float], kernel: int) -> np.n
     return cv2.sepFilter2D(image, -1, along_x, along_y, borderType=cv2.BORDER_REFLECT_101)
 
 
-def salted(
-    image: np.ndarray, share: tuple[float, float], rng: np.random.Generator, *, per_channel: bool = False
-) -> np.ndarray:
-    """Salt and pepper: each pixel becomes white, black, or stays, independently of the others.
+def salted_channels(image: np.ndarray, rng: np.random.Generator, share: tuple[float, float]) -> np.ndarray:
+    """Salt and pepper on single channels: each value becomes 255, 0, or stays, independently of the others.
 
     Args:
         image: ``(H, W, 3)`` uint8; stays as it is.
-        share: probability of white, and of black.
-        rng: draws how many pixels become which, and then their places.
-        per_channel: draw for each channel of a pixel on its own.
+        rng: draws how many values become which, and then their places.
+        share: probability of 255, and of 0.
     """
     noisy = image.copy(order="C")
-    cells = noisy.reshape(-1) if per_channel else noisy.reshape(-1, 3)
-    white, black, _ = rng.multinomial(len(cells), [*share, 1 - sum(share)])
-    chosen = rng.choice(len(cells), white + black, replace=False)
-    cells[chosen[:white]] = 255
-    cells[chosen[white:]] = 0
+    values = noisy.reshape(-1)
+    white, black, _ = rng.multinomial(len(values), [*share, 1 - sum(share)])
+    chosen = rng.choice(len(values), white + black, replace=False)
+    values[chosen[:white]] = 255
+    values[chosen[white:]] = 0
     return noisy
 
 

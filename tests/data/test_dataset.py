@@ -307,13 +307,21 @@ def one_epoch(workers: int, epoch: int, augmentation: Any) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize(
-    "augmentation", [PlainAugmentation(crop=20), CLIPCountAugmentation(crop=32, mosaic=0.5, augment=0.5)]
+    "augmentation",
+    [
+        PlainAugmentation(crop=20),
+        PlainAugmentation(flip=False, pixel=[{"GaussNoise": {"p": 1}}]),
+        CLIPCountAugmentation(crop=32, mosaic=0.5, augment=0.5),
+        CrowdAugmentation(crop=20, jitter_probability=0.5, blur_probability=0.5, blur_rule="official"),
+    ],
 )
 def test_workers_change_nothing_and_epochs_change_every_crop(augmentation: Any) -> None:
-    first, with_workers, second = (one_epoch(*key, augmentation) for key in ((0, 0), (2, 0), (2, 1)))
-    assert list(first) == list(with_workers) != list(second)
+    keys = ((0, 0), (2, 0), (2, 1), (0, 1))  # the last takes up a run after its first epoch
+    first, with_workers, second, resumed = (one_epoch(*key, augmentation) for key in keys)
+    assert list(first) == list(with_workers) != list(second) == list(resumed)
     for name in first:
         assert torch.equal(first[name], with_workers[name])
+        assert torch.equal(second[name], resumed[name])
     draws = {image.numpy().tobytes() for epoch in (first, second) for image in epoch.values()}
     assert len(draws) == 18
 

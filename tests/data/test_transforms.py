@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import cv2
 import jsonargparse
@@ -17,7 +18,14 @@ from hypothesis import strategies as st
 
 from counting_zoo.data import transforms as moves
 from counting_zoo.data.records import Sample
-from counting_zoo.data.transforms import Augmentation, CLIPCountAugmentation, PlainAugmentation
+from counting_zoo.data.transforms import (
+    PIXEL_TRANSFORMS,
+    Augmentation,
+    CLIPCountAugmentation,
+    CrowdAugmentation,
+    PixelTransforms,
+    PlainAugmentation,
+)
 from counting_zoo.errors import InputError
 
 few = settings(max_examples=25, deadline=None)
@@ -287,6 +295,64 @@ def test_saturation_moves_colours_to_and_from_their_grey() -> None:
     assert max(factors) > 1.1
 
 
+# -- transforms of albumentations -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(PIXEL_TRANSFORMS.split()))
+def test_every_pixel_transform_comes_from_the_generator_and_leaves_objects_in_place(name: str) -> None:
+    y, x = np.mgrid[:64, :80] + 0.5
+    light = np.exp(-((x - 41) ** 2 + (y - 30) ** 2) / (2 * 4**2))
+    sample = replace(dotted(64, 80, [(40, 29)]), image=np.repeat((40 + 200 * light).astype(np.uint8)[..., None], 3, 2))
+    pixel = PixelTransforms.of([{name: {"p": 1}}], [])
+    images = []
+    for seed in range(12):
+        after, again = (pixel(sample, np.random.default_rng(seed)) for _ in range(2))
+        assert_consistent(after)
+        assert np.array_equal(after.image, again.image)
+        assert np.array_equal(after.points, sample.points)
+        images.append(after.image.mean(-1))
+    mean = np.mean(images, 0)
+    change = np.abs(mean - np.median(mean))  # from the ground, which noise and weather cover at other places each time
+    change[np.hypot(x - 41, y - 30) > 20] = 0
+    change[change < change.max() / 2] = 0
+    assert np.array([(x * change).sum(), (y * change).sum()]) / change.sum() == pytest.approx([41, 30], abs=1.5)
+
+
+@pytest.mark.parametrize("make", [PlainAugmentation, CLIPCountAugmentation, CrowdAugmentation])
+def test_pixel_takes_the_place_of_the_colours(make: type[Augmentation]) -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--augmentation", type=Augmentation | None)
+    given = {"pixel": [{"ToGray": {"p": 1.0}}, {"InvertImg": {"p": 1}}], "crop": 32}
+    if make is CLIPCountAugmentation:
+        given |= {"mosaic": 0.0, "augment": 1.0}
+    config = parser.parse_object({"augmentation": {"class_path": make.__name__, "init_args": given}})
+    augmentation = parser.instantiate(config).augmentation
+    sample = replace(random_sample(0, 40, 50), image=np.full((40, 50, 3), (200, 100, 100), np.uint8), croppable=False)
+    after = pickle.loads(pickle.dumps(augmentation))(sample, np.random.default_rng(0)).image
+    assert np.unique(after).tolist() == [255 - round(0.299 * 200 + 0.701 * 100)]
+
+
+@pytest.mark.parametrize(
+    "pixel",
+    [
+        [{"os.system": {}}],
+        [{"CoarseDropout": {"p": 1}}],
+        [{"HorizontalFlip": {}}],
+        [{"GaussNoise": {}, "ToGray": {}}],
+        [{}],
+        [{"GaussNoise": 0.3}],
+        [{"GaussNoise": {"strength": 0.3}}],
+        [{"GaussNoise": {"function": print}}],
+        [{"ColorJitter": {"brightness": [-1, 2]}}],
+        [{"ToGray": {"p": 2}}],
+    ],
+)
+def test_other_transforms_and_wrong_arguments_are_named(pixel: list[dict[str, Any]]) -> None:
+    for make in (PlainAugmentation, CLIPCountAugmentation, CrowdAugmentation):
+        with pytest.raises(InputError, match=r"augmentation\.pixel"):
+            make(pixel=pixel)
+
+
 def test_mosaic_shows_a_dot_at_every_point() -> None:
     sample = dotted(200, 260, [(x, y) for x in range(8, 260, 25) for y in range(8, 200, 25)])
     sample = replace(sample, image=np.maximum(sample.image, 0))
@@ -338,8 +404,10 @@ def test_importing_and_plain_use_leave_albumentations_alone() -> None:
     code = (
         "import sys, numpy as np\n"
         "from counting_zoo.data.records import Sample\n"
-        "from counting_zoo.data.transforms import CLIPCountAugmentation, PlainAugmentation\n"
-        "CLIPCountAugmentation(); PlainAugmentation()\n"
+        "from counting_zoo.data.transforms import CLIPCountAugmentation, CrowdAugmentation, PlainAugmentation\n"
+        "CLIPCountAugmentation(); CrowdAugmentation(); PlainAugmentation(brightness=0.2)\n"
+        "sample = Sample(np.zeros((9, 9, 3), np.uint8), *[np.zeros((0, n)) for n in (2, 1, 4, 1, 4)])\n"
+        "PlainAugmentation(crop=4, rot90=True)(sample, np.random.default_rng(0))\n"
         "assert 'albumentations' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
