@@ -340,7 +340,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not the zoo's.
     """
-    from counting_zoo.loading import read_checkpoint
+    from counting_zoo.loading import model_class, read_checkpoint
 
     checkpoint = read_checkpoint(path)
     if "counting_zoo" not in checkpoint:
@@ -348,10 +348,8 @@ def _recipe(path: Path) -> dict[str, Any]:
             f"{str(path)!r} is not a checkpoint of counting_zoo (its keys: {sorted(map(str, checkpoint))[:6]}); for "
             "weights of a reference implementation use 'counting-zoo convert' first"
         )
-    return {
-        "class_path": current_name(checkpoint["counting_zoo"]["class"]),
-        "init_args": checkpoint.get("hyper_parameters", {}),
-    }
+    name = current_name(checkpoint["counting_zoo"]["class"])
+    return {"class_path": name, "init_args": model_class(name).nested(checkpoint.get("hyper_parameters", {}))}
 
 
 HELP = """\

@@ -425,7 +425,7 @@ class CountingModule(TrainingModule):
         super().on_load_checkpoint(checkpoint)
         stored = checkpoint["counting_zoo"].get("intervals")
         self.interval_calibration = None if stored is None else IntervalCalibration.from_dict(stored)
-        if changed := self._changed(checkpoint.get("hyper_parameters", {})):
+        if changed := self._changed(self.nested(checkpoint.get("hyper_parameters", {}))):
             self.drop_intervals(f"settings than it is loaded with ({', '.join(changed)})")
 
     def _changed(self, stored: dict[str, Any]) -> list[str]:

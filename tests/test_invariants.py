@@ -168,7 +168,7 @@ def test_clip_counts_target(options: dict[str, Any]) -> None:
 def tiny_clip_count(patch: int = 16, **options: Any) -> CLIPCount:
     torch.manual_seed(0)
     settings = tiny.SHRUNK["clip_count"] | {"clip": tiny.clip_config(patch), "preprocess": None} | options
-    model = CLIPCount(**settings)
+    model = CLIPCount(**CLIPCount.nested(settings))
     model.make_tokenizer(["a", "b"])
     return model.eval()
 
