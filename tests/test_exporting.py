@@ -19,6 +19,7 @@ from counting_zoo.cli import main
 from counting_zoo.errors import InputError
 from counting_zoo.exporting import RECIPE, export
 from counting_zoo.loading import save
+from counting_zoo.models.region_clip.network import RegionCLIPConfig
 from counting_zoo.nn.text import word_tokenizer
 
 EBC_SMALL = {"encoder": "small", "width": 4, "representatives": "middle"}
@@ -91,7 +92,7 @@ def test_without_onnx_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
-    boxes = RegionCLIPCounter(tiny.clip_config(), templates=["{}"], width=8).eval()
+    boxes = RegionCLIPCounter(tiny.clip_config(), network=RegionCLIPConfig(templates=["{}"], width=8)).eval()
     boxes.set_tokenizer(word_tokenizer(NAMES, 320))
     with pytest.raises(InputError, match="counts boxes"):
         export(boxes, tmp_path / "a.pt2", ["figs"])

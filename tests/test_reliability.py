@@ -57,7 +57,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight RegionCLIPCounter that finds much in every picture, as a checkpoint."""
     torch.manual_seed(0)
     found: dict[str, Any] = {"proposals": "grid", "scale": 4.0, "bias": 0.0}
-    counter = RegionCLIPCounter(**tiny.SHRUNK["region_clip_counter_small"] | found)
+    counter = RegionCLIPCounter(**RegionCLIPCounter.nested(tiny.SHRUNK["region_clip_counter_small"] | found))
     counter.make_tokenizer(["apples", "pears"])
     return save(counter, tmp_path_factory.mktemp("detector") / "model.ckpt")
 

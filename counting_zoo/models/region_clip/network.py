@@ -6,18 +6,19 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
 from counting_zoo.errors import InputError
+from counting_zoo.models.region_clip.concepts import Ensemble, TemplateSet, Wording, region_prompts
 from counting_zoo.models.region_clip.loss import text_logits
 from counting_zoo.models.region_clip.proposals import Proposed, kept_inside
-from counting_zoo.nn.regions import RegionEncoder, ResNetRegions, StemRegions, batched_nms, soft_nms
-from counting_zoo.nn.text import TextTower
-from counting_zoo.nn.vision import STATISTICS, ResidualBlock
+from counting_zoo.nn.regions import DenseMode, RegionEncoder, ResNetRegions, StemRegions, batched_nms, soft_nms
+from counting_zoo.nn.text import TextPool, TextTower
+from counting_zoo.nn.vision import STATISTICS, ResidualBlock, Stem
 from counting_zoo.ops import local_peaks, points_to_counts
 from counting_zoo.types import CountOutput
 
@@ -471,28 +472,101 @@ class PeakHead(nn.Module):
         return found[:, :1], found[:, 1:]
 
 
+@dataclass(frozen=True)
+class RegionCLIPConfig:
+    """Options of proposals, texts and scores of a counter by detection.
+
+    Args:
+        stem, dense, freeze_at: see :func:`~counting_zoo.nn.regions.region_encoder`.
+        train_vision, train_text: whether CLIP's own weights train.
+        text_pool: where texts are read; see :class:`~counting_zoo.nn.text.TextTower`.
+        templates, wording, ensemble: see :func:`~counting_zoo.models.region_clip.concepts.embed_concepts`.
+        proposals: where boxes come from: trained ``peaks``, a ``grid`` (which needs no training, and whose boxes are
+            seldom right), a ``.json`` or ``.csv`` file of boxes, or a detector (``owlv2:`` or ``detr:`` and a folder or
+            hub name).
+        missing_proposals: a picture that the file of boxes does not name is an ``error``, or has no boxes (``empty``).
+        peak_floor: heat above which a local maximum proposes a box; there is no limit to their number.
+        tile_depth: how often a picture is cut into 2 x 2 magnified tiles while proposals are at their limit.
+        score: ``sigmoid`` of a trained scale and bias; ``softmax`` over the names asked about and ``negatives``, for a
+            CLIP that was not trained to count (zero-shot); ``official`` as the reference, see
+            :func:`~counting_zoo.models.region_clip.network.text_probabilities`.
+        scale, bias: of the cosines, at the beginning of training.
+        temperature: of the cosines of ``softmax`` and ``official``.
+        negatives: names that compete in ``softmax``; COCO's classes if ``None``. Those asked about are left out.
+        fusion: what a box scores: what its ``region`` says, or with the proposal's own score (``geometric``).
+        iou_threshold: overlap above which the lower of two boxes of one name goes.
+        suppression, assign: see :func:`~counting_zoo.models.region_clip.network.detect`.
+        width: channels of the head that finds peaks.
+
+    Raises:
+        InputError: an option outside its range or choices.
+    """
+
+    stem: Stem = "patch"
+    dense: DenseMode = "patch"
+    freeze_at: int = 2
+    train_vision: bool = False
+    train_text: bool = False
+    text_pool: TextPool = "eot"
+    templates: TemplateSet | list[str] = "photo"
+    wording: Wording = "corrected"
+    ensemble: Ensemble = "normalised"
+    proposals: str = "peaks"
+    missing_proposals: Literal["error", "empty"] = "error"
+    peak_floor: float = 0.1
+    tile_depth: int = 1
+    score: Score = "sigmoid"
+    scale: float = 14.0
+    bias: float = -7.0
+    temperature: float = 0.01
+    negatives: list[str] | None = None
+    fusion: Literal["region", "geometric"] = "region"
+    iou_threshold: float = 0.5
+    suppression: Suppression = "hard"
+    assign: Assign = "each"
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("iou_threshold", "peak_floor"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise InputError(f"{name} is {value}; expected 0 to 1")
+        if self.tile_depth < 0 or not self.scale > 0:
+            raise InputError(f"tile_depth is {self.tile_depth} and scale {self.scale}; expected at least 0 and above 0")
+        for name, choices in (
+            ("missing_proposals", ("error", "empty")),
+            ("score", get_args(Score)),
+            ("fusion", ("region", "geometric")),
+            ("suppression", get_args(Suppression)),
+            ("assign", get_args(Assign)),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+        if self.proposals == "random":
+            raise InputError(
+                "proposals are 'random', which suits pretraining; expected 'peaks', 'grid', a file of "
+                "boxes, or a detector ('owlv2:' or 'detr:' and a folder or hub name)"
+            )
+        region_prompts("a name", self.templates, self.wording)  # refuses what is no template or wording
+
+
 class RegionCLIPNet(nn.Module):
     """A region encoder, texts, and between them a scale and a bias; peaks where they are to propose.
 
     Args:
         encoder: of regions.
         text: its texts.
-        peaks: whether there is a :class:`PeakHead`.
-        scale, bias: what cosines are multiplied by, and what is added to that, at the beginning of training.
-        width: channels of the head.
+        config: options; there is a :class:`PeakHead` where its ``proposals`` are ``peaks``.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, encoder: RegionEncoder, text: TextTower, *, peaks: bool, scale: float, bias: float, width: int = 64
-    ) -> None:
+    def __init__(self, encoder: RegionEncoder, text: TextTower, config: RegionCLIPConfig) -> None:
         super().__init__()
         self.encoder, self.text = encoder, text
-        self.head = PeakHead(_channels(encoder), width) if peaks else None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        self.head = PeakHead(_channels(encoder), config.width) if config.proposals == "peaks" else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+        self.bias = nn.Parameter(torch.tensor(float(config.bias)))
         for name, values in zip(("mean", "std"), STATISTICS["clip"], strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
 

@@ -135,7 +135,7 @@ def from_official(
     with warnings.catch_warnings():
         # Its hyper-parameters keep the towers' config instead.
         warnings.filterwarnings("ignore", message="Attribute 'clip' is an instance of `nn.Module`")
-        module = RegionCLIPCounter(towers, **options)  # type: ignore[arg-type]
+        module = RegionCLIPCounter(towers, **RegionCLIPCounter.nested(options))  # type: ignore[arg-type]
     if tokenizer is None:
         tokenizer = (None if in_file else tokenizer_of(clip)) or _TOKENIZER
     module.set_tokenizer(tokenizer)
