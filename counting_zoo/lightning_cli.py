@@ -353,7 +353,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 HELP = """\
-Count every picture of each data set with each model under one protocol. Models are checkpoints, model configurations
+Count every image of each data set with each model under one protocol. Models are checkpoints, model configurations
 (for models that need no training) or CSV files of counts from elsewhere; data are data configurations.
 
   counting-zoo benchmark --models ours=best.ckpt theirs=counts.csv --data cells=configs/data/vgg_cells.yaml --out runs/b
@@ -367,7 +367,7 @@ The file says the same, with options:
     theirs: counts.csv
   data:
     cells: {config: configs/data/vgg_cells.yaml, set: {root: vgg_cells}}
-  title: Cells                # and split, precision, pictures, resamples, seed, costs
+  title: Cells                # and split, precision, images, resamples, seed, costs
 
 A benchmark that was interrupted goes on where it stopped when it is given the same --out.
 """
@@ -393,9 +393,9 @@ def run_benchmark(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     parser.add_argument("--title")
     parser.add_argument("--split", choices=("train", "val", "test"))
     parser.add_argument("--accelerator", help="cpu, gpu, ... (default: what is there)")
-    parser.add_argument("--devices", type=int, help="how many share the pictures")
+    parser.add_argument("--devices", type=int, help="how many share the images")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"))
-    parser.add_argument("--pictures", type=int, help="best and worst pictures drawn of each run_benchmark (default 3)")
+    parser.add_argument("--pictures", type=int, help="best and worst images drawn of each run_benchmark (default 3)")
     parser.add_argument("--resamples", type=int, help="of the bootstrap (default 2000)")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, help="measure time and memory")

@@ -54,7 +54,7 @@ class TrainingModule(L.LightningModule):
     does not execute.
 
     Args:
-        non_finite: a loss that is not finite stops training with an error naming the pictures (``raise``), or its
+        non_finite: a loss that is not finite stops training with an error naming the images (``raise``), or its
             step is left out and counted (``skip``).
         decay: weight decay for ``matrices`` only, or for ``all`` parameters.
         optimizer: called with parameter groups; the model's own default if ``None``.
@@ -65,7 +65,7 @@ class TrainingModule(L.LightningModule):
     config_class: ClassVar[type | None] = None
     #: Any one of these sets of batch keys is enough to train.
     trains_on: ClassVar[tuple[frozenset[str], ...]] = ()
-    #: Whether training pictures of different sizes may come as a list, which the model pads.
+    #: Whether training images of different sizes may come as a list, which the model pads.
     pads: ClassVar[bool] = False
     #: The score of validation that a schedule watches which lowers the rate where nothing improves; lower is better.
     monitored: ClassVar[str] = "val/mae"
@@ -118,7 +118,7 @@ class TrainingModule(L.LightningModule):
         return []
 
     def lr_factor(self, name: str) -> float:
-        """What the learning rate of a parameter is multiplied by, such as less than 1 for a pretrained encoder."""
+        """Return the factor of a parameter's learning rate, such as less than 1 for a pretrained encoder."""
         return 1.0
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -137,8 +137,8 @@ class TrainingModule(L.LightningModule):
         if self.non_finite == "raise" and not torch.isfinite(loss):
             bad = {name: float(value.detach()) for name, value in terms.items()}
             raise FloatingPointError(
-                f"the loss is not finite at step {self.global_step} ({bad}) on the pictures {batch['image_id']}; "
-                "weights are still those of the step before and the last checkpoint is good. Look at these pictures, "
+                f"the loss is not finite at step {self.global_step} ({bad}) on the images {batch['image_id']}; "
+                "weights are still those of the step before and the last checkpoint is good. Look at these images, "
                 "lower the learning rate, clip gradients, or leave such steps out with model.non_finite: skip"
             )
         log = {f"train/{name}": value.detach() for name, value in terms.items()}

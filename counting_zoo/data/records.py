@@ -16,20 +16,20 @@ Split = Literal["train", "val", "test", "predict"]
 
 @dataclass(frozen=True)
 class Record:
-    """One picture and its annotation, in pixels of the stored (EXIF-rotated) picture.
+    """One image and its annotation, in pixels of the stored (EXIF-rotated) image.
 
     Args:
         image_id: unique in the data set and stable between runs; normally the path below the root.
-        path: the picture file; ``None`` where the data module reads bytes from elsewhere (a pack).
+        path: the image file; ``None`` where the data module reads bytes from elsewhere (a pack).
         classes: names of what is annotated; ``labels`` and ``box_labels`` index into it. The first is the target.
         points: ``(N, 2)`` float32 x, y, or ``None`` where the data has none.
         labels: ``(N,)`` int64.
         boxes: ``(M, 4)`` float32 x1, y1, x2, y2 of all objects, or ``None``.
         box_labels: ``(M,)`` int64.
         exemplars: ``(E, 4)`` float32 a few example boxes of the target, or ``None``.
-        counts: ``(len(classes),)`` float32 image-level counts, or ``None`` for pictures without annotation.
+        counts: ``(len(classes),)`` float32 image-level counts, or ``None`` for images without annotation.
         captions: any number of sentences.
-        size: ``(height, width)`` of the picture where the annotation or the file header says so.
+        size: ``(height, width)`` of the image where the annotation or the file header says so.
     """
 
     image_id: str
@@ -47,7 +47,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded picture with the geometry an augmentation must move along with it.
+    """A decoded image with the geometry an augmentation must move along with it.
 
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
@@ -56,7 +56,7 @@ class Sample:
         boxes: ``(M, 4)`` float32.
         box_labels: ``(M,)`` int64.
         exemplars: ``(E, 4)`` float32.
-        croppable: whether what is known of the picture stays true when part of it is cut away, see :func:`croppable`.
+        croppable: whether what is known of the image stays true when part of it is cut away, see :func:`croppable`.
     """
 
     image: np.ndarray
@@ -138,14 +138,14 @@ def merged(record: Record, name: str) -> Record:
 
 
 def n_objects(record: Record) -> float | None:
-    """How many objects of any name the annotation knows; ``None`` where there is none."""
+    """Count the objects of all names in the annotation; ``None`` where there is none."""
     if record.labels is not None:
         return float(len(record.labels))
     return None if record.counts is None else float(record.counts.sum())
 
 
 def croppable(record: Record) -> bool:
-    """Whether a crop can be annotated: places move along and captions stay as they are, but a count would be wrong.
+    """Tell if a crop can be annotated: points move along and captions stay as they are, but a count would be wrong.
 
     Example:
         >>> croppable(Record("a", captions=["two cats"]))
@@ -162,10 +162,10 @@ def without_annotation(record: Record) -> Record:
 
 
 def drawn_names(record: Record, n: int, every: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """``n`` names to ask about in a picture: its target, others that it shows, and at least one that is absent.
+    """``n`` names to ask about in an image: its target, others that it shows, and at least one that is absent.
 
     Args:
-        record: the picture.
+        record: the image.
         n: how many; fewer where there are no more names.
         every: the names of the training data.
         rng: decides.
@@ -182,10 +182,10 @@ def drawn_names(record: Record, n: int, every: Sequence[str], rng: np.random.Gen
 
 
 def absent_names(present: Sequence[str], n: int, every: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """``n`` names that are not in a picture; each is with even odds one that shares words with the first present one.
+    """``n`` names that are not in an image; each is with even odds one that shares words with the first present one.
 
     Args:
-        present: names in the picture, the target first.
+        present: names in the image, the target first.
         n: how many; fewer where there are no more names.
         every: the names of the training data.
         rng: decides.
@@ -202,30 +202,30 @@ def absent_names(present: Sequence[str], n: int, every: Sequence[str], rng: np.r
 
 
 def names_of_all(records: Sequence[Record], split: Split, error: Exception) -> list[str]:
-    """The one list that all pictures of a split share, for ``prompts: all`` without a training split.
+    """The one list that all images of a split share, for ``prompts: all`` without a training split.
 
     Args:
-        records: the pictures.
+        records: the images.
         split: theirs.
         error: why the training split cannot be read.
 
     Raises:
-        InputError: pictures have different names.
+        InputError: images have different names.
     """
     lists = {tuple(record.classes) for record in records}
     if len(lists) != 1:
         raise InputError(
             "data.prompts is 'all', but the training split, whose names it asks about, cannot be read, and the "
-            f"pictures of {split} have different names; list the names in data.classes ({error})"
+            f"images of {split} have different names; list the names in data.classes ({error})"
         ) from error
     return list(lists.pop())
 
 
 def unasked_objects(records: Sequence[Record], asked: np.ndarray) -> tuple[float, float]:
-    """How many objects have names that are not asked about, and how many objects there are.
+    """Count the objects whose names are not asked about, and all objects.
 
     Args:
-        records: the pictures.
+        records: the images.
         asked: ``(N,)`` objects of the names asked about, NaN without annotation.
     """
     present = np.array([n_objects(record) for record in records], np.float64)

@@ -66,7 +66,7 @@ def test_a_picture_that_is_not_listed_is_an_error_at_setup(root: Path) -> None:
     lines = (root / "SHA256SUMS").read_text().splitlines(keepends=True)
     (root / "SHA256SUMS").write_text("".join(lines[1:]))
     for stage in ("test", "predict"):
-        with pytest.raises(InputError, match=r"SHA256SUMS: does not list 1 pictures: \['images/a\.jpg'\] \(it lists 2"):
+        with pytest.raises(InputError, match=r"SHA256SUMS: does not list 1 \w+: \['images/a\.jpg'\] \(it lists 2"):
             make(root).setup(stage)
 
 
@@ -103,6 +103,6 @@ def test_scenes_verify_themselves(tmp_path: Path) -> None:
 
 def test_a_pack_has_no_files_to_verify(root: Path) -> None:
     pack(make(root), root / "out.h5", splits=["test"])
-    with pytest.raises(InputError, match="does not list 3 pictures"):
+    with pytest.raises(InputError, match=r"does not list 3 \w+"):
         PackedCounts(root / "out.h5", checksums=str(root / "SHA256SUMS")).setup("test")
     assert len(list(PackedCounts(root / "out.h5", num_workers=0).test_dataloader())) == 3

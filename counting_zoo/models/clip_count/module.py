@@ -128,7 +128,7 @@ class CLIPCount(CountingModule):
         splat: a point falls into one cell (``nearest``) or is shared by four (``bilinear``), for coarse grids.
         unique_points: count several points in one pixel once, as the reference does.
         density_mask: see :func:`~counting_zoo.models.clip_count.loss.density_mse`.
-        count_weight: weight of the absolute count error of a picture.
+        count_weight: weight of the absolute count error of an image.
     """
 
     config_class: ClassVar[type | None] = CLIPCountConfig
@@ -232,14 +232,14 @@ class CLIPCount(CountingModule):
 
     @property
     def contrasting(self) -> bool:
-        """Whether training is in its contrastive stage."""
+        """True while training is in its contrastive stage."""
         return self._trainer is not None and self.current_epoch < self.contrast_epochs
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         if not self.contrasting:
             return super().training_losses(batch)
         images = batch["image"]
-        assert isinstance(images, Tensor), "training pictures come as one tensor"
+        assert isinstance(images, Tensor), "training images come as one tensor"
         seen = self.network.embed(images, self._prompts(batch["queries"]))
         size = (images.shape[-2], images.shape[-1])
         return {"contrast": self.contrast_weight * self._contrast(seen.contrast, seen.text, batch, size)}
@@ -266,7 +266,7 @@ class CLIPCount(CountingModule):
         stride = size[0] // cells[0]
         if (cells[0] * stride, cells[1] * stride) != size:
             raise InputError(
-                f"training pictures of {size[0]} x {size[1]} pixels do not divide into {cells[0]} x {cells[1]} density "
+                f"training images of {size[0]} x {size[1]} pixels do not divide into {cells[0]} x {cells[1]} density "
                 f"cells; give data.augmentation a crop that is a multiple of {2 * self.cell} pixels, such as the "
                 f"model's window, {self.network.window}"
             )

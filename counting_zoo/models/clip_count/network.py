@@ -76,7 +76,7 @@ class InteractionBlock(nn.Module):
             plane = plane + gelu(self.conv(plane))
             grid = (2 * grid[0], 2 * grid[1])
             x = interpolate(plane, grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-        # The first self-attention sees no text: it runs once a picture, however many prompts are asked.
+        # The first self-attention sees no text: it runs once an image, however many prompts are asked.
         x = x + self.drop_path(self.self_attn(self.norm_self(x)))
         if x.shape[0] != b * k:
             x = x.repeat_interleave(k, 0)
@@ -194,7 +194,7 @@ class PlainDecoder(nn.Module):
 class TextHead(nn.Module):
     """Density at the encoder's grid from patches and how similar they are to each text.
 
-    Late fusion: a further prompt costs one small head, so training asks for several names in each picture.
+    Late fusion: a further prompt costs one small head, so training asks for several names in each image.
 
     Shape:
         patches and contrast features ``(B, D, h, w)``, text ``(B, K, D)`` -> logits ``(B, K, h, w)``.
@@ -307,7 +307,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass
 class Embeddings:
-    """What patches and prompts look like before they meet.
+    """Embeddings of patches and prompts before they interact.
 
     Args:
         patches: ``(B, D, gh, gw)`` features for the density.
@@ -446,7 +446,7 @@ class CLIPCountNet(nn.Module):
 
     @property
     def cell(self) -> int:
-        """Pixels of the preprocessed picture along one side of a density cell."""
+        """Pixels of the preprocessed image along one side of a density cell."""
         if not isinstance(self.decoder, TextHead):
             return 1
         cells = self.input_size // self.vision.stride
@@ -476,7 +476,7 @@ class CLIPCountNet(nn.Module):
         )
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:
-        """The encoder's input for a picture: scaled as the window is, to the nearest multiple of the patch."""
+        """The encoder's input for an image: scaled as the window is, to the nearest multiple of the patch."""
         unit = self.window * self.vision.patch
         cells = [(2 * side * self.input_size + unit) // (2 * unit) for side in (height, width)]
         if not torch.compiler.is_exporting():
@@ -484,7 +484,7 @@ class CLIPCountNet(nn.Module):
         return cells[0] * self.vision.patch, cells[1] * self.vision.patch
 
     def count(self, embeddings: Embeddings, size: tuple[int, int]) -> CLIPCountOutput:
-        """Density of pictures of ``size`` (H, W) from their embeddings."""
+        """Density of images of ``size`` (H, W) from their embeddings."""
         patches, text = embeddings.patches, embeddings.text
         grid = (patches.shape[-2], patches.shape[-1])
         if isinstance(self.decoder, TextHead):

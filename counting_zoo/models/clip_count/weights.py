@@ -64,7 +64,7 @@ def _key_map() -> dict[str, str | None]:
 _KEYS = _key_map()
 
 
-# The reference has no limit; a picture of 5 x 3000 pixels would become 1,800 windows. None of its data sets reaches it.
+# The reference has no limit; an image of 5 x 3000 pixels would become 1,800 windows. None of its data sets reaches it.
 MAX_LONG = 8192
 
 

@@ -48,7 +48,7 @@ class LowerCount(CountingModule):
         limit: the highest count that training tells apart; above it, only "more" is known.
         rank_target: what the count of a class above the limit should reach; ``limit + 1`` if ``None``.
         rank_weight: lambda of the paper.
-        spatial_norm: mean of L_sp+ for each class of a picture first (``per_class``, paper) or over all peaks at once
+        spatial_norm: mean of L_sp+ for each class of an image first (``per_class``, paper) or over all peaks at once
             (``pooled``, reference).
         negatives: share of absent classes that the density learns from, drawn anew in each step; all if ``None``.
         negatives_share: absent classes are always learnt from where this share of the batch has them.
@@ -195,7 +195,7 @@ class LowerCount(CountingModule):
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         """All of the model's classes, those that the data does not speak of as unknown."""
         images = batch["image"]
-        assert isinstance(images, Tensor), "training pictures come as one tensor"
+        assert isinstance(images, Tensor), "training images come as one tensor"
         assert self.classes is not None, "setup names them"
         given, rest = batch["counts"], len(self.classes)
         # Names that the model does not know are written to a column of their own, which is cut off.
@@ -240,7 +240,7 @@ class LowerCount(CountingModule):
         return self.loss.kept_negatives(torch.stack(positive) / n, drawn)
 
     def _whole_batch(self, terms: dict[str, Mean]) -> dict[str, Tensor]:
-        """Means over the pictures of all processes, whose gradients DDP averages."""
+        """Means over the images of all processes, whose gradients DDP averages."""
         n = torch.stack([term.n.float() for term in terms.values()])
         total = self._summed(n)
         world = self.trainer.world_size if self._distributed() else 1
@@ -284,7 +284,7 @@ class LowerCount(CountingModule):
     def _points(
         self, output: LowerCountOutput, size: tuple[int, int], extent: tuple[float, float] | None
     ) -> list[Tensor]:
-        """K tensors ``(N_k, 2)`` of x, y in a picture of ``size``: the highest peaks, as many as were counted."""
+        """K tensors ``(N_k, 2)`` of x, y in an image of ``size``: the highest peaks, as many as were counted."""
         maps, net = output.class_maps[0].float(), self.network
         peaks = find_peaks(maps[None], radius=net.config.radius, above_median=net.config.above_median)[0]
         cells = extent or maps.shape[-2:]
@@ -327,15 +327,15 @@ class LowerCount(CountingModule):
         by_count: bool = True,
         together: int = 1,
     ) -> Instances:
-        """A mask for each object of one picture, from the peaks of the class maps (section 3.4 of the paper).
+        """A mask for each object of one image, from the peaks of the class maps (section 3.4 of the paper).
 
         About half a second for each peak of a ResNet-50 at 448 x 448 on one core.
 
         Args:
             picture: as for :meth:`count`.
             names: of which classes; all of the model's if ``None``.
-            proposals: what the masks are chosen from: ``(N, H, W)`` bool in the pixels of the picture, a file or folder
-                of proposals, or ``None`` for those found in the picture itself
+            proposals: what the masks are chosen from: ``(N, H, W)`` bool in the pixels of the image, a file or folder
+                of proposals, or ``None`` for those found in the image itself
                 (:func:`~counting_zoo.models.lower_count.proposals.segment_proposals`).
             retrieval: weights and limits; all proposals are looked at if ``None``.
             by_count: as many instances of a class as it is counted; otherwise every peak above the thresholds of
@@ -343,10 +343,10 @@ class LowerCount(CountingModule):
             together: peaks that are traced back at once.
 
         Returns:
-            Masks in the pixels of the picture given; labels index ``names``.
+            Masks in the pixels of the image given; labels index ``names``.
 
         Raises:
-            InputError: an unknown name, no picture, or proposals that do not fit it.
+            InputError: an unknown name, no image, or proposals that do not fit it.
         """
         stored, image_id = as_image(picture)
         asked = [names] if isinstance(names, str) else list(names or self.default_classes or [])
@@ -362,7 +362,7 @@ class LowerCount(CountingModule):
         by_count: bool = True,
         together: int = 1,
     ) -> Instances:
-        """:meth:`instances` of a picture that is preprocessed: ``(3, h, w)`` uint8, with ``(N, H, W)`` bool masks."""
+        """:meth:`instances` of an image that is preprocessed: ``(3, h, w)`` uint8, with ``(N, H, W)`` bool masks."""
         rule = retrieval or Retrieval(max_proposals=None)
         training = self.training
         self.eval()

@@ -37,7 +37,7 @@ def build_encoder(
     """An encoder with one feature vector for each cell of ``reduction`` pixels.
 
     All of them have ``dim`` (channels), ``stride`` (the reduction) and ``multiple`` (sides of the input must be
-    multiples of it), and take normalised pictures.
+    multiples of it), and take normalised images.
 
     Args:
         name: ``small``, ``resnet50`` (18, 34, 101, 152), ``auto:`` with a hub name or folder, or a config mapping with
@@ -258,7 +258,7 @@ class LowerCountConfig:
 class LowerCountNet(nn.Module):
     """Cholakkal et al., "Object Counting and Instance Segmentation with Image-level Supervision", CVPR 2019.
 
-    A picture whose sides are no multiples of what the encoder needs is padded with mean grey on the right and bottom.
+    An image whose sides are no multiples of what the encoder needs is padded with mean grey on the right and bottom.
 
     Args:
         encoder: has ``dim`` (channels), ``stride`` (pixels of a cell) and ``multiple`` (which sides must be of).
@@ -291,11 +291,11 @@ class LowerCountNet(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
 
     def normalised(self, image: Tensor) -> Tensor:
-        """A picture in [0, 1] as the encoder takes it."""
+        """An image in [0, 1] as the encoder takes it."""
         return (image - self.mean) / self.std
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, P, h, w)`` inputs of the class branch and of the density branch, of a normalised picture."""
+        """``(B, P, h, w)`` inputs of the class branch and of the density branch, of a normalised image."""
         rows, columns = -(-x.shape[-2] // self.stride), -(-x.shape[-1] // self.stride)
         down, right = -x.shape[-2] % self.multiple, -x.shape[-1] % self.multiple
         # An exported graph serves every size, so there the padding stays in even where it adds nothing.
@@ -305,7 +305,7 @@ class LowerCountNet(nn.Module):
         return first, second
 
     def class_maps(self, x: Tensor) -> Tensor:
-        """``(B, C, h, w)`` M alone of a normalised picture, to be traced back to its pixels."""
+        """``(B, C, h, w)`` M alone of a normalised image, to be traced back to its pixels."""
         return self.class_branch(self.features(x)[0])
 
     def forward(self, image: Tensor) -> LowerCountOutput:

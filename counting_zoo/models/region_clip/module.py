@@ -59,7 +59,7 @@ from counting_zoo.types import Batch, CountOutput, Query
 
 @dataclass(frozen=True)
 class ClassifiedRegions:
-    """What each of N boxes shows.
+    """Probabilities of the names for each of N boxes.
 
     Attributes:
         names: the K names that were asked about.
@@ -80,17 +80,17 @@ THRESHOLDS = torch.arange(1, 100) / 100
 
 
 class ThresholdErrors(ImageRows):
-    """Absolute errors of every picture at every threshold."""
+    """Absolute errors of every image at every threshold."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(("error",), **options)
 
     def update(self, image_id: str, counts: Tensor, target: Tensor) -> None:
-        """Add ``(T, K)`` counts of one picture and its ``(K,)`` true ones."""
+        """Add ``(T, K)`` counts of one image and its ``(K,)`` true ones."""
         self.append([image_id], error=(counts - target).abs().sum(1)[None])
 
     def compute(self) -> float | None:
-        """The threshold of the least mean error; ``None`` without a picture."""
+        """The threshold of the least mean error; ``None`` without an image."""
         errors = self.rows()["error"].reshape(-1, len(THRESHOLDS), 1)
         return best_threshold(errors, errors.new_zeros(len(errors), 1), THRESHOLDS.to(errors)) if len(errors) else None
 
@@ -98,7 +98,7 @@ class ThresholdErrors(ImageRows):
 class RegionCLIPCounter(CountingModule):
     """Counts what it detects: proposals, their embeddings, texts, suppression (after Zhong et al., arXiv 2112.09106).
 
-    Each object counted has a box, and a name that is not in the picture has none. The heads that propose and score are
+    Each object counted has a box, and a name that is not in the image has none. The heads that propose and score are
     the zoo's own: RegionCLIP's detector caps its boxes at 100 or 300 and takes every region for a single name's object.
 
     Args:
@@ -114,7 +114,7 @@ class RegionCLIPCounter(CountingModule):
         calibrate: choose the threshold of the least validation error in each validation.
         boxes: what training learns sizes from: ``all`` boxes where the data has them, or only its ``examples``.
         heat_weight, size_weight, text_weight: of the three losses; 0 gives a term no gradient.
-        n_regions: objects of a picture, and as many boxes beside them, whose texts are trained in a step, at most.
+        n_regions: objects of an image, and as many boxes beside them, whose texts are trained in a step, at most.
         options: those of :class:`~counting_zoo.module.CountingModule`, without windows.
     """
 
@@ -144,7 +144,7 @@ class RegionCLIPCounter(CountingModule):
         super().__init__(**options)
         if self.window is not None:
             raise InputError(
-                f"window is {self.window}; a detector sees whole pictures, and cuts them itself where "
+                f"window is {self.window}; a detector sees whole images, and cuts them itself where "
                 "its proposals are at their limit (tile_depth)"
             )
         first = 0.5 if threshold is None else threshold
@@ -194,7 +194,7 @@ class RegionCLIPCounter(CountingModule):
 
     @property
     def source(self) -> ProposalSource:
-        """What proposes boxes."""
+        """The source of proposals."""
         if self._source is None:
             self._source = proposal_source(self.config.proposals, missing=self.config.missing_proposals)
         return self._source
@@ -205,7 +205,7 @@ class RegionCLIPCounter(CountingModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        assert self.source is not None  # what is wrong with it is said before the first picture
+        assert self.source is not None  # what is wrong with it is said before the first image
 
     def set_tokenizer(self, source: TokenizerLike) -> None:
         super().set_tokenizer(source)
@@ -326,7 +326,7 @@ class RegionCLIPCounter(CountingModule):
     def peaks(
         self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[Proposed]:
-        """Peaks of pictures of any size; those of one size together."""
+        """Peaks of images of any size; those of one size together."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, image in enumerate(images):
             by_size.setdefault((int(image.shape[-2]), int(image.shape[-1])), []).append(i)
@@ -359,18 +359,18 @@ class RegionCLIPCounter(CountingModule):
         )
 
     def classify_regions(self, picture: Any, boxes: Any, prompts: str | Sequence[str]) -> ClassifiedRegions:
-        """What given boxes of a picture show, by the whole picture's features (not by crops).
+        """Classify given boxes of an image, by the whole image's features (not by crops).
 
         Args:
             picture: a path, PIL image, ``(H, W[, C])`` array or ``(3, H, W)`` tensor.
-            boxes: ``(N, 4)`` x1, y1, x2, y2 in its pixels; what is outside the picture is clipped.
+            boxes: ``(N, 4)`` x1, y1, x2, y2 in its pixels; what is outside the image is clipped.
             prompts: K names.
 
         Returns:
             Probabilities of ``(N, K)``, as ``score`` makes them.
 
         Raises:
-            InputError: a box without area in the picture, coordinates that are not finite, or no name.
+            InputError: a box without area in the image, coordinates that are not finite, or no name.
         """
         image, _ = as_image(picture)
         size, names = (image.shape[1], image.shape[2]), [prompts] if isinstance(prompts, str) else list(prompts)
@@ -422,7 +422,7 @@ class RegionCLIPCounter(CountingModule):
     def on_validation_epoch_start(self) -> None:
         self._set_threshold()
         self.threshold_errors.reset()  # of one that was interrupted
-        # The few pictures of a sanity check decide nothing.
+        # The few images of a sanity check decide nothing.
         self._waiting = [] if self.calibrate and not self.trainer.sanity_checking else None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -454,7 +454,7 @@ class RegionCLIPCounter(CountingModule):
     def on_validation_epoch_end(self) -> None:
         if self._waiting is not None:
             with warnings.catch_warnings():
-                # A rank without pictures computes too, or the others would wait for it for ever.
+                # A rank without images computes too, or the others would wait for it for ever.
                 warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
                 found = self.threshold_errors.compute()
             self.threshold_errors.reset()
@@ -504,7 +504,7 @@ class RegionCLIPCounter(CountingModule):
         return {name: self.weights[name] * term for name, term in terms.items()}
 
     def _known_boxes(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
-        """``(E, 4)`` boxes of objects of a picture, all or a few examples, and ``(E,)`` which name each has."""
+        """``(E, 4)`` boxes of objects of an image, all or a few examples, and ``(E,)`` which name each has."""
         if self.boxes == "all" and "boxes" in batch and "box_labels" in batch:
             return batch["boxes"][i], batch["box_labels"][i]
         points = batch["points"][i]

@@ -217,7 +217,7 @@ def test_no_picture(model: CLIPCount, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no picture")
     with pytest.raises(ImageError, match=r"a\.jpg"):
         model.count(tmp_path / "a.jpg")
-    with pytest.raises(InputError, match="is no picture"):
+    with pytest.raises(InputError, match=r"is no \w+"):
         model.count(3)
 
 

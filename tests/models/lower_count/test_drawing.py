@@ -49,7 +49,7 @@ def test_nothing_and_tiny_pictures() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(InputError, match=r"masks of \(120, 160\) on a picture of \(448, 448\)"):
+    with pytest.raises(InputError, match=r"masks of \(120, 160\) on a \w+ of \(448, 448\)"):
         draw_instances(np.zeros((448, 448, 3), np.uint8), instances(), ["a", "b"])
     with pytest.raises(InputError, match="labels 0 to 1 for 1 names"):
         draw_instances(np.zeros((120, 160, 3), np.uint8), instances(), ["a"])

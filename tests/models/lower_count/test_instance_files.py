@@ -106,7 +106,7 @@ def test_proposals_from_a_file(counter: LowerCount, tmp_path: Path) -> None:
 
 def test_proposals_of_another_size(counter: LowerCount) -> None:
     pixels, truth = picture()
-    with pytest.raises(InputError, match=r"shape \(2, 48, 128\) for the picture .* of 96 x 128"):
+    with pytest.raises(InputError, match=r"shape \(2, 48, 128\) for the \w+ .* of 96 x 128"):
         counter.instances(pixels, proposals=truth[:, :48])
 
 

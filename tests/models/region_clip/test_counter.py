@@ -290,7 +290,7 @@ def test_pictures_in_which_nothing_was_found(tmp_path: Path) -> None:
             named, unnamed = model.count_images(list(pictures), ask(asked), image_ids=["a.png", "b.png"])
             assert (named.counts.tolist(), unnamed.counts.tolist()) == ([[1.0]], [[0.0]])
         else:
-            with pytest.raises(InputError, match=r"none for the picture b\.png"):
+            with pytest.raises(InputError, match=r"none for the \w+ b\.png"):
                 model.count_images(list(pictures), ask(asked), image_ids=["a.png", "b.png"])
 
 

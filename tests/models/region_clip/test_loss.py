@@ -281,7 +281,7 @@ def test_what_does_not_fit_is_refused() -> None:
         text_logits(x["regions"], x["concepts"], 0)
     with pytest.raises(InputError, match=r"probabilities are \(6, 4\) for 6 regions and 5 concepts"):
         distillation_loss(x["regions"], x["probabilities"][:, :4], x["kept"], x["concepts"])
-    with pytest.raises(InputError, match="6 pictures and 5 captions"):
+    with pytest.raises(InputError, match=r"6 \w+ and 5 captions"):
         image_text_loss(x["images"], x["texts"][:5])
     with pytest.raises(InputError, match="gather is 'images'; expected 'image_text'"):
         pretraining_losses(**x, gather="images")  # type: ignore[arg-type]
