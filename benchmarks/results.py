@@ -95,7 +95,7 @@ def fits() -> list[Fit]:
         for name in ("ebc_small", "density_small"):
             words = f"{PHOTOS} --config configs/model/{name}.yaml {CELLS} --data.split_seed {draw} --data.num_workers 0"
             found.append(Fit(f"cells-{name}-{draw}", "cells", words))
-    small = "--config configs/model/lower_count_small.yaml --model.reduction 16 --model.peak_gradient sum"
+    small = "--config configs/model/lower_count_small.yaml --model.reduction 16 --model.network.peak_gradient sum"
     both = f"{PHOTOS} {small} {BCCD} --data.batch_size 8 --data.num_workers 0 --trainer.max_epochs 60"
     found.append(
         Fit(

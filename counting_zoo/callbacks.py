@@ -1,4 +1,4 @@
-"""What is written while a trainer runs: predictions, density pictures, and the report of a test."""
+"""Callbacks that write files while a trainer runs: predictions, density images, and the report of a test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PredictionWriter(L.Callback):
     """Writes what ``predict`` finds: ``counts.csv``, ``points.csv``, ``errors.csv``, ``densities.h5``, ``pictures/``.
 
     And ``boxes.csv``, where the model detects. Every process writes its part as it goes; at the end the first one
-    joins them, ordered by picture and each picture once, so that the files do not depend on the number of processes.
+    joins them, ordered by image and each image once, so that the files do not depend on the number of processes.
     Files appear complete or not at all. On several machines ``dir`` must lie on a disk they share. See
     :mod:`counting_zoo.evaluation.predictions` for columns.
 
@@ -38,8 +38,8 @@ class PredictionWriter(L.Callback):
         dir: the folder; files of an earlier run in it are replaced.
         pictures: draw overlays.
         densities: write density maps.
-        max_pictures: how many pictures to draw at most, the first of the data; ``None`` for all.
-        fail_on_error: raise at the very end, after everything is written, if a picture could not be read.
+        max_pictures: how many images to draw at most, the first of the data; ``None`` for all.
+        fail_on_error: raise at the very end, after everything is written, if an image could not be read.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class PredictionWriter(L.Callback):
         done = trainer.strategy.broadcast(done)
         assert done is not None  # the first process has made it
         if trainer.is_global_zero:
-            rank_zero_info(f"{done.pictures} pictures counted, {done.errors} could not be read: see {self.dir}")
+            rank_zero_info(f"{done.pictures} images counted, {done.errors} could not be read: see {self.dir}")
         if done.errors and self.fail_on_error:
             raise ImageError(
-                f"{done.errors} of {done.pictures + done.errors} pictures could not be read; the others are in "
+                f"{done.errors} of {done.pictures + done.errors} images could not be read; the others are in "
                 f"{str(self.dir)!r}, the reasons in errors.csv"
             )
 
@@ -102,10 +102,10 @@ class PredictionWriter(L.Callback):
 
 
 class DensityPictures(L.Callback):
-    """Draws the first validation pictures, always the same ones, to see where the model counts.
+    """Draws the first validation images, always the same ones, to see where the model counts.
 
-    They go to TensorBoard where that logs pictures, and else into ``pictures/`` of the log folder. The first process
-    draws; each picture costs one more prediction.
+    They go to TensorBoard where that logs images, and else into ``pictures/`` of the log folder. The first process
+    draws; each image costs one more prediction.
 
     Args:
         every_n_epochs: how often.
@@ -146,13 +146,13 @@ class DensityPictures(L.Callback):
 
 
 class TestReport(L.Callback):
-    """Leaves ``test_counts.csv`` (every picture) and ``report.html`` (one file, with pictures) in the log folder.
+    """Leaves ``test_counts.csv`` (every image) and ``report.html`` (one file, with images) in the log folder.
 
-    And ``test_classes.csv``, the error of each class with its interval, where all pictures ask about the same names.
+    And ``test_classes.csv``, the error of each class with its interval, where all images ask about the same names.
 
     Args:
-        pictures: how many pictures the report shows, spread evenly over the test data; each costs one more
-            prediction, and for text-guided models the report shows the same picture asked about an absent name.
+        pictures: how many images the report shows, spread evenly over the test data; each costs one more
+            prediction, and for text-guided models the report shows the same image asked about an absent name.
         title: of the report; model and data if ``None``.
     """
 
@@ -160,7 +160,7 @@ class TestReport(L.Callback):
 
     def __init__(self, pictures: int = 8, title: str | None = None) -> None:
         if pictures < 0:
-            raise InputError(f"report.pictures is {pictures}; expected at least 0")
+            raise InputError(f"report.images is {pictures}; expected at least 0")
         self.pictures = pictures
         self.title = title
         self._names: dict[str, list[str]] = {}
@@ -246,7 +246,7 @@ class TestReport(L.Callback):
         rank_zero_info(f"report: {path}")
 
     def _class_rows(self, module: L.LightningModule) -> list[dict[str, Any]]:
-        """The errors of each class where all pictures were asked about the same names."""
+        """The errors of each class where all images were asked about the same names."""
         assert isinstance(module, CountingModule)
         lists = {tuple(names) for names in self._names.values()}
         if len(lists) != 1 or module.class_blind or len(names := lists.pop()) < 2:
@@ -259,7 +259,7 @@ class TestReport(L.Callback):
 
 
 def _absent_name(module: CountingModule, trainer: L.Trainer, batch: Batch, index: int) -> str | None:
-    """A name that is not in the picture, for models that read names."""
+    """A name that is not in the image, for models that read names."""
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None or not module.text_guided or len(batch["queries"][index].names) != 1:
         return None

@@ -20,13 +20,13 @@ HELP = f"""\
 usage: counting-zoo COMMAND [options]       counting-zoo COMMAND --help for all options
 
   fit        train a model
-  validate   score a model on the validation pictures of a data set
-  test       score a model on the test pictures, with a report
-  predict    count in pictures: tables, densities and overlays
+  validate   score a model on the validation images of a data set
+  test       score a model on the test images, with a report
+  predict    count in images: tables, densities and overlays
   audit      ask a text-guided model right, wrong and empty prompts: does the count follow the text?
   calibrate  measure how far a model's counts are off, so that it gives an interval with each count
   describe   print what a data set holds, and what constant predictors score on it
-  benchmark  any models on any data under one protocol, with intervals, pictures and published results
+  benchmark  any models on any data under one protocol, with intervals, images and published results
   pack       write a data set into one HDF5 file
   convert    turn weights of a reference implementation into a checkpoint
   export     write a counter as a graph (torch.export or ONNX) that runs without this package
@@ -56,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words behind ``counting-zoo``; those of the process if ``None``.
 
     Returns:
-        The exit code: 0, or 2 with one line on standard error for an unusable setting, file or picture. With
+        The exit code: 0, or 2 with one line on standard error for an unusable setting, file or image. With
         ``COUNTING_ZOO_DEBUG=1`` the error is raised instead.
     """
     arguments = list(sys.argv[1:] if args is None else args)

@@ -1,4 +1,4 @@
-"""What a configuration may import: naming a class in YAML runs the module it lives in, so the list is short.
+"""Imports that a configuration may make: naming a class in YAML runs the module it lives in, so the list is short.
 
 A ``class_path`` or a callable anywhere in a YAML file, on the command line or in a checkpoint's hyper-parameters is
 checked before anything is imported, and the object found is checked again by where it was defined, so that

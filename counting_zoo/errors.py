@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 class ImageError(InputError):
-    """A picture that cannot be read: missing, truncated, not a picture, or too large to decode."""
+    """An image that cannot be read: missing, truncated, not an image, or too large to decode."""
 
 
 class SupervisionError(InputError):

@@ -28,7 +28,7 @@ RECIPE = "counting_zoo.json"
 
 
 UNIT = 32
-"""Sides of pictures are multiples of this in a graph."""
+"""Sides of images are multiples of this in a graph."""
 
 
 class _OneNameList(nn.Module):
@@ -43,11 +43,11 @@ class _OneNameList(nn.Module):
 
 
 def export(model: CountingModule, path: str | Path, names: str | Sequence[str] | None = None) -> Path:
-    """Write a graph from one picture to its density, for names that are then fixed.
+    """Write a graph from one image to its density, for names that are then fixed.
 
     The graph takes ``image``, ``(1, 3, H, W)`` float32 RGB in [0, 1] with sides that are multiples of 32, and gives
     ``density``, ``(1, K, h, w)`` objects per cell; the count is its sum. What comes before and after is not in it, but
-    in the recipe beside it (JSON): the names, how pictures are resized, the windows they are counted in, and whether
+    in the recipe beside it (JSON): the names, how images are resized, the windows they are counted in, and whether
     counts are clamped and rounded. The graph runs on the CPU; the model is left where and in the mode it was.
 
     Args:
@@ -91,7 +91,7 @@ def _write(model: CountingModule, path: Path, asked: list[str]) -> None:
         output = model(picture, [Query(tuple(asked))])
     if hasattr(output, "boxes"):
         raise InputError(
-            f"{type(model).__name__} counts boxes, of which there are more or fewer in each picture; a graph has a "
+            f"{type(model).__name__} counts boxes, of which there are more or fewer in each image; a graph has a "
             "fixed shape. Export a model that counts by density"
         )
     with warnings.catch_warnings(), torch.no_grad():
@@ -107,7 +107,7 @@ def _write(model: CountingModule, path: Path, asked: list[str]) -> None:
 
 
 def _recipe(model: CountingModule, names: list[str]) -> dict[str, Any]:
-    """What has to be done to a picture before and after."""
+    """Collect the steps before and after the graph."""
     return {
         "model": type(model).__name__,
         "counting_zoo": __version__,

@@ -1,4 +1,4 @@
-"""Resizing a picture together with everything annotated in it."""
+"""Resizing an image together with everything annotated in it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Rule = Literal["none", "short", "long", "height", "warp"]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The geometry a model expects of a whole picture, kept in its checkpoint.
+    """The geometry a model expects of a whole image, kept in its checkpoint.
 
     Args:
         resize: which side becomes ``size``: ``none`` keeps the size, ``short``/``long``/``height`` keep the
-            aspect ratio, ``warp`` makes the picture ``size`` x ``size``.
+            aspect ratio, ``warp`` makes the image ``size`` x ``size``.
         size: pixels; needed by every rule but ``none``.
         multiple: both sides are rounded to a multiple of this (never below it).
         antialias: low-pass filter before shrinking.
-        max_long: if set, pictures whose longer side would be above this are shrunk to it.
-        min_short: if set, pictures whose shorter side would be below this are enlarged to it, and ``max_long`` is
+        max_long: if set, images whose longer side would be above this are shrunk to it.
+        min_short: if set, images whose shorter side would be below this are enlarged to it, and ``max_long`` is
             dropped where their aspect ratio cannot meet both (reference of CLIP-EBC: preprocess.py).
         rounding: to the multiple below (``down``) or to the nearest one, halves to the even, within ``min_short`` and
             ``max_long`` (``nearest``).
@@ -105,7 +105,7 @@ class Preprocess:
         return asdict(self)
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size a ``height`` x ``width`` picture gets."""
+        """The size a ``height`` x ``width`` image gets."""
         sides: tuple[float, float] = (height, width)
         if self.resize == "warp":
             assert self.size is not None  # held by __post_init__
@@ -138,7 +138,7 @@ class Preprocess:
         return int(max(lowest, min(highest, round(side / m) * m)))
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Resize one ``(3, H, W)`` picture, uint8 or float."""
+        """Resize one ``(3, H, W)`` image, uint8 or float."""
         return resize_image(image, self.target_size(*image.shape[-2:]), self.antialias, self.interpolation)
 
 
@@ -152,7 +152,7 @@ def resize_image(
     if image.dtype != torch.uint8:
         return resize(image[None])[0]
     # One channel at a time, for a third of the memory in float32 (torch's uint8 kernel
-    # would need almost none, but makes pictures up to half a level brighter).
+    # would need almost none, but makes images up to half a level brighter).
     resized = image.new_empty((len(image), *size))
     for target, channel in zip(resized, image, strict=True):
         target.copy_(resize(channel[None, None].float())[0, 0].round_().clamp_(0, 255))

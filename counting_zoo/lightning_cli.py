@@ -358,7 +358,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not the zoo's.
     """
-    from counting_zoo.loading import read_checkpoint
+    from counting_zoo.loading import model_class, read_checkpoint
 
     checkpoint = read_checkpoint(path)
     if "counting_zoo" not in checkpoint:
@@ -366,14 +366,12 @@ def _recipe(path: Path) -> dict[str, Any]:
             f"{str(path)!r} is not a checkpoint of counting_zoo (its keys: {sorted(map(str, checkpoint))[:6]}); for "
             "weights of a reference implementation use 'counting-zoo convert' first"
         )
-    return {
-        "class_path": current_name(checkpoint["counting_zoo"]["class"]),
-        "init_args": checkpoint.get("hyper_parameters", {}),
-    }
+    name = current_name(checkpoint["counting_zoo"]["class"])
+    return {"class_path": name, "init_args": model_class(name).nested(checkpoint.get("hyper_parameters", {}))}
 
 
 HELP = """\
-Count every picture of each data set with each model under one protocol. Models are checkpoints, model configurations
+Count every image of each data set with each model under one protocol. Models are checkpoints, model configurations
 (for models that need no training) or CSV files of counts from elsewhere; data are data configurations.
 
   counting-zoo benchmark --models ours=best.ckpt theirs=counts.csv --data cells=configs/data/vgg_cells.yaml --out runs/b
@@ -387,7 +385,7 @@ The file says the same, with options:
     theirs: counts.csv
   data:
     cells: {config: configs/data/vgg_cells.yaml, set: {root: vgg_cells}}
-  title: Cells                # and split, precision, pictures, resamples, seed, costs
+  title: Cells                # and split, precision, images, resamples, seed, costs
 
 A benchmark that was interrupted goes on where it stopped when it is given the same --out.
 """
@@ -413,9 +411,9 @@ def run_benchmark(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     parser.add_argument("--title")
     parser.add_argument("--split", choices=("train", "val", "test"))
     parser.add_argument("--accelerator", help="cpu, gpu, ... (default: what is there)")
-    parser.add_argument("--devices", type=int, help="how many share the pictures")
+    parser.add_argument("--devices", type=int, help="how many share the images")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"))
-    parser.add_argument("--pictures", type=int, help="best and worst pictures drawn of each run_benchmark (default 3)")
+    parser.add_argument("--pictures", type=int, help="best and worst images drawn of each run_benchmark (default 3)")
     parser.add_argument("--resamples", type=int, help="of the bootstrap (default 2000)")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, help="measure time and memory")

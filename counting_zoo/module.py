@@ -31,12 +31,12 @@ class CountingModule(TrainingModule):
     """The base of every counter: it counts, trains and scores; a model implements ``forward`` and :meth:`losses`.
 
     Args:
-        preprocess: geometry of whole pictures before the model sees them; stored in the checkpoint.
-        window: side of the square tiles a picture is counted in; ``None`` counts it in one piece.
+        preprocess: geometry of whole images before the model sees them; stored in the checkpoint.
+        window: side of the square tiles an image is counted in; ``None`` counts it in one piece.
         stride: distance of neighbouring tiles; the window if ``None``.
         window_batch_size: tiles that go through the network together.
         blend: how overlapping tiles are mixed, ``average`` or the ``official`` sigmoid ramp of CLIP-Count.
-        pad: ``minimal`` pads only pictures smaller than a tile; ``official`` pads a stride on the right.
+        pad: ``minimal`` pads only images smaller than a tile; ``official`` pads a stride on the right.
         default_classes: names to count where nobody names any; the training classes where there are few.
         training: those of :class:`~counting_zoo.module.TrainingModule`.
     """
@@ -124,7 +124,7 @@ class CountingModule(TrainingModule):
         return counts
 
     def uses(self, part: str) -> bool:
-        """Whether a part of a query (``names``, ``exemplars``, ``negatives``) changes the count."""
+        """Tell if a part of a query (``names``, ``exemplars``, ``negatives``) changes the count."""
         return part in self.asks_for | self.accepts
 
     # -- counting -------------------------------------------------------------------------------------------------
@@ -140,15 +140,15 @@ class CountingModule(TrainingModule):
         return torch.from_numpy(calibration.bounds(counts, spread))
 
     def extent(self, density: Tensor, size: tuple[int, int]) -> tuple[float, float] | None:
-        """Height and width of a picture in the cells of its density, whose last ones may reach beyond it.
+        """Height and width of an image in the cells of its density, whose last ones may reach beyond it.
 
         Args:
             density: ``(..., h, w)``.
-            size: (H, W) of the picture as the model saw it.
+            size: (H, W) of the image as the model saw it.
 
         Returns:
             ``(H / cell, W / cell)`` for a density of ``ceil(H / cell) x ceil(W / cell)`` cells, and ``None`` for
-            every other one: it covers exactly the picture.
+            every other one: it covers exactly the image.
         """
         (height, width), cell = size, self.cell
         if cell == 1 or tuple(density.shape[-2:]) != (-(-height // cell), -(-width // cell)):
@@ -254,9 +254,9 @@ class CountingModule(TrainingModule):
         Args:
             output: of batch 1.
             names: the names asked about.
-            size: (H, W) of the picture given, which the points are in pixels of.
-            image_id: what the picture is called.
-            seen: ``(3, h, w)`` picture as the model saw it.
+            size: (H, W) of the image given, which the points are in pixels of.
+            image_id: what the image is called.
+            seen: ``(3, h, w)`` image as the model saw it.
         """
         density = output.density[0].float()
         extent = self.extent(density, (seen.shape[1], seen.shape[2]))
@@ -333,12 +333,12 @@ class CountingModule(TrainingModule):
         extra: list[list[str]] | None,
         split: Split,
     ) -> None:
-        """Add one output for each picture of a batch, whose pictures may be gone by now, to the scores.
+        """Add one output for each image of a batch, whose images may be gone by now, to the scores.
 
         Args:
             outputs: of the names asked about and then of ``extra``.
-            batch: what is known of the pictures.
-            sizes: (H, W) of the pictures as the model saw them.
+            batch: what is known of the images.
+            sizes: (H, W) of the images as the model saw them.
             extra: wrong names that were asked about too, or ``None``.
             split: whose scores.
         """
@@ -377,14 +377,14 @@ class CountingModule(TrainingModule):
         prompts.reset()
 
     def score_more(self, outputs: list[CountOutput], batch: Batch, split: Split) -> None:
-        """Keep what a model's own scores need of a batch, one output for each picture."""
+        """Keep what a model's own scores need of a batch, one output for each image."""
 
     def more_scores(self, split: Split) -> dict[str, float]:
         """A model's own scores of a split, which they then forget; all processes call it."""
         return {}
 
     def _constants(self, split: Split) -> dict[str, float | list[float]]:
-        """What constant predictors say, of the names that this model is scored on."""
+        """Collect the constant predictions of the names that this model is scored on."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(datamodule, "constant_predictors"):
             return {}
@@ -425,7 +425,7 @@ class CountingModule(TrainingModule):
         super().on_load_checkpoint(checkpoint)
         stored = checkpoint["counting_zoo"].get("intervals")
         self.interval_calibration = None if stored is None else IntervalCalibration.from_dict(stored)
-        if changed := self._changed(checkpoint.get("hyper_parameters", {})):
+        if changed := self._changed(self.nested(checkpoint.get("hyper_parameters", {}))):
             self.drop_intervals(f"settings than it is loaded with ({', '.join(changed)})")
 
     def _changed(self, stored: dict[str, Any]) -> list[str]:
@@ -495,7 +495,7 @@ class CountingModule(TrainingModule):
         if left_out > 0:
             warnings.warn(
                 f"{type(self).__name__} counts without names, but {left_out:.0f} of {every:.0f} objects "
-                f"in the {split} pictures have names that are not asked about, so counting them is taken for an error; "
+                f"in the {split} images have names that are not asked about, so counting them is taken for an error; "
                 "use --data.merge_classes objects to give all of them one name",
                 stacklevel=2,
             )
@@ -522,21 +522,21 @@ class CountingModule(TrainingModule):
             if split == "train" and (unseen := [name for name in self.vocabulary if name not in asked]):
                 warnings.warn(
                     f"{len(unseen)} of the {len(self.vocabulary)} classes of the model are not among the names of the "
-                    f"training pictures, so nothing is learnt of them: {listed(unseen)}",
+                    f"training images, so nothing is learnt of them: {listed(unseen)}",
                     stacklevel=2,
                 )
             if left_out and split == "train":
                 where = {name: r.image_id for r in reversed(datamodule.records(split)) for name in present_names(r)}
                 places = [f"{name!r} (in {where[name]})" if name in where else repr(name) for name in left_out]
                 raise NamesError(
-                    f"the training pictures of {type(datamodule).__name__} name {listed(places)}, which is not among "
+                    f"the training images of {type(datamodule).__name__} name {listed(places)}, which is not among "
                     f"the classes of the model, {listed(self.vocabulary)}; correct the annotation, leave them out of "
                     "the data, or train a model of all these names (without model.classes)"
                 )
             if left_out:
                 warnings.warn(
                     f"{type(self).__name__} does not know {len(left_out)} of the {len(asked)} names of the {split} "
-                    f"pictures, and they are left out: {listed(left_out)}",
+                    f"images, and they are left out: {listed(left_out)}",
                     stacklevel=2,
                 )
 

@@ -1,6 +1,6 @@
 """Pure tensor functions between points, counts and density maps.
 
-Coordinates are continuous: a picture of ``H x W`` pixels covers ``[0, W] x [0, H]`` and pixel ``(i, j)`` covers
+Coordinates are continuous: an image of ``H x W`` pixels covers ``[0, W] x [0, H]`` and pixel ``(i, j)`` covers
 ``[j, j + 1] x [i, i + 1]``. A density map holds objects per cell, so its sum is the count; every function here
 that makes, blurs or resizes a map keeps that sum.
 """
@@ -51,20 +51,20 @@ def points_to_counts(
     Args:
         points: B tensors ``(N_i, 2)`` of x, y in pixels, in the closed interval ``[0, W] x [0, H]``; a point on the
             right or bottom edge falls into the last block. Coincident points add up.
-        size: ``(H, W)`` of the pictures.
+        size: ``(H, W)`` of the images.
         block: side of a block in pixels.
         labels: B tensors ``(N_i,)`` of class indices; needed when ``num_classes`` is above 1.
         num_classes: K.
         unique: several points of a class on one pixel count once, as the reference code of CLIP-Count and CLIP-EBC
             has it.
-        validate: check that points lie in the picture and labels below K. On CUDA this waits for the device; without
+        validate: check that points lie in the image and labels below K. On CUDA this waits for the device; without
             it, what lies outside is moved to the nearest block.
 
     Returns:
         ``(B, K, ceil(H / block), ceil(W / block))`` float32.
 
     Raises:
-        InputError: a point outside the picture, or labels that do not fit.
+        InputError: a point outside the image, or labels that do not fit.
 
     Example:
         >>> points_to_counts([torch.tensor([[0.0, 0.0], [3.9, 0.0], [8.0, 2.0]])], (2, 8), 4)
@@ -227,8 +227,8 @@ def resize_density(density: Tensor, size: Size, extent: tuple[float, float] | No
     Args:
         density: ``(..., h, w)`` objects per cell.
         size: number of rows and columns of the result.
-        extent: height and width of the picture in cells, when its last cells lie partly outside it (tiles and strides
-            that do not divide the picture): above ``h - 1`` and at most ``h``. Default ``(h, w)``.
+        extent: height and width of the image in cells, when its last cells lie partly outside it (tiles and strides
+            that do not divide the image): above ``h - 1`` and at most ``h``. Default ``(h, w)``.
 
     Returns:
         ``(..., *size)`` float32, or float64 if ``density`` is.
@@ -272,10 +272,10 @@ def _explain(
 ) -> None:
     """Raise the error that names the first point which does not fit."""
     n = int((~(inside & known)).nonzero()[0])
-    where = f"point {n - int((picture < picture[n]).sum())} of picture {int(picture[n])} in the batch"
+    where = f"point {n - int((picture < picture[n]).sum())} of image {int(picture[n])} in the batch"
     if not inside[n]:
         raise InputError(
-            f"{where} lies at x={float(xy[n, 0]):g}, y={float(xy[n, 1]):g}, outside the picture of width {size[1]} "
+            f"{where} lies at x={float(xy[n, 0]):g}, y={float(xy[n, 1]):g}, outside the image of width {size[1]} "
             f"and height {size[0]} ({int((~inside).sum())} of {len(xy)} points do); expected 0 <= x <= width and "
             "0 <= y <= height: clamp or drop such points when the data are read"
         )
@@ -295,7 +295,7 @@ def _scatter(
 
 
 def gaussian_radius(sigma: float, truncate: float) -> int:
-    """How many cells a Gaussian reaches that ends at ``truncate`` standard deviations."""
+    """Compute the cells that a Gaussian reaches which ends at ``truncate`` standard deviations."""
     return int(truncate * sigma + 0.5)
 
 
@@ -308,13 +308,13 @@ def _gaussian(sigma: float, truncate: float) -> tuple[float, ...]:
 
 
 def extent_of(density: Tensor, extent: tuple[float, float] | None) -> tuple[float, float]:
-    """The picture's height and width in cells, checked against the map."""
+    """The image's height and width in cells, checked against the map."""
     h, w = density.shape[-2:]
     if extent is None:
         return float(h), float(w)
     if not (h - 1 < extent[0] <= h and w - 1 < extent[1] <= w):
         raise InputError(
-            f"extent={extent} for a density of {h} x {w} cells; expected the picture's size in cells, "
+            f"extent={extent} for a density of {h} x {w} cells; expected the image's size in cells, "
             "which reaches into the last row and the last column"
         )
     return extent
@@ -340,7 +340,7 @@ def local_peaks(density: Tensor, *, threshold: float, radius: int = 1) -> list[l
         radius: a peak is the maximum of the square of ``2 * radius + 1`` cells around it.
 
     Returns:
-        for each picture and class ``(N, 2)`` float32 x, y of the peaks' centres in cells (the first cell's centre is
+        for each image and class ``(N, 2)`` float32 x, y of the peaks' centres in cells (the first cell's centre is
         0.5, 0.5) and ``(N,)`` their values, highest first.
 
     Example:
@@ -369,16 +369,16 @@ def local_peaks(density: Tensor, *, threshold: float, radius: int = 1) -> list[l
 def peak_points(
     density: Tensor, image_size: Size, *, extent: tuple[float, float] | None = None, max_points: int | None = None
 ) -> list[Tensor]:
-    """Where the counted objects are: as many of the highest peaks as the map counts, and never more than it has.
+    """Find the counted objects: as many of the highest peaks as the map counts, and never more than it has.
 
     Args:
         density: ``(K, h, w)``.
-        image_size: ``(H, W)`` of the picture the map lies on.
+        image_size: ``(H, W)`` of the image the map lies on.
         extent: as in :func:`~counting_zoo.ops.resize_density`.
         max_points: upper limit for each class.
 
     Returns:
-        K tensors ``(N_k, 2)`` of x, y in pixels of the picture, highest peak first; ``N_k <= round(count_k)``.
+        K tensors ``(N_k, 2)`` of x, y in pixels of the image, highest peak first; ``N_k <= round(count_k)``.
     """
     height, width = extent_of(density, extent)
     wanted = density.detach().float().sum((-2, -1)).round().clamp(min=0).tolist()

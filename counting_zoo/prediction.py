@@ -21,7 +21,7 @@ WHITE, DARK, RED = (255, 255, 255), (24, 24, 24), (255, 40, 40)
 
 
 def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
-    """A prediction as a picture: density as colour and points as dots, and the count in a strip above.
+    """A prediction as an image: density as colour and points as dots, and the count in a strip above.
 
     What a model detects is drawn as boxes in place of both, which are no more than the boxes' centres and would hide
     small objects.
@@ -30,11 +30,11 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
     and :func:`plot_prediction` keep names as they are.
 
     Args:
-        prediction: without a picture it is drawn on grey.
+        prediction: without an image it is drawn on grey.
         name: which of the names.
 
     Returns:
-        ``(H, W, 3)`` uint8 RGB; the longer side of the picture is scaled into :data:`DRAWN_SIDES`.
+        ``(H, W, 3)`` uint8 RGB; the longer side of the image is scaled into :data:`DRAWN_SIDES`.
 
     Raises:
         InputError: the name was not asked about.
@@ -62,7 +62,7 @@ def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
 
 def _draw_points(canvas: np.ndarray, points: np.ndarray) -> None:
     radius = max(3, round(max(canvas.shape) / 150))
-    # Pixel centres lie at halves in picture coordinates and at whole numbers in OpenCV's.
+    # Pixel centres lie at halves in image coordinates and at whole numbers in OpenCV's.
     for x, y in np.rint(points - 0.5).astype(int).tolist():
         cv2.circle(canvas, (x, y), radius + 1, DARK, -1, cv2.LINE_AA)
         cv2.circle(canvas, (x, y), radius, WHITE, -1, cv2.LINE_AA)
@@ -80,10 +80,10 @@ def _draw_boxes(canvas: np.ndarray, boxes: np.ndarray) -> None:
 
 
 def plot_prediction(prediction: Prediction, ax: Any = None) -> Any:
-    """One matplotlib panel for each name: the picture, the count, and density and points, or boxes.
+    """One matplotlib panel for each name: the image, the count, and density and points, or boxes.
 
     Args:
-        prediction: without a picture, density and points, or boxes, are drawn alone.
+        prediction: without an image, density and points, or boxes, are drawn alone.
         ax: one axes, or one for each name; a new figure if ``None``.
 
     Returns:
@@ -133,7 +133,7 @@ def plot_prediction(prediction: Prediction, ax: Any = None) -> Any:
 
 
 def ascii_text(text: str) -> str:
-    """What OpenCV can draw of a text: accents are dropped, other characters outside ASCII become ``?``.
+    """Reduce a text to what OpenCV can draw: accents are dropped, other characters outside ASCII become ``?``.
 
     Example:
         >>> ascii_text("Äpfel 苹果")
@@ -144,7 +144,7 @@ def ascii_text(text: str) -> str:
 
 
 def _frame(prediction: Prediction) -> tuple[int, int]:
-    """``(H, W)`` of the picture whose pixels points and boxes are in."""
+    """``(H, W)`` of the image whose pixels points and boxes are in."""
     if prediction.size is not None:
         return prediction.size
     if prediction.image is not None:
@@ -183,7 +183,7 @@ def _one_decimal(count: Tensor) -> str:
 
 
 def _opacity(density: np.ndarray, most: float) -> np.ndarray:
-    """How much colour covers the picture; the square root keeps weak density visible."""
+    """Compute the opacity of the colour over the image; the square root keeps weak density visible."""
     return 0.65 * np.sqrt((density / most).clip(max=1)) if most > 0 else np.zeros_like(density)
 
 
@@ -217,23 +217,23 @@ def _caption(text: str, width: int) -> np.ndarray:
 
 @dataclass
 class Prediction:
-    """The counts of one picture, with where they come from.
+    """The counts of one image, with where they come from.
 
     Args:
         counts: ``(K,)`` float32, one count for each name.
         names: the K names asked about.
-        density: ``(K, h, w)`` float32 objects per cell over the whole picture; sums to ``counts``.
-        points: K tensors ``(N_k, 2)``: x, y of density peaks in pixels of the picture given.
-        boxes: K tensors ``(M_k, 4)``: x1, y1, x2, y2 in pixels of the picture given where the model detects, else
+        density: ``(K, h, w)`` float32 objects per cell over the whole image; sums to ``counts``.
+        points: K tensors ``(N_k, 2)``: x, y of density peaks in pixels of the image given.
+        boxes: K tensors ``(M_k, 4)``: x1, y1, x2, y2 in pixels of the image given where the model detects, else
             ``None``; ``points`` are their centres then.
         scores: K tensors ``(M_k,)``, one for each box, where the model gives them.
         interval: ``(K, 2)`` lower and upper bound, both inside, of the true count, where the model is calibrated
             (:func:`counting_zoo.calibrate`), else ``None``.
-        image_id: the file name, or what the caller called the picture.
-        image: uint8 RGB picture ``(h, w, 3)`` as the model saw it, kept for :meth:`plot`; ``None`` where it was not.
-        size: ``(H, W)`` of the picture given, whose pixels ``points`` and ``boxes`` are in.
-        extent: height and width of the picture in density cells, where its last cells may reach beyond it; ``None``
-            where the density covers exactly the picture.
+        image_id: the file name, or what the caller called the image.
+        image: uint8 RGB image ``(h, w, 3)`` as the model saw it, kept for :meth:`plot`; ``None`` where it was not.
+        size: ``(H, W)`` of the image given, whose pixels ``points`` and ``boxes`` are in.
+        extent: height and width of the image in density cells, where its last cells may reach beyond it; ``None``
+            where the density covers exactly the image.
     """
 
     counts: Tensor
@@ -259,7 +259,7 @@ class Prediction:
         return float(self.counts[self.names.index(name)])
 
     def overlay(self, name: str | None = None) -> np.ndarray:
-        """``(H, W, 3)`` uint8 RGB: the picture with density and points, or boxes, and the count of one name.
+        """``(H, W, 3)`` uint8 RGB: the image with density and points, or boxes, and the count of one name.
 
         Args:
             name: which of the names; the first one if ``None``.

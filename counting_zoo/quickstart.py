@@ -111,7 +111,7 @@ def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
         shutil.copy(record.path, photos / record.path.name)
     renew(out / "predictions")
     step(
-        f"predict a folder of 12 pictures, {len(names)} names in each",
+        f"predict a folder of 12 images, {len(names)} names in each",
         [
             "predict",
             "--ckpt_path",
@@ -190,7 +190,7 @@ def config_or_path(name: str) -> str:
 
 
 def bfloat16_instructions() -> bool:
-    """Whether this processor multiplies bfloat16 matrices itself; elsewhere they are slower than float32 ones."""
+    """Tell if this processor multiplies bfloat16 matrices itself; elsewhere they are slower than float32 ones."""
     import torch
 
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

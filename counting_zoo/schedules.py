@@ -54,7 +54,7 @@ class WarmupHoldDecay(ResumableSchedule):
         super().__init__(optimizer)
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at a step."""
+        """Compute the factor of the learning rate at a step."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if not self.total_steps:
@@ -131,7 +131,7 @@ class WarmupSteps(ResumableSchedule):
         super().__init__(optimizer)
 
     def share(self, step: int) -> float:
-        """What the learning rate is multiplied by at a step."""
+        """Compute the factor of the learning rate at a step."""
         done = min(1.0, step / self.warmup) if self.warmup else 1.0
         return (self.start + (1 - self.start) * done) * self.factor ** sum(step >= fall for fall in self.falls)
 

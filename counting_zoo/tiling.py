@@ -32,7 +32,7 @@ Forward = Callable[[Tensor, list[Query]], CountOutput]
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images are cut into windows and how the windows' densities are joined.
+    """Windows that images are cut into, and the way in which their densities are joined.
 
     Args:
         window: height and width of a window in pixels.
@@ -91,7 +91,7 @@ class Tiling:
         return cls(window, (stride, stride) if isinstance(stride, int) else (stride[0], stride[1]), cell, blend, pad)
 
     def starts(self, height: int, width: int) -> tuple[list[int], list[int]]:
-        """Where windows start in a ``height x width`` image, along height and along width, in pixels."""
+        """Compute the starts of windows in a ``height x width`` image, along height and along width, in pixels."""
         return (
             window_starts(height, self.window[0], self.stride[0], self.cell, "minimal"),
             window_starts(width, self.window[1], self.stride[1], self.cell, self.pad),
@@ -123,7 +123,7 @@ def window_starts(length: int, window: int, stride: int, cell: int = 1, pad: Pad
 
 
 def blend_weights(starts: Sequence[int], window: int, blend: Blend = "average") -> Tensor:
-    """How much each window counts at each place of its axis.
+    """Compute the weight of each window at each place of its axis.
 
     The reference composites from left to right, ``(1 - r) * before + r * window`` over each overlap with
     ``r = sigmoid(linspace(-3, 3, overlap))``; what is left of a window after all that follow it is its weight.

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -54,16 +54,18 @@ class TrainingModule(L.LightningModule):
     does not execute.
 
     Args:
-        non_finite: a loss that is not finite stops training with an error naming the pictures (``raise``), or its
+        non_finite: a loss that is not finite stops training with an error naming the images (``raise``), or its
             step is left out and counted (``skip``).
         decay: weight decay for ``matrices`` only, or for ``all`` parameters.
         optimizer: called with parameter groups; the model's own default if ``None``.
         scheduler: called with the optimizer; the model's own default if ``None``.
     """
 
+    #: The dataclass of the network's options, which the constructor takes as ``network``; ``None`` where there is none.
+    config_class: ClassVar[type | None] = None
     #: Any one of these sets of batch keys is enough to train.
     trains_on: ClassVar[tuple[frozenset[str], ...]] = ()
-    #: Whether training pictures of different sizes may come as a list, which the model pads.
+    #: Whether training images of different sizes may come as a list, which the model pads.
     pads: ClassVar[bool] = False
     #: The score of validation that a schedule watches which lowers the rate where nothing improves; lower is better.
     monitored: ClassVar[str] = "val/mae"
@@ -86,6 +88,24 @@ class TrainingModule(L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.skipped_steps = 0
 
+    def network_config(self, given: Any) -> Any:
+        """The network's options as their dataclass, and as plain data among the hyper-parameters.
+
+        Args:
+            given: the dataclass, a mapping as checkpoints hold it, or ``None`` for the defaults.
+
+        Raises:
+            InputError: an option that the network does not have.
+        """
+        assert self.config_class is not None, "asked only of models whose network has options"
+        try:
+            config = self.config_class(**given) if isinstance(given, Mapping) else given or self.config_class()
+        except TypeError as error:
+            names = ", ".join(f.name for f in dataclasses.fields(self.config_class))
+            raise InputError(f"network of {type(self).__name__}: {error}; expected options among {names}") from error
+        self.hparams["network"] = dataclasses.asdict(config)
+        return config
+
     @abstractmethod
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         """The named, weighted terms of one step; their sum is what is minimised."""
@@ -98,7 +118,7 @@ class TrainingModule(L.LightningModule):
         return []
 
     def lr_factor(self, name: str) -> float:
-        """What the learning rate of a parameter is multiplied by, such as less than 1 for a pretrained encoder."""
+        """Return the factor of a parameter's learning rate, such as less than 1 for a pretrained encoder."""
         return 1.0
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -117,8 +137,8 @@ class TrainingModule(L.LightningModule):
         if self.non_finite == "raise" and not torch.isfinite(loss):
             bad = {name: float(value.detach()) for name, value in terms.items()}
             raise FloatingPointError(
-                f"the loss is not finite at step {self.global_step} ({bad}) on the pictures {batch['image_id']}; "
-                "weights are still those of the step before and the last checkpoint is good. Look at these pictures, "
+                f"the loss is not finite at step {self.global_step} ({bad}) on the images {batch['image_id']}; "
+                "weights are still those of the step before and the last checkpoint is good. Look at these images, "
                 "lower the learning rate, clip gradients, or leave such steps out with model.non_finite: skip"
             )
         log = {f"train/{name}": value.detach() for name, value in terms.items()}
@@ -267,6 +287,24 @@ class TrainingModule(L.LightningModule):
             self.set_tokenizer(stored)
 
     @classmethod
+    def nested(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Move the network's options under ``network``; checkpoints of the first edition keep them beside the others.
+
+        Example:
+            >>> import counting_zoo
+            >>> counting_zoo.CLIPCount.nested({"sigma": 1.0, "heads": 4})
+            {'sigma': 1.0, 'network': {'heads': 4}}
+        """
+        if cls.config_class is None:
+            return dict(settings)
+        names = {f.name for f in dataclasses.fields(cls.config_class)}
+        own = {name: value for name, value in settings.items() if name in names}
+        given = settings.get("network") or {}
+        rest = {name: value for name, value in settings.items() if name not in names | {"network"}}
+        network = {**(given if isinstance(given, Mapping) else dataclasses.asdict(given)), **own}
+        return {**rest, "network": network} if network else rest
+
+    @classmethod
     def of_checkpoint(cls, checkpoint: dict[str, Any], **overrides: Any) -> Self:
         """Build the model of a zoo checkpoint that was read already, with its weights.
 
@@ -279,7 +317,10 @@ class TrainingModule(L.LightningModule):
             CheckpointError: weights that do not fit the settings.
         """
         tokenizer = overrides.pop("tokenizer", None)
-        module = cls(**{**checkpoint["hyper_parameters"], **overrides})
+        stored, given = cls.nested(checkpoint["hyper_parameters"]), cls.nested(overrides)
+        if "network" in stored and "network" in given:
+            given["network"] = {**stored["network"], **given["network"]}
+        module = cls(**{**stored, **given})
         if tokenizer is not None:
             module.set_tokenizer(tokenizer)
         module.on_load_checkpoint(checkpoint)

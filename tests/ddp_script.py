@@ -177,7 +177,7 @@ def low_counts() -> None:
     for name, options in LOWER_COUNT.items():
         for world in (1, 2):
             torch.manual_seed(0)
-            model = Recorded(**small | options, optimizer=partial(torch.optim.SGD, lr=1.0))
+            model = Recorded(**Recorded.nested(small | options), optimizer=partial(torch.optim.SGD, lr=1.0))
             model.name = f"{name}_{world}"
             run = L.Trainer(
                 accelerator="cpu",

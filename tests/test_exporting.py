@@ -19,6 +19,8 @@ from counting_zoo.cli import main
 from counting_zoo.errors import InputError
 from counting_zoo.exporting import RECIPE, export
 from counting_zoo.loading import save
+from counting_zoo.models.lower_count.network import LowerCountConfig
+from counting_zoo.models.region_clip.network import RegionCLIPConfig
 from counting_zoo.nn.text import word_tokenizer
 
 EBC_SMALL = {"encoder": "small", "width": 4, "representatives": "middle"}
@@ -34,7 +36,9 @@ def model(kind: str) -> CountingModule:
     elif kind == "CLIPEBC":
         made = CLIPEBC(tiny.clip_config(), visual_prompts=2, representatives="middle", decoder=[8])
     elif kind == "LowerCount":
-        made = LowerCount(encoder="small", width=4, reduction=8, branch_norm="none", classes=NAMES)
+        made = LowerCount(
+            encoder="small", width=4, reduction=8, network=LowerCountConfig(branch_norm="none"), classes=NAMES
+        )
     else:
         made = counter(**(SMALL if kind == "small" else {}))
     return made.eval()
@@ -91,7 +95,7 @@ def test_without_onnx_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
-    boxes = RegionCLIPCounter(tiny.clip_config(), templates=["{}"], width=8).eval()
+    boxes = RegionCLIPCounter(tiny.clip_config(), network=RegionCLIPConfig(templates=["{}"], width=8)).eval()
     boxes.set_tokenizer(word_tokenizer(NAMES, 320))
     with pytest.raises(InputError, match="RegionCLIPCounter"):
         export(boxes, tmp_path / "a.pt2", ["figs"])
@@ -109,7 +113,14 @@ def test_one_name_is_not_its_letters(tmp_path: Path) -> None:
 
 
 def test_the_recipe_says_what_becomes_of_a_sum(tmp_path: Path) -> None:
-    made = LowerCount(encoder="small", width=4, reduction=8, branch_norm="none", classes=NAMES, round_counts=True)
+    made = LowerCount(
+        encoder="small",
+        width=4,
+        reduction=8,
+        network=LowerCountConfig(branch_norm="none"),
+        classes=NAMES,
+        round_counts=True,
+    )
     export(made.train(), tmp_path / "counter.pt2")
     assert made.training  # as it was
     recipe = run_pt2(tmp_path / "counter.pt2", torch.rand(1, 3, 64, 64))[1]

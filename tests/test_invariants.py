@@ -168,7 +168,7 @@ def test_clip_counts_target(options: dict[str, Any]) -> None:
 def tiny_clip_count(patch: int = 16, **options: Any) -> CLIPCount:
     torch.manual_seed(0)
     settings = tiny.SHRUNK["clip_count"] | {"clip": tiny.clip_config(patch), "preprocess": None} | options
-    model = CLIPCount(**settings)
+    model = CLIPCount(**CLIPCount.nested(settings))
     model.make_tokenizer(["a", "b"])
     return model.eval()
 
@@ -180,7 +180,7 @@ def tiny_detector() -> RegionCLIPCounter:
     """Which finds much of both names in every picture."""
     torch.manual_seed(0)
     settings = tiny.SHRUNK["region_clip_counter_small"] | {"proposals": "grid", "scale": 4.0, "bias": 0.0}
-    model = RegionCLIPCounter(**settings, templates=["{}"])
+    model = RegionCLIPCounter(**RegionCLIPCounter.nested({**settings, "templates": ["{}"]}))
     model.make_tokenizer(["a", "b"])
     return model.eval()
 

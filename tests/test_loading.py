@@ -59,7 +59,7 @@ def test_checkpoint_is_plain_data_with_the_whole_recipe(tmp_path: Path) -> None:
     stored = torch.load(save(counter(heads=2), tmp_path / "a.ckpt"), weights_only=True)
     assert stored["counting_zoo"]["class"] == "counting_zoo.CLIPCount"
     assert stored["counting_zoo"]["recipe"]["tokenizer"].startswith("{")
-    assert stored["hyper_parameters"]["heads"] == 2
+    assert stored["hyper_parameters"]["network"]["heads"] == 2
     assert stored["hyper_parameters"]["clip"]["vision_config"]["patch_size"] == 16
     assert not {"optimizer", "scheduler"} & set(stored["hyper_parameters"])
     assert list(tmp_path.iterdir()) == [tmp_path / "a.ckpt"]

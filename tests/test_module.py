@@ -73,7 +73,7 @@ class Faulty(CLIPCount):
 def faulty(**options: Any) -> Faulty:
     torch.manual_seed(0)
     small = {"window": 32, "prompt_width": 2, "prompt_depth": 2, "heads": 4, "contrast": "none"}
-    return Faulty(config(), **{**small, **options})
+    return Faulty(config(), **Faulty.nested({**small, **options}))
 
 
 def test_fit_test_and_predict(tmp_path: Path) -> None:

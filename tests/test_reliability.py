@@ -47,7 +47,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight CLIP-Count as a checkpoint."""
     torch.manual_seed(0)
-    counter = CLIPCount(**tiny.SHRUNK["clip_count"])
+    counter = CLIPCount(**CLIPCount.nested(tiny.SHRUNK["clip_count"]))
     counter.make_tokenizer(["apples", "pears"])
     return save(counter, tmp_path_factory.mktemp("model") / "model.ckpt")
 
@@ -57,7 +57,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight RegionCLIPCounter that finds much in every picture, as a checkpoint."""
     torch.manual_seed(0)
     found: dict[str, Any] = {"proposals": "grid", "scale": 4.0, "bias": 0.0}
-    counter = RegionCLIPCounter(**tiny.SHRUNK["region_clip_counter_small"] | found)
+    counter = RegionCLIPCounter(**RegionCLIPCounter.nested(tiny.SHRUNK["region_clip_counter_small"] | found))
     counter.make_tokenizer(["apples", "pears"])
     return save(counter, tmp_path_factory.mktemp("detector") / "model.ckpt")
 
@@ -451,7 +451,7 @@ class Exported(torch.nn.Module):
 @pytest.mark.parametrize("options", [{}, {"interaction": "film", "stem": "conv", "prompt_width": 0}])
 def test_export(options: dict[str, Any]) -> None:
     """I5: the density network leaves Python with the same numbers for any batch and size (ONNX where installed)."""
-    counter = CLIPCount(**tiny.SHRUNK["clip_count"] | options)
+    counter = CLIPCount(**CLIPCount.nested(tiny.SHRUNK["clip_count"] | options))
     counter.make_tokenizer(["apples"])
     counter.eval()
     network = Exported(counter, "apples").eval()

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fakes
+import yaml
 from jsonargparse import ArgumentParser
 
+import counting_zoo
 from counting_zoo.cli import main
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.module import CountingModule
@@ -160,7 +162,11 @@ def model(name: str, **options: Any) -> list[str]:
     """A shipped model, shrunk, or one from elsewhere as it is."""
     if name in (names := [path.stem for path in OUTSIDE]):
         return ["--config", str(OUTSIDE[names.index(name)]), *words("model", options)]
-    return ["--config", str(CONFIGS / "model" / f"{name}.yaml"), *words("model", SHRUNK[name] | options)]
+    path = CONFIGS / "model" / f"{name}.yaml"
+    kind = getattr(counting_zoo, yaml.safe_load(path.read_text())["model"]["class_path"].rpartition(".")[2])
+    settings = kind.nested(SHRUNK[name] | options)
+    network = settings.pop("network", {})
+    return ["--config", str(path), *words("model", settings), *words("model.network", network)]
 
 
 def data(name: str, options: dict[str, Any]) -> list[str]:

@@ -38,7 +38,7 @@ def counter(clip: Any = None, *, tokens: bool = True, seed: int = 0, **options: 
     """A small random CLIPCount in evaluation mode, which knows NAMES."""
     torch.manual_seed(seed)
     small = {"window": 32, "prompt_width": 2, "prompt_depth": 2, "heads": 4, "contrast_epochs": 1}
-    model = CLIPCount(config() if clip is None else clip, **{**small, **options})
+    model = CLIPCount(config() if clip is None else clip, **CLIPCount.nested({**small, **options}))
     if tokens:
         model.set_tokenizer(word_tokenizer(NAMES, 320))
     return model.eval()

@@ -42,25 +42,25 @@ class CountingDataModule(L.LightningDataModule):
 
     Args:
         root: where the data set lies.
-        batch_size: pictures in a training batch, on each rank.
-        eval_batch_size: pictures handed to evaluation at once; they may differ in size.
+        batch_size: images in a training batch, on each rank.
+        eval_batch_size: images handed to evaluation at once; they may differ in size.
         num_workers: loader processes; results do not depend on it.
-        augmentation: what is done to training pictures; ``None`` for nothing.
-        prompts: which names are asked about: ``target`` (the first class of a picture), ``all`` (every class of the
-            data set, in one fixed order), or in training that many: the target, other classes of the picture, and at
+        augmentation: what is done to training images; ``None`` for nothing.
+        prompts: which names are asked about: ``target`` (the first class of an image), ``all`` (every class of the
+            data set, in one fixed order), or in training that many: the target, other classes of the image, and at
             least one that is absent; evaluation then asks for the target.
-        classes: the names to ask about for pictures that carry none (predict), and the fixed list for ``all``.
+        classes: the names to ask about for images that carry none (predict), and the fixed list for ``all``.
         merge_classes: one name for every object, whatever the annotation calls it, for models that count without
             names; ``None`` keeps the names.
-        outside: points outside their picture are an ``error``, or ``clamp``ed to its border, or ``drop``ped; what
+        outside: points outside their image are an ``error``, or ``clamp``ed to its border, or ``drop``ped; what
             was touched is counted and reported.
-        missing: an annotated picture that is not there is an ``error``, or ``skip``ped and reported.
+        missing: an annotated image that is not there is an ``error``, or ``skip``ped and reported.
         duplicates: the same file in two splits is an ``error``, a ``warn``ing, or ``ignore``d.
-        checksums: file of the pictures' SHA-256 sums as ``sha256sum`` writes it, relative to ``root``; every picture
+        checksums: file of the images' SHA-256 sums as ``sha256sum`` writes it, relative to ``root``; every image
             is compared with it when it is read. ``None`` for no comparison.
         constants: the numbers that constant predictors say, such as ``{mean: 49.96, median: 25}``; by default the
             mean and median of the training counts.
-        seed: seeds the order and augmentation of training pictures.
+        seed: seeds the order and augmentation of training images.
 
     Raises:
         InputError: a value is out of range.
@@ -125,18 +125,18 @@ class CountingDataModule(L.LightningDataModule):
 
     @abstractmethod
     def read_split(self, split: Split) -> list[Record]:
-        """Every picture of a split with its annotation; opens no picture."""
+        """Every image of a split with its annotation; opens no image."""
 
     def read_bytes(self, record: Record) -> bytes:
-        """The encoded picture of a record."""
+        """The encoded image of a record."""
         assert record.path is not None, f"{record.image_id}: a record without a path needs its own read_bytes"
         return record.path.read_bytes()
 
     def read_verified(self, record: Record) -> bytes:
-        """The encoded picture of a record, compared with its checksum where ``data.checksums`` is given.
+        """The encoded image of a record, compared with its checksum where ``data.checksums`` is given.
 
         Raises:
-            ImageError: the picture is not what the checksum says.
+            ImageError: the image is not what the checksum says.
         """
         data = self.read_bytes(record)
         if self._checksums is not None:
@@ -183,7 +183,7 @@ class CountingDataModule(L.LightningDataModule):
             )
             if not records:
                 raise InputError(
-                    f"{type(self).__name__}({str(self.root)!r}) has no picture in its {split!r} split; "
+                    f"{type(self).__name__}({str(self.root)!r}) has no image in its {split!r} split; "
                     "check data.root, data.missing and the split options"
                 )
             if self.checksums is not None:
@@ -197,7 +197,7 @@ class CountingDataModule(L.LightningDataModule):
 
     @property
     def provides(self) -> frozenset[str]:
-        """The batch keys that every training picture comes with, such as ``counts``, ``points``, ``boxes``."""
+        """The batch keys that every training image comes with, such as ``counts``, ``points``, ``boxes``."""
         keys = ("points", "labels", "boxes", "box_labels", "exemplars", "captions", "counts")
         records = self.records("train")
         found = {key for key in keys if all(getattr(record, key) is not None for record in records)}
@@ -251,7 +251,7 @@ class CountingDataModule(L.LightningDataModule):
         return draw_names(record, self.prompts, self.class_names("train"), rng)
 
     def train_points(self) -> list[np.ndarray]:
-        """``(N_i, 2)`` points of every training picture, from the annotation alone.
+        """``(N_i, 2)`` points of every training image, from the annotation alone.
 
         Raises:
             InputError: the data has no points.
@@ -261,30 +261,28 @@ class CountingDataModule(L.LightningDataModule):
         return [record.points for record in self.records("train") if record.points is not None]
 
     def train_sizes(self) -> list[tuple[int, int]]:
-        """(H, W) of every training picture, in the order of :meth:`train_points`.
+        """(H, W) of every training image, in the order of :meth:`train_points`.
 
         Raises:
-            InputError: the size of a picture is not known.
+            InputError: the size of an image is not known.
         """
         sizes = []
         for record in self.records("train"):
             if record.size is None:
-                raise InputError(
-                    f"{record.image_id}: neither its annotation nor its file says how large the picture is"
-                )
+                raise InputError(f"{record.image_id}: neither its annotation nor its file says how large the image is")
             sizes.append(record.size)
         return sizes
 
     def asked_counts(self, split: Split, records: Sequence[Record] | None = None, *, total: bool = False) -> np.ndarray:
-        """What evaluation asks about every picture of a split: the targets of its scores.
+        """Count the objects of the names that evaluation asks about in each image: the targets of its scores.
 
         Args:
             split: whose names are asked about.
-            records: pictures other than the split's.
+            records: images other than the split's.
             total: add the counts of all names up, as for a model that counts without names.
 
         Returns:
-            ``(N, K)`` float64: K is 1, or the number of names under ``prompts: all``; 1 with ``total``. Pictures
+            ``(N, K)`` float64: K is 1, or the number of names under ``prompts: all``; 1 with ``total``. Images
             without annotation have NaN.
         """
         rows = []
@@ -294,7 +292,7 @@ class CountingDataModule(L.LightningDataModule):
         return np.array(rows, np.float64)
 
     def constant_predictors(self, *, total: bool = False) -> dict[str, float | list[float]]:
-        """What a model that always says the same would say: the row every result is read beside.
+        """Compute constant predictions from the training counts: the baselines every result is read beside.
 
         Args:
             total: of the sum over all names, beside which a model is read that counts without names.
@@ -342,13 +340,13 @@ class CountingDataModule(L.LightningDataModule):
             check_duplicates(self._separate_splits(), action=self.duplicates)
 
     def _separate_splits(self) -> dict[str, list[Record]]:
-        """The splits that must share no picture; where validation is on the test split on purpose, that counts once."""
+        """The splits that must share no image; where validation is on the test split on purpose, that counts once."""
         splits = {"train": self.records("train"), "val": self.records("val")}
         validated = {record.path for record in splits["val"]}
         try:
             test = self.read_split("test")
         except (InputError, OSError) as error:
-            log.debug("the test split is not looked at for pictures of the others: %s", error)
+            log.debug("the test split is not looked at for images of the others: %s", error)
             return splits
         return {**splits, "test": [record for record in test if record.path not in validated]}
 
@@ -380,13 +378,13 @@ class CountingDataModule(L.LightningDataModule):
         tolerate: bool = False,
         records: Sequence[Record] | None = None,
     ) -> CountingDataset:
-        """The pictures of a split as evaluation sees them, for counting without a trainer.
+        """The images of a split as evaluation sees them, for counting without a trainer.
 
         Args:
             split: whose names are asked about.
             preprocess: the model's geometry.
-            tolerate: an unreadable picture becomes an item with ``failed`` instead of an error.
-            records: some of the split's pictures; all of them if ``None``.
+            tolerate: an unreadable image becomes an item with ``failed`` instead of an error.
+            records: some of the split's images; all of them if ``None``.
         """
         every = self.records(split)  # reads the checksums too, so before the copy
         source = copy(self)  # what loader processes get; those started by spawn could not be given the trainer

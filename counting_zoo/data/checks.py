@@ -117,7 +117,7 @@ def keep_inside(record: Record, size: tuple[int, int], outside: str) -> tuple[Re
 
     Args:
         record: the annotation.
-        size: ``(height, width)`` of the picture.
+        size: ``(height, width)`` of the image.
         outside: ``error``, ``clamp`` or ``drop``.
 
     Returns:
@@ -156,7 +156,7 @@ def keep_inside(record: Record, size: tuple[int, int], outside: str) -> tuple[Re
 
 
 def check_inside(record: Record, size: tuple[int, int], outside: str) -> Record:
-    """:func:`keep_inside` with a warning for a picture in which something was touched.
+    """:func:`keep_inside` with a warning for an image in which something was touched.
 
     Raises:
         InputError: as :func:`keep_inside`.
@@ -174,7 +174,7 @@ def check_inside(record: Record, size: tuple[int, int], outside: str) -> Record:
 def pairs_up(
     points: np.ndarray | None, labels: np.ndarray | None, boxes: np.ndarray | None, box_labels: np.ndarray | None
 ) -> bool:
-    """Whether row i of the points and row i of the boxes are the same object: same labels, each point in its box.
+    """Tell if row i of the points and row i of the boxes are the same object: same labels, each point in its box.
 
     A hundredth of a pixel is allowed for the rounding of moved coordinates.
     """
@@ -194,7 +194,7 @@ def _outside_error(image_id: str, name: str, corners: np.ndarray, bad: np.ndarra
     if ((swapped >= 0) & (swapped <= [width, height])).all():
         hint = f" With x and y exchanged all {len(corners)} would lie inside: are the columns swapped?"
     return InputError(
-        f"{image_id}: {what} {first} is {_show(corners[first].ravel())}, outside the picture of {height} x "
+        f"{image_id}: {what} {first} is {_show(corners[first].ravel())}, outside the image of {height} x "
         f"{width} pixels (height x width); {int(bad.sum())} of {len(bad)} {name} are.{hint} "
         "Correct the annotation, or set data.outside to 'clamp' or 'drop'"
     )
@@ -208,7 +208,7 @@ _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")  # a star says that the file w
 
 
 class Checksums:
-    """The SHA-256 of every picture, from a file as ``sha256sum`` writes it: ``<64 hex digits>  <path>``.
+    """The SHA-256 of every image, from a file as ``sha256sum`` writes it: ``<64 hex digits>  <path>``.
 
     Paths are relative to the file's folder, so that ``sha256sum --check`` run there agrees with what is done here.
 
@@ -232,20 +232,20 @@ class Checksums:
             self._known[os.path.normpath(match[2])] = match[1].lower()
 
     def check_listed(self, records: Iterable[Record]) -> None:
-        """Make sure, before a picture is read, that each can be verified.
+        """Make sure, before an image is read, that each can be verified.
 
         Raises:
-            InputError: a picture is not listed.
+            InputError: an image is not listed.
         """
         absent = [record.image_id for record in records if self._name(record) not in self._known]
         if absent:
             raise InputError(
-                f"{self.path}: does not list {len(absent)} pictures: {absent[:5]} (it lists {len(self._known)} files); "
+                f"{self.path}: does not list {len(absent)} images: {absent[:5]} (it lists {len(self._known)} files); "
                 "add them with sha256sum in the file's folder, or leave data.checksums out"
             )
 
     def verify(self, record: Record, data: bytes) -> None:
-        """Compare a picture's bytes, as they were read, with its checksum.
+        """Compare an image's bytes, as they were read, with its checksum.
 
         Raises:
             ImageError: they differ.
@@ -253,17 +253,17 @@ class Checksums:
         expected, found = self._known[self._name(record)], sha256(data)
         if found != expected:
             raise ImageError(
-                f"{record.path}: its SHA-256 is {found}, but {self.path} says {expected}; copy the picture again, or "
-                "correct the list if the picture was changed on purpose"
+                f"{record.path}: its SHA-256 is {found}, but {self.path} says {expected}; copy the image again, or "
+                "correct the list if the image was changed on purpose"
             )
 
     def _name(self, record: Record) -> str:
-        """The picture's path as the file lists it; nothing listed where the picture is no file."""
+        """The image's path as the file lists it; nothing listed where the image is no file."""
         return "" if record.path is None else os.path.relpath(record.path, self.path.parent)
 
 
 def write_checksums(path: Path, pictures: Iterable[Path]) -> None:
-    """Write the checksums of pictures below the folder of ``path``, for ``sha256sum --check`` and ``data.checksums``.
+    """Write the checksums of images below the folder of ``path``, for ``sha256sum --check`` and ``data.checksums``.
 
     Args:
         path: the file to write.
@@ -284,7 +284,7 @@ _ARRAYS = (
 
 
 class Fingerprint(TypedDict):
-    """What :func:`fingerprint` finds."""
+    """Result of :func:`fingerprint`."""
 
     pictures: int
     objects: float  # points, else boxes, else the sum of image-level counts
@@ -292,7 +292,7 @@ class Fingerprint(TypedDict):
 
 
 def fingerprint(records: Iterable[Record]) -> Fingerprint:
-    """Numbers and hash of an annotation; the place and the pixels of the pictures do not enter.
+    """Numbers and hash of an annotation; the place and the pixels of the images do not enter.
 
     Args:
         records: in their order, which matters.
@@ -365,21 +365,21 @@ def inside_root(root: str | Path, relative: str | Path, source: str) -> Path:
 def check_records(
     records: Iterable[Record], split: str, *, outside: str = "error", missing: str = "error", source: str = "data"
 ) -> list[Record]:
-    """Check every record of a split against itself and against the header of its picture.
+    """Check every record of a split against itself and against the header of its image.
 
     Args:
         records: what a reader found.
-        split: its name; in ``predict`` an unreadable picture is left to be reported when its turn comes.
-        outside: what happens to coordinates outside the picture, see :func:`~counting_zoo.data.checks.keep_inside`.
-        missing: an absent picture is an ``error``, or ``skip``ped with one warning for the split.
+        split: its name; in ``predict`` an unreadable image is left to be reported when its turn comes.
+        outside: what happens to coordinates outside the image, see :func:`~counting_zoo.data.checks.keep_inside`.
+        missing: an absent image is an ``error``, or ``skip``ped with one warning for the split.
         source: the data module, for messages.
 
     Returns:
         The records that remain, with ``size`` filled in.
 
     Raises:
-        InputError: an inconsistency; the message names the picture and the field.
-        ImageError: a picture whose header cannot be read (not in ``predict``).
+        InputError: an inconsistency; the message names the image and the field.
+        ImageError: an image whose header cannot be read (not in ``predict``).
     """
     check("data.missing", missing, one_of=("error", "skip"))
     where = f"{source}, {split} split"
@@ -392,10 +392,10 @@ def check_records(
 
 
 def check_kinds(records: list[Record], where: str) -> None:
-    """Make sure that all pictures of a split have the same kinds of annotation, or no batch could be made of them.
+    """Make sure that all images of a split have the same kinds of annotation, or no batch could be made of them.
 
     Raises:
-        InputError: points, boxes, exemplars, captions or counts are known of some pictures only.
+        InputError: points, boxes, exemplars, captions or counts are known of some images only.
     """
     for kind in ("points", "boxes", "exemplars", "captions", "counts"):
         fields = (kind, "labels") if kind == "counts" else (kind,)  # counts follow from points
@@ -403,13 +403,13 @@ def check_kinds(records: list[Record], where: str) -> None:
         if any(known) and not all(known):
             lacking = [record.image_id for record, there in zip(records, known, strict=True) if not there]
             raise InputError(
-                f"{where}: {len(lacking)} of {len(records)} pictures have no {kind} ({listed(lacking, _SHOWN)}), but "
-                f"others have ({records[known.index(True)].image_id}); annotate all pictures alike"
+                f"{where}: {len(lacking)} of {len(records)} images have no {kind} ({listed(lacking, _SHOWN)}), but "
+                f"others have ({records[known.index(True)].image_id}); annotate all images alike"
             )
 
 
 def check_duplicates(records_by_split: Mapping[str, list[Record]], action: str) -> None:
-    """Find pictures that are in two splits, by path or by content.
+    """Find images that are in two splits, by path or by content.
 
     Args:
         records_by_split: the records of each split.
@@ -437,7 +437,7 @@ def check_duplicates(records_by_split: Mapping[str, list[Record]], action: str) 
     ]
     if pairs:
         message = (
-            f"{len(pairs)} pairs of equal pictures are in two splits: {listed(pairs, _SHOWN)}; scores on them mean "
+            f"{len(pairs)} pairs of equal images are in two splits: {listed(pairs, _SHOWN)}; scores on them mean "
             "nothing. Remove one of each pair, or set data.duplicates to 'warn' or 'ignore'"
         )
         if action == "error":
@@ -451,7 +451,7 @@ def _check_unique(records: list[Record], where: str) -> None:
     clashes = []
     for record in records:
         if record.image_id in seen:
-            raise InputError(f"{where}: picture {record.image_id!r} appears twice; expected every picture once")
+            raise InputError(f"{where}: image {record.image_id!r} appears twice; expected every image once")
         other = folded.get(record.image_id.casefold())
         if other is not None:
             if _same_file(record, other):
@@ -473,7 +473,7 @@ def _same_file(a: Record, b: Record) -> bool:
 
 
 def _check_consistent(record: Record) -> None:
-    """What must hold between the fields of one record."""
+    """Check the fields of one record against each other."""
     name, n = record.image_id, len(record.classes)
     if len(set(record.classes)) != n:
         raise InputError(f"{name}: classes are {record.classes}; expected every name once")
@@ -526,7 +526,7 @@ def _existing(records: list[Record], missing: str, where: str) -> list[Record]:
     absent = [record for record in records if record.path is not None and not record.path.is_file()]
     if not absent:
         return records
-    message = f"{where}: {len(absent)} of {len(records)} pictures are missing: {listed(map(_describe, absent), _SHOWN)}"
+    message = f"{where}: {len(absent)} of {len(records)} images are missing: {listed(map(_describe, absent), _SHOWN)}"
     if missing == "error":
         raise InputError(f"{message}. Complete the folder, or set data.missing to 'skip'")
     warnings.warn(f"{message}; skipped (data.missing=skip)", stacklevel=3)
@@ -567,13 +567,13 @@ def _with_sizes(records: list[Record], split: str, outside: str, where: str) -> 
     if touched:
         verb = {"clamp": "moved to the border", "drop": "dropped or clipped"}[outside]
         warnings.warn(
-            f"{where}: {sum(touched.values())} coordinates outside {len(touched)} pictures were {verb} "
+            f"{where}: {sum(touched.values())} coordinates outside {len(touched)} images were {verb} "
             f"(data.outside={outside}): {listed((f'{name} ({n})' for name, n in touched.items()), _SHOWN)}",
             stacklevel=3,
         )
     if surprises:
         warnings.warn(
-            f"{where}: the annotation of {len(surprises)} pictures states another size (height, width) than the "
+            f"{where}: the annotation of {len(surprises)} images states another size (height, width) than the "
             f"file: {listed(surprises, _SHOWN)}; are points in the frame of a resized or unrotated copy?",
             stacklevel=3,
         )

@@ -73,12 +73,12 @@ class CountingDataset(Dataset):
 
     Args:
         records: the annotation.
-        read_bytes: gives the encoded picture of a record.
+        read_bytes: gives the encoded image of a record.
         choose_names: which names to ask about; gets a generator in training, ``None`` in evaluation.
         preprocess: the model's geometry.
-        augmentation: training only; ``None`` in evaluation. Of each picture it takes ``augmentation.crops`` samples.
-        outside: what happens to points outside the picture: ``error``, ``clamp`` or ``drop``.
-        tolerate: predict only: an unreadable picture becomes an item with ``failed`` instead of an error.
+        augmentation: training only; ``None`` in evaluation. Of each image it takes ``augmentation.crops`` samples.
+        outside: what happens to points outside the image: ``error``, ``clamp`` or ``drop``.
+        tolerate: predict only: an unreadable image becomes an item with ``failed`` instead of an error.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CountingDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | list[dict[str, Any]]:
-        """The item of a picture, or the list of its items where the augmentation takes several crops of it.
+        """The item of an image, or the list of its items where the augmentation takes several crops of it.
 
         Args:
             key: the index, or what :class:`~counting_zoo.data.dataset.TrainingSampler` yields: index and seed.
@@ -123,7 +123,7 @@ class CountingDataset(Dataset):
 
     def _items(self, record: Record, seed: int | None) -> list[dict[str, Any]]:
         if self.training and seed is None:
-            # Indexed by hand, without the sampler: a function of the picture, so still reproducible.
+            # Indexed by hand, without the sampler: a function of the image, so still reproducible.
             seed = zlib.crc32(record.image_id.encode())
         rng = np.random.default_rng(seed) if self.training else None
         image = decode_image(self.read_bytes(record), record.image_id)
@@ -203,15 +203,15 @@ def _moved(
 def collate(
     loaded: Sequence[dict[str, Any] | list[dict[str, Any]]], *, training: bool = False, ragged: bool = False
 ) -> Batch:
-    """Put items into one batch: pictures are stacked in training and stay a list in evaluation.
+    """Put items into one batch: images are stacked in training and stay a list in evaluation.
 
     Args:
-        loaded: what the data set gives for each picture: its item, or the list of its crops' items.
-        training: whether to stack the pictures.
-        ragged: whether training pictures that differ in size stay a list, as for a model that pads them itself.
+        loaded: what the data set gives for each image: its item, or the list of its crops' items.
+        training: whether to stack the images.
+        ragged: whether training images that differ in size stay a list, as for a model that pads them itself.
 
     Raises:
-        InputError: training pictures differ in size, the pictures are asked about different numbers of names, or some
+        InputError: training images differ in size, the images are asked about different numbers of names, or some
             have a kind of annotation that others lack.
     """
     every = [one for items in loaded for one in (items if isinstance(items, list) else [items])]
@@ -227,14 +227,14 @@ def collate(
     numbers = sorted({len(query.names) for query in batch["queries"]})
     if len(numbers) > 1:
         raise InputError(
-            f"pictures of one batch are asked about different numbers of names ({numbers}); "
+            f"images of one batch are asked about different numbers of names ({numbers}); "
             "set data.prompts to 'target', 'all' or a number"
         )
     if training:
         sizes = {tuple(image.shape[1:]) for image in batch["image"]}
         if len(sizes) > 1 and not ragged:
             raise InputError(
-                f"training pictures of one batch differ in size ({sorted(sizes)[:3]}...); give data.augmentation "
+                f"training images of one batch differ in size ({sorted(sizes)[:3]}...); give data.augmentation "
                 "a crop, use a model whose preprocess warps to one size, or set data.batch_size to 1"
             )
         if len(sizes) == 1:
@@ -251,7 +251,7 @@ def collate(
         if lacking := [item["image_id"] for item in items if key not in item]:
             (owner, *_) = [item["image_id"] for item in items if key in item]
             raise InputError(
-                f"{lacking[0]} has no {key}, but {owner} of the same batch has; annotate the {key} of all pictures "
+                f"{lacking[0]} has no {key}, but {owner} of the same batch has; annotate the {key} of all images "
                 "(an empty list where there are none), or leave them out of all"
             )
         values = [item[key] for item in items]

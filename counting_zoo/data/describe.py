@@ -1,4 +1,4 @@
-"""What a data set holds, and what constant predictors score on it: the numbers to know before any training."""
+"""Description of a data set, and the scores of constant predictors on it: the numbers to know before any training."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class SplitDescription:
     """One split in numbers.
 
     Args:
-        annotated: pictures with annotation; all numbers but ``sha256`` are about these.
-        there: how many of them have their picture file.
+        annotated: images with annotation; all numbers but ``sha256`` are about these.
+        there: how many of them have their image file.
         objects: points, else boxes, else the sum of image-level counts.
         names: how many names are annotated.
-        counts: ``min``, ``median``, ``mean`` and ``max`` of what is asked about in a picture (all names together);
+        counts: ``min``, ``median``, ``mean`` and ``max`` of what is asked about in an image (all names together);
             empty without annotation.
         constants: :func:`constant_scores`.
-        sha256: of the checked annotation of the pictures that are there, see
+        sha256: of the checked annotation of the images that are there, see
             :func:`~counting_zoo.data.checks.fingerprint`; ``None`` where there is none.
     """
 
@@ -46,7 +46,7 @@ class SplitDescription:
 
 
 def constant_scores(datamodule: CountingDataModule, split: Split) -> dict[str, dict[str, float]]:
-    """What the constant predictors score on every annotated picture of a split, also where its file is missing.
+    """Score the constant predictors on every annotated image of a split, also where its file is missing.
 
     Args:
         datamodule: with ``data.constants``, or a training split that gives mean and median.
@@ -67,7 +67,7 @@ def describe(
     """Describe the splits of a data module.
 
     Returns:
-        By split; the error where a split cannot be read, such as the validation pictures of a folder that has none.
+        By split; the error where a split cannot be read, such as the validation images of a folder that has none.
     """
     found: dict[Split, SplitDescription | InputError] = {}
     for split in splits:

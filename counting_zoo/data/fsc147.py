@@ -1,4 +1,4 @@
-"""FSC-147: 6,135 pictures of 147 kinds of object, with points and a few example boxes."""
+"""FSC-147: 6,135 images of 147 kinds of object, with points and a few example boxes."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ TEXT_FILES = ("FSC-147-D.json", "FSC_147_D.json")
 class FSC147(CountingDataModule):
     """FSC-147 in its official layout; both spellings of the file names are known.
 
-    Ranjan et al., "Learning To Count Everything", CVPR 2021. The name of the one class annotated in a picture is its
+    Ranjan et al., "Learning To Count Everything", CVPR 2021. The name of the one class annotated in an image is its
     prompt. The example boxes mark a few of the objects, so they are ``exemplars`` and never ``boxes``. The release
-    has points outside their pictures, and pictures that are in two splits (Hobley & Prisacariu, "Learning to Count
+    has points outside their images, and images that are in two splits (Hobley & Prisacariu, "Learning to Count
     Anything", 2022), so ``outside`` is ``clamp`` and ``duplicates`` is ``warn`` unless told otherwise.
 
     Args:
-        root: the folder that holds the annotation and the pictures.
+        root: the folder that holds the annotation and the images.
         annotation: file name of the points; the official names are looked for if ``None``.
-        images: folder of the pictures; ``images_384_VarV2`` for the frame of 384 pixels if ``None``.
-        frame: ``384``: pictures as released, 384 pixels high; ``original``: full-size pictures in ``images``, with
+        images: folder of the images; ``images_384_VarV2`` for the frame of 384 pixels if ``None``.
+        frame: ``384``: images as released, 384 pixels high; ``original``: full-size images in ``images``, with
             the points divided by the annotation's ``ratio_w`` and ``ratio_h``.
-        texts: the prompt of a picture: its class name, or its sentence in FSC-147-D (Amini-Naieni et al., 2023).
+        texts: the prompt of an image: its class name, or its sentence in FSC-147-D (Amini-Naieni et al., 2023).
         val_split: the split of the release that validation uses.
         test_split: the split of the release that test uses.
-        outside: what happens to points outside their picture.
+        outside: what happens to points outside their image.
         duplicates: what happens to the same file in two splits.
         options: those of :class:`CountingDataModule`.
 
@@ -80,7 +80,7 @@ class FSC147(CountingDataModule):
     ) -> None:
         super().__init__(root, outside=outside, duplicates=duplicates, **options)
         if frame == "original" and images is None:
-            raise InputError("data.frame is 'original': set data.images to the folder of the full-size pictures")
+            raise InputError("data.frame is 'original': set data.images to the folder of the full-size images")
         self.annotation = annotation
         self.images = images or "images_384_VarV2"
         self.frame = frame
@@ -88,7 +88,7 @@ class FSC147(CountingDataModule):
         self.split_names = {"train": "train", "val": val_split, "test": test_split}
 
     def read_split(self, split: Split) -> list[Record]:
-        """Every picture of a split; those whose annotation or file is absent follow ``missing``."""
+        """Every image of a split; those whose annotation or file is absent follow ``missing``."""
         root = self.find_root(holding=self.images)
         split_path = self._find(root, SPLIT_FILES)
         splits = read_json(split_path)
@@ -100,15 +100,15 @@ class FSC147(CountingDataModule):
         texts = self._read_texts(root)
         paths = {name: inside_root(root, Path(self.images) / str(name), str(split_path)) for name in names}
         if unnamed := [name for name in names if name not in texts]:
-            raise InputError(f"{root}: no {self.texts} text for {len(unnamed)} pictures of {wanted}: {unnamed[:5]}")
+            raise InputError(f"{root}: no {self.texts} text for {len(unnamed)} images of {wanted}: {unnamed[:5]}")
         if split == "predict":
             return [Record(name, path, classes=[texts[name]]) for name, path in paths.items()]
         source = root / self.annotation if self.annotation else self._find(root, ANNOTATIONS)
         annotation = read_json(source)
         if not isinstance(annotation, dict):
-            raise InputError(f"{source}: expected annotation by picture name, found a {type(annotation).__name__}")
+            raise InputError(f"{source}: expected annotation by image name, found a {type(annotation).__name__}")
         if absent := [name for name in names if name not in annotation]:
-            message = f"{source}: no annotation for {len(absent)} of {len(names)} pictures of {wanted}: {absent[:5]}"
+            message = f"{source}: no annotation for {len(absent)} of {len(names)} images of {wanted}: {absent[:5]}"
             if self.missing == "error":
                 raise InputError(f"{message}; complete the file, or set data.missing to 'skip'")
             log.warning("%s; skipped (data.missing=skip)", message)
@@ -153,7 +153,7 @@ class FSC147(CountingDataModule):
         )
 
     def _read_texts(self, root: Path) -> dict[str, str]:
-        """The prompt of every picture."""
+        """The prompt of every image."""
         if self.texts == "FSC-147-D":
             path = self._find(root, TEXT_FILES)
             found = read_json(path)
@@ -166,7 +166,7 @@ class FSC147(CountingDataModule):
         for number, line in enumerate(read_lines(path, "expected a line for each image"), start=1):
             name, tab, text = line.partition("\t")
             if line.strip() and not (tab and text.strip()):
-                raise InputError(f"{path}, line {number}: {line!r}; expected a picture, a tab and its class name")
+                raise InputError(f"{path}, line {number}: {line!r}; expected an image, a tab and its class name")
             texts[name] = text.strip()
         return texts
 

@@ -1,8 +1,8 @@
-"""Any data module as one HDF5 file: encoded pictures and annotation, guarded against bit rot.
+"""Any data module as one HDF5 file: encoded images and annotation, guarded against bit rot.
 
 Layout (schema 1); ``offset`` has one more row than there are items, item ``i`` lies in ``offset[i]:offset[i + 1]``::
 
-    image/bytes  u1 (total,)     image/offset  i8 (I + 1,)       encoded pictures, each stored once
+    image/bytes  u1 (total,)     image/offset  i8 (I + 1,)       encoded images, each stored once
     class_names  u1                                              JSON {split: names} in UTF-8
     record/image i8 (R,)         record/split  i8 (R,)           index into image, and into the keys of class_names
     record/size  i8 (R, 2)       record/text, record/offset      height, width; JSON [id, classes, captions] in UTF-8
@@ -38,7 +38,7 @@ from counting_zoo.io import progress, replacing, sha256
 SCHEMA = 1
 
 
-CHUNK_BYTES = 1 << 16  # what is read, and checked, to get at one picture
+CHUNK_BYTES = 1 << 16  # what is read, and checked, to get at one image
 
 
 BLOCK_BYTES = 1 << 22  # what is written or read at once where all of it is
@@ -59,24 +59,24 @@ def pack(
     splits: Sequence[Split] = ("train", "val", "test"),
     broken: Literal["error", "skip"] = "error",
 ) -> Path:
-    """Write pictures and checked annotation of a data module into one HDF5 file.
+    """Write images and checked annotation of a data module into one HDF5 file.
 
     The file is written beside its final place, read back and compared, and only then renamed, so that an interrupted
-    run leaves an older file as it was. Pictures are stored as they are encoded, byte for byte.
+    run leaves an older file as it was. Images are stored as they are encoded, byte for byte.
 
     Args:
         datamodule: what to pack; its options on outside points and missing files are applied.
         path: the file; an existing one is replaced.
         splits: which splits to pack.
-        broken: a picture that cannot be decoded is an ``error``, or left out (``skip``) with a warning. One without
+        broken: an image that cannot be decoded is an ``error``, or left out (``skip``) with a warning. One without
             a readable header is an error in any case, already when its split is read.
 
     Returns:
         The path of the file.
 
     Raises:
-        ImageError: a picture cannot be decoded and ``broken`` is ``error``; names it.
-        InputError: a split cannot be read, or two different pictures have one id.
+        ImageError: an image cannot be decoded and ``broken`` is ``error``; names it.
+        InputError: a split cannot be read, or two different images have one id.
     """
     check("broken", broken, one_of=("error", "skip"))
     if not splits:
@@ -87,7 +87,7 @@ def pack(
         with h5py.File(temporary, "w") as file:
             packed, digest = _write_pictures(file, datamodule, records, broken)
             if not packed:
-                raise InputError(f"no picture of {', '.join(splits)} can be decoded; nothing to pack")
+                raise InputError(f"no image of {', '.join(splits)} can be decoded; nothing to pack")
             _write_records(file, packed, list(splits))
             names = {split: datamodule.class_names(split) for split in splits}
             _dataset(file, "class_names", np.frombuffer(json.dumps(names).encode(), np.uint8))
@@ -113,7 +113,7 @@ class _Packed:
 def _write_pictures(
     file: h5py.File, data: CountingDataModule, records: list[tuple[Split, Record]], broken: str
 ) -> tuple[list[_Packed], str]:
-    """Append every picture once; returns what was kept and the hash of all bytes."""
+    """Append every image once; returns what was kept and the hash of all bytes."""
     flat = file.create_dataset("image/bytes", (0,), "u1", maxshape=(None,), chunks=(CHUNK_BYTES,), fletcher32=True)
     digest = hashlib.sha256()
     buffer = bytearray()
@@ -135,7 +135,7 @@ def _write_pictures(
         except (ImageError, OSError) as error:
             if broken == "error":
                 raise ImageError(
-                    f"{record.image_id}: cannot be packed ({error}); replace the picture, or pack with broken=skip"
+                    f"{record.image_id}: cannot be packed ({error}); replace the image, or pack with broken=skip"
                 ) from error
             failed.append(f"{record.image_id} ({error})")
             continue
@@ -143,7 +143,7 @@ def _write_pictures(
         if record.image_id in known:
             row, other = known[record.image_id]
             if own != other:
-                raise InputError(f"two different pictures have the id {record.image_id!r}; expected unique ids")
+                raise InputError(f"two different images have the id {record.image_id!r}; expected unique ids")
         else:
             row = len(known)
             known[record.image_id] = (row, own)
@@ -156,7 +156,7 @@ def _write_pictures(
     _dataset(file, "image/offset", np.array(offsets, np.int64))
     if failed:
         warnings.warn(
-            f"{len(failed)} pictures cannot be decoded and were left out: {listed(failed, 5)}",
+            f"{len(failed)} images cannot be decoded and were left out: {listed(failed, 5)}",
             stacklevel=3,
         )
     return packed, digest.hexdigest()
@@ -194,7 +194,7 @@ def _offsets(items: Iterable[Any]) -> np.ndarray:
 
 
 def _verify(path: Path, digest: str) -> None:
-    """Read the finished file back: annotation against its hash, pictures against what was written."""
+    """Read the finished file back: annotation against its hash, images against what was written."""
     with _explained(path), h5py.File(path, "r") as file:
         _read_records(file, path)
         flat = file["image/bytes"]
@@ -206,9 +206,9 @@ def _verify(path: Path, digest: str) -> None:
 
 
 class PackedCounts(CountingDataModule):
-    """What :func:`pack` wrote, as a data module that gives the same batches as the one that was packed.
+    """A file of :func:`pack` as a data module that gives the same batches as the one that was packed.
 
-    The file is opened in each loader process on its first picture.
+    The file is opened in each loader process on its first image.
 
     Args:
         root: the HDF5 file.
@@ -239,7 +239,7 @@ class PackedCounts(CountingDataModule):
         return list(names[split]) if split in names else super().annotated_names(split)
 
     def read_bytes(self, record: Record) -> bytes:
-        """The encoded picture, byte for byte as it was packed.
+        """The encoded image, byte for byte as it was packed.
 
         Raises:
             ImageError: its bytes are damaged.

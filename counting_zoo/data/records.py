@@ -14,20 +14,20 @@ Split = Literal["train", "val", "test", "predict"]
 
 @dataclass(frozen=True)
 class Record:
-    """One picture and its annotation, in pixels of the stored (EXIF-rotated) picture.
+    """One image and its annotation, in pixels of the stored (EXIF-rotated) image.
 
     Args:
         image_id: unique in the data set and stable between runs; normally the path below the root.
-        path: the picture file; ``None`` where the data module reads bytes from elsewhere (a pack).
+        path: the image file; ``None`` where the data module reads bytes from elsewhere (a pack).
         classes: names of what is annotated; ``labels`` and ``box_labels`` index into it. The first is the target.
         points: ``(N, 2)`` float32 x, y, or ``None`` where the data has none.
         labels: ``(N,)`` int64.
         boxes: ``(M, 4)`` float32 x1, y1, x2, y2 of all objects, or ``None``.
         box_labels: ``(M,)`` int64.
         exemplars: ``(E, 4)`` float32 a few example boxes of the target, or ``None``.
-        counts: ``(len(classes),)`` float32 image-level counts, or ``None`` for pictures without annotation.
+        counts: ``(len(classes),)`` float32 image-level counts, or ``None`` for images without annotation.
         captions: any number of sentences.
-        size: ``(height, width)`` of the picture where the annotation or the file header says so.
+        size: ``(height, width)`` of the image where the annotation or the file header says so.
     """
 
     image_id: str
@@ -45,7 +45,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded picture with the geometry an augmentation must move along with it.
+    """A decoded image with the geometry an augmentation must move along with it.
 
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
@@ -54,7 +54,7 @@ class Sample:
         boxes: ``(M, 4)`` float32.
         box_labels: ``(M,)`` int64.
         exemplars: ``(E, 4)`` float32.
-        croppable: whether what is known of the picture stays true when part of it is cut away, see :func:`croppable`.
+        croppable: whether what is known of the image stays true when part of it is cut away, see :func:`croppable`.
     """
 
     image: np.ndarray
@@ -136,14 +136,14 @@ def merged(record: Record, name: str) -> Record:
 
 
 def n_objects(record: Record) -> float | None:
-    """How many objects of any name the annotation knows; ``None`` where there is none."""
+    """Count the objects of all names in the annotation; ``None`` where there is none."""
     if record.labels is not None:
         return float(len(record.labels))
     return None if record.counts is None else float(record.counts.sum())
 
 
 def croppable(record: Record) -> bool:
-    """Whether a crop can be annotated: places move along and captions stay as they are, but a count would be wrong.
+    """Tell if a crop can be annotated: points move along and captions stay as they are, but a count would be wrong.
 
     Example:
         >>> croppable(Record("a", captions=["two cats"]))
@@ -190,10 +190,10 @@ def draw_names(record: Record, n: int, every: Sequence[str], rng: np.random.Gene
 
 
 def unasked_objects(records: Sequence[Record], asked: np.ndarray) -> tuple[float, float]:
-    """How many objects have names that are not asked about, and how many objects there are.
+    """Count the objects whose names are not asked about, and all objects.
 
     Args:
-        records: the pictures.
+        records: the images.
         asked: ``(N,)`` objects of the names asked about, NaN without annotation.
     """
     present = np.array([n_objects(record) for record in records], np.float64)

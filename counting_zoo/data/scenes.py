@@ -50,7 +50,7 @@ class Attributes(NamedTuple):
 
 @dataclass(frozen=True)
 class ScenePreset(ABC):
-    """What every scene of a preset has in common.
+    """Attributes that every scene of a preset has in common.
 
     Args:
         height: pixels.
@@ -77,14 +77,14 @@ class ScenePreset(ABC):
 
     @abstractmethod
     def plan(self, rng: np.random.Generator, classes: Sequence[Attributes]) -> list[tuple[Attributes, int]]:
-        """Which classes stand in one picture and how many of each; the target comes first."""
+        """Draw the classes of one image and the number of each; the target comes first."""
 
 
 @dataclass(frozen=True)
 class TargetPreset(ScenePreset):
     """Scenes with one target class, most of them with objects of other classes between.
 
-    Three in four pictures have distractor classes, and half of the distractors share shape or colour with the target.
+    Three in four images have distractor classes, and half of the distractors share shape or colour with the target.
 
     Args:
         log_count: mean and standard deviation of the logarithm of the target's count.
@@ -173,11 +173,11 @@ class CommonPreset(TargetPreset):
 
 @dataclass(frozen=True)
 class EachClassPreset(ScenePreset):
-    """Scenes for image-level counts: every class of a short list may stand in every picture, most are absent.
+    """Scenes for image-level counts: every class of a short list may stand in every image, most are absent.
 
     Args:
         classes: the fixed list.
-        present: how likely each class is in a picture.
+        present: how likely each class is in an image.
         max_each: limit of the count of a class; ``k`` objects are drawn with probability proportional to ``1 / k``.
     """
 
@@ -276,7 +276,7 @@ PRESETS["common"] = CommonPreset(
 )
 
 
-FINE = 2  # drawing resolution over picture resolution
+FINE = 2  # drawing resolution over image resolution
 
 
 MIN_VISIBLE = 0.55  # of every object, after everything is placed
@@ -296,11 +296,11 @@ SHIFT = 4  # fractional bits of the coordinates that OpenCV draws with
 
 @dataclass(frozen=True)
 class Scene:
-    """One rendered picture and everything in it.
+    """One rendered image and everything in it.
 
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
-        classes: those in the picture, the target first.
+        classes: those in the image, the target first.
         points: ``(N, 2)`` float32 centres x, y, inside the frame.
         labels: ``(N,)`` int64 index into ``classes``.
         boxes: ``(N, 4)`` float32 x1, y1, x2, y2 of the whole object within the frame, hidden parts included.
@@ -336,7 +336,7 @@ def render(preset: ScenePreset, classes: Sequence[Attributes], seed: Sequence[in
     Args:
         preset: what the scenes look like.
         classes: the classes to choose from.
-        seed: the picture's own seed, such as ``(seed, split, index)``.
+        seed: the image's own seed, such as ``(seed, split, index)``.
 
     Example:
         >>> from counting_zoo.data.scenes import PRESETS
@@ -549,7 +549,7 @@ def _shade(image: np.ndarray, names: list[Attributes], objects: _Objects, rng: n
 
 
 def _pattern(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Where the dark part of a texture lies; ``u`` and ``v`` are in radii."""
+    """Compute the dark part of a texture; ``u`` and ``v`` are in radii."""
     if texture == "striped":
         return np.sin(9 * u) > 0
     if texture == "checkered":

@@ -1,4 +1,4 @@
-"""Dealing pictures to splits: by ranges of the sorted names, by a file, or drawn by seed and sizes."""
+"""Dealing images to splits: by ranges of the sorted names, by a file, or drawn by seed and sizes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def draw(names: Sequence[str], sizes: Mapping[str, float], seed: int) -> dict[st
 
     Args:
         names: what to draw from.
-        sizes: for each split a number of pictures, or below 1 a fraction of them (rounded down, at least one).
-        seed: the same seed draws the same pictures.
+        sizes: for each split a number of images, or below 1 a fraction of them (rounded down, at least one).
+        seed: the same seed draws the same images.
 
     Raises:
-        InputError: a size is not positive, or more pictures are asked for than there are.
+        InputError: a size is not positive, or more images are asked for than there are.
 
     Example:
         >>> drawn = draw([f"{i}.png" for i in range(10)], {"train": 6, "val": 0.2}, seed=0)
@@ -33,12 +33,12 @@ def draw(names: Sequence[str], sizes: Mapping[str, float], seed: int) -> dict[st
     for split, size in sizes.items():
         if split not in SPLITS or not size > 0 or (size > 1 and size != int(size)):
             raise InputError(
-                f"data.sizes has {split}: {size}; expected train, val or test with a number of pictures, "
+                f"data.sizes has {split}: {size}; expected train, val or test with a number of images, "
                 "or a fraction between 0 and 1"
             )
         numbers[split] = int(size) if size >= 1 else max(1, int(size * len(names) + 1e-9))
     if sum(numbers.values()) > len(names):
-        raise InputError(f"data.sizes asks for {numbers}, {sum(numbers.values())} pictures, of only {len(names)}")
+        raise InputError(f"data.sizes asks for {numbers}, {sum(numbers.values())} images, of only {len(names)}")
     order = np.random.default_rng(seed).permutation(len(names))
     ends = np.cumsum([0, *numbers.values()])
     return {
@@ -61,10 +61,10 @@ def draw_split(names: Sequence[str], sizes: Mapping[str, float], seed: int, spli
 
 
 def take_ranges(names: Sequence[str], ranges: Mapping[str, Sequence[int | None]]) -> dict[str, list[str]]:
-    """Pictures ``start`` (counted from 0) to before ``stop`` of each split; ``null`` is an open end.
+    """Images ``start`` (counted from 0) to before ``stop`` of each split; ``null`` is an open end.
 
     Raises:
-        InputError: a range is no pair, reaches beyond the pictures, is empty, or shares pictures with another.
+        InputError: a range is no pair, reaches beyond the images, is empty, or shares images with another.
 
     Example:
         >>> take_ranges(["a", "b", "c"], {"train": [0, 2], "test": [2, None]})
@@ -78,7 +78,7 @@ def take_ranges(names: Sequence[str], ranges: Mapping[str, Sequence[int | None]]
         if split not in SPLITS or len(pair) != 2 or not 0 <= start < stop <= len(names):
             raise InputError(
                 f"data.splits has {split}: {list(pair)}; expected train, val or test with [start, stop] "
-                f"within the {len(names)} pictures, 0 <= start < stop"
+                f"within the {len(names)} images, 0 <= start < stop"
             )
         taken[split] = list(names[start:stop])
         for name in taken[split]:
@@ -91,7 +91,7 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     """Splits from a file: JSON ``{"train": ["a.png", ...], ...}`` or CSV with the columns ``image,split``.
 
     Raises:
-        InputError: the file cannot be read, has another structure, or names a picture in two splits.
+        InputError: the file cannot be read, has another structure, or names an image in two splits.
     """
     if path.suffix.lower() == ".json":
         found = read_json(path)
@@ -109,5 +109,5 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     for split in SPLITS:
         for name in splits.get(split, []):
             if owner.setdefault(name, split) != split:
-                raise InputError(f"{path}: {name} is in both {owner[name]} and {split}; each picture has one split")
+                raise InputError(f"{path}: {name} is in both {owner[name]} and {split}; each image has one split")
     return splits

@@ -30,7 +30,7 @@ SplitBy = Literal["class", "picture"]
 PICTURES = "images_384_VarV2"  # FSC-147's name for the folder
 
 
-TEST_PICTURES = "test_pictures"  # the test pictures alone, to predict on as a folder
+TEST_PICTURES = "test_pictures"  # the test images alone, to predict on as a folder
 
 
 ANNOTATION = "scenes.json"  # everything about every object; the other files say what FSC-147's say
@@ -57,10 +57,10 @@ class SceneSet:
 
     Args:
         preset: ``easy``, ``low``, ``full`` or ``common``.
-        split_by: ``class`` tests on (shape, colour) pairs never trained on, ``picture`` on new pictures of the classes
+        split_by: ``class`` tests on (shape, colour) pairs never trained on, ``picture`` on new images of the classes
             that training shows; ``None`` takes what the preset is made for.
-        sizes: number of pictures of ``train``, ``val`` and ``test``; those left out keep their default.
-        seed: of the pictures.
+        sizes: number of images of ``train``, ``val`` and ``test``; those left out keep their default.
+        seed: of the images.
 
     Raises:
         InputError: a value is out of range.
@@ -101,7 +101,7 @@ class SceneSet:
         return f"{self.preset}-{digest[:10]}"
 
     def class_splits(self) -> dict[str, list[Attributes]]:
-        """The classes of each split, also those that no picture happens to show."""
+        """The classes of each split, also those that no image happens to show."""
         splits = PRESETS[self.preset].class_splits()
         if self.split_by == "class" or isinstance(PRESETS[self.preset], EachClassPreset):
             return splits
@@ -109,7 +109,7 @@ class SceneSet:
 
 
 def cache_folder() -> Path:
-    """Where scenes are kept: ``$COUNTING_ZOO_CACHE/scenes``, by default ``~/.cache/counting_zoo/scenes``."""
+    """Return the folder of scenes: ``$COUNTING_ZOO_CACHE/scenes``, by default ``~/.cache/counting_zoo/scenes``."""
     return Path(os.environ.get("COUNTING_ZOO_CACHE") or "~/.cache/counting_zoo").expanduser() / "scenes"
 
 
@@ -141,7 +141,7 @@ def ensure_scenes(scenes: SceneSet, folder: Path, processes: int = 1) -> None:
 
 
 def _holds(scenes: SceneSet, folder: Path) -> bool:
-    """Whether the folder has these scenes; ``False`` if there is nothing yet."""
+    """Tell if the folder has these scenes; ``False`` if there is nothing yet."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
@@ -228,7 +228,7 @@ def _write(scenes: SceneSet, folder: Path, processes: int) -> None:
 
 
 def _draw(job: _Job) -> dict[str, Any]:
-    """Render and write one picture; returns its annotation."""
+    """Render and write one image; returns its annotation."""
     file = f"{job.split}_{job.index:05d}.jpg"
     scene = render(PRESETS[job.preset], job.classes, (job.seed, list(SIZES).index(job.split), job.index))
     _, data = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
@@ -298,7 +298,7 @@ def _joined(parts: list[str]) -> str:
 
 
 class SyntheticScenes(CountingDataModule):
-    """Pictures of shapes such as "striped yellow rings", with points, boxes, counts and captions of all objects.
+    """Images of shapes such as "striped yellow rings", with points, boxes, counts and captions of all objects.
 
     ``easy`` (192 x 192 pixels, 1 to 60 objects) is for tests and the quick start, ``full`` (384 x 384-672 pixels, 3 to
     300 objects, 147 classes) is like FSC-147, ``low`` (256 x 256 pixels, 0 to 8 objects of each of 12 classes) is for
@@ -311,9 +311,9 @@ class SyntheticScenes(CountingDataModule):
             ``$COUNTING_ZOO_CACHE/scenes`` or ``~/.cache/counting_zoo/scenes``.
         preset: what the scenes look like.
         split_by: ``class`` (default of all but ``low``) tests on shape-colour pairs that training never shows,
-            although it shows every word; ``picture`` (default of ``low``) tests on new pictures of the same classes.
-        sizes: number of pictures of ``train``, ``val`` and ``test`` (default 1500, 150 and 200).
-        scene_seed: seeds the pictures; ``seed`` seeds only the order and augmentation in training.
+            although it shows every word; ``picture`` (default of ``low``) tests on new images of the same classes.
+        sizes: number of images of ``train``, ``val`` and ``test`` (default 1500, 150 and 200).
+        scene_seed: seeds the images; ``seed`` seeds only the order and augmentation in training.
         processes: how many processes render on first use; the files do not depend on it.
         prompts: as in the base class; by default ``all`` for ``low`` and ``target`` for the others.
         checksums: as in the base class; by default the file that is written with the scenes.
@@ -373,7 +373,7 @@ class SyntheticScenes(CountingDataModule):
         classes = picture["classes"]
         exemplars: np.ndarray | None = as_boxes(picture["exemplars"], name)
         if self.fixed_list:
-            # Every picture answers for the whole list, in its order; there is no target to show examples of.
+            # Every image answers for the whole list, in its order; there is no target to show examples of.
             names = self._split_names[picture["split"]]
             labels = np.array([names.index(c) for c in classes], np.int64)[labels]
             classes, exemplars = names, None

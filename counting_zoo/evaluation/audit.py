@@ -1,4 +1,4 @@
-"""Asking a text-guided model about each picture with right, wrong, other and empty prompts."""
+"""Asking a text-guided model about each image with right, wrong, other and empty prompts."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from counting_zoo.version import __version__
 
 @dataclass(frozen=True)
 class Mosaic:
-    """A picture above another one, with the points of both.
+    """An image above another one, with the points of both.
 
     Args:
-        image: ``(3, 2 h, w)`` uint8 with ``w = min`` of the two pictures' heights and ``h = w // 2``; rows 0 to h are
-            the upper picture.
-        points: ``(N, 2)`` float32 x, y: those of the upper picture above row h, then those of the lower one.
-        n_upper: how many of them are the upper picture's.
+        image: ``(3, 2 h, w)`` uint8 with ``w = min`` of the two images' heights and ``h = w // 2``; rows 0 to h are
+            the upper image.
+        points: ``(N, 2)`` float32 x, y: those of the upper image above row h, then those of the lower one.
+        n_upper: how many of them are the upper image's.
     """
 
     image: Tensor
@@ -49,14 +49,14 @@ class Mosaic:
 
 
 def make_mosaic(upper: Tensor, lower: Tensor, upper_points: Tensor, lower_points: Tensor) -> Mosaic:
-    """Stack two pictures as PrACo does: each is squeezed to twice as wide as high, bicubic with antialiasing.
+    """Stack two images as PrACo does: each is squeezed to twice as wide as high, bicubic with antialiasing.
 
     Args:
         upper, lower: ``(3, H, W)`` uint8, of any sizes.
-        upper_points, lower_points: ``(N, 2)`` x, y in the closed interval of either picture.
+        upper_points, lower_points: ``(N, 2)`` x, y in the closed interval of either image.
 
     Raises:
-        InputError: a picture is less than 2 pixels high.
+        InputError: an image is less than 2 pixels high.
 
     Example:
         >>> mosaic = make_mosaic(*torch.zeros(2, 3, 10, 6).byte(), torch.tensor([[6.0, 10.0]]), torch.zeros(1, 2))
@@ -65,11 +65,11 @@ def make_mosaic(upper: Tensor, lower: Tensor, upper_points: Tensor, lower_points
     """
     side = min(upper.shape[-2], lower.shape[-2])
     if side < 2:
-        raise InputError(f"pictures of {tuple(upper.shape)} and {tuple(lower.shape)}; a mosaic needs 2 rows of each")
+        raise InputError(f"images of {tuple(upper.shape)} and {tuple(lower.shape)}; a mosaic needs 2 rows of each")
     size = (side // 2, side)
     halves = [resize_image(picture, size, antialias=True, interpolation="bicubic") for picture in (upper, lower)]
     above = scale_points(upper_points, (upper.shape[-2], upper.shape[-1]), size)
-    # A point on the upper picture's last edge would be the lower one's: cells are half-open.
+    # A point on the upper image's last edge would be the lower one's: cells are half-open.
     seam = float(np.nextafter(np.float32(size[0]), np.float32(0)))
     above[:, 1] = above[:, 1].clamp(max=seam)
     below = scale_points(lower_points, (lower.shape[-2], lower.shape[-1]), size)
@@ -87,19 +87,19 @@ def choose_partners(
     n_classes: int | None = None,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Which picture of each other class goes below a picture: the same on every machine, and whatever else is asked.
+    """Choose the image of each other class that goes below an image: the same on every machine and in every audit.
 
     Args:
-        image_id: the upper picture.
+        image_id: the upper image.
         target: what it will be asked about.
         names: all classes, those of the negatives.
-        holders: ids of the pictures that show a class, by class.
-        present: the classes that each picture shows, by id; one that shows the target is never below.
-        n_classes: draw that many of the classes for which there is a picture; all if ``None``.
+        holders: ids of the images that show a class, by class.
+        present: the classes that each image shows, by id; one that shows the target is never below.
+        n_classes: draw that many of the classes for which there is an image; all if ``None``.
         seed: of the draws.
 
     Returns:
-        the lower picture's id by class.
+        the lower image's id by class.
 
     Example:
         >>> holders = {"figs": ["a"], "dates": ["b", "c"]}
@@ -231,7 +231,7 @@ from a model in which names compete."""
 
 @dataclass(frozen=True)
 class Cost:
-    """What one pass for all prompts saves.
+    """Seconds of one pass for all prompts, beside one pass for each.
 
     Args:
         pictures, prompts: how many of each were asked both ways.
@@ -247,7 +247,7 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """How many times longer one pass for each prompt takes."""
+        """Ratio of the time of one pass for each prompt to that of one pass for all."""
         return self.one_by_one / self.together if self.together > 0 else math.nan
 
 
@@ -271,7 +271,7 @@ def check_listens(model: CountingModule) -> None:
 
 
 class Asker:
-    """Asks prompts about pictures.
+    """Asks prompts about images.
 
     Args:
         model: in evaluation mode. Its texts are encoded once and remembered by itself.
@@ -281,7 +281,7 @@ class Asker:
     def __init__(self, model: CountingModule, prompts_at_once: int = 64) -> None:
         self.model = model
         self.prompts_at_once = prompts_at_once
-        #: Whether the prompts of a picture may go through together; see :meth:`compare`.
+        #: Whether the prompts of an image may go through together; see :meth:`compare`.
         self.together = True
 
     def output(self, seen: Tensor, prompts: list[str], image_id: str, stored: tuple[int, int]) -> CountOutput:
@@ -305,7 +305,7 @@ class Asker:
         return found
 
     def compare(self, pictures: Sequence[tuple[Tensor, str, tuple[int, int]]], prompts: Sequence[str]) -> Cost:
-        """Ask pictures all prompts in one pass and in one pass for each, and go on with what gives the counts alone.
+        """Ask images all prompts in one pass and in one pass for each, and go on with what gives the counts alone.
 
         Args:
             pictures: as the model sees them, with their ids and stored sizes.
@@ -338,24 +338,24 @@ BLANKS = {"black": 0, "grey": 128, "white": 255}
 
 
 COSTED, COSTED_NAMES = 2, 32
-"""So many pictures and names are also asked one by one, to see that the counts are the same and what that costs."""
+"""So many images and names are also asked one by one, to see that the counts are the same and what that costs."""
 
 
 FAILURES = (InputError, FloatingPointError, RuntimeError)
-"""What ends the work on a picture, and not the audit; the last is torch's, of pictures too small or too large."""
+"""What ends the work on an image, and not the audit; the last is torch's, of images too small or too large."""
 
 
 @dataclass(frozen=True)
 class AskedPicture:
-    """What a model said of one picture.
+    """Counts of one image, by prompt.
 
     Args:
-        image_id: of the picture.
+        image_id: of the image.
         target: its own name: the first that it shows; ``None`` where it shows nothing that is asked about.
         present: every name that it is known to show.
         truth: true count of each class.
         counts: count of each prompt.
-        both: count of both names asked together, where the picture shows exactly two.
+        both: count of both names asked together, where the image shows exactly two.
     """
 
     image_id: str
@@ -368,12 +368,12 @@ class AskedPicture:
 
 @dataclass(frozen=True)
 class AskedMosaic:
-    """What a model said of a picture above another one, asked for the upper picture's own name.
+    """Counts of an image above another one, asked for the upper image's own name.
 
     Args:
-        image_id: of the upper picture.
+        image_id: of the upper image.
         name: class for which the lower one was chosen.
-        below: id of the lower picture.
+        below: id of the lower image.
         truth: objects in the upper half.
         upper, lower: counts of the halves.
         tp, fp: :func:`~counting_zoo.evaluation.audit_metrics.grid_matches` on each of :data:`GRIDS`.
@@ -391,15 +391,15 @@ class AskedMosaic:
 
 @dataclass
 class Questions:
-    """What is asked about each picture.
+    """Prompts of each image.
 
     Args:
         model: text-guided.
-        data: the pictures of a split as they are stored; unreadable ones are tolerated.
-        names: classes that every picture is asked about.
-        shown: the names that each picture is known to show, by id.
+        data: the images of a split as they are stored; unreadable ones are tolerated.
+        names: classes that every image is asked about.
+        shown: the names that each image is known to show, by id.
         tests: which tests the answers are for.
-        mosaics: how many classes are drawn for a picture's mosaics; 0 for all.
+        mosaics: how many classes are drawn for an image's mosaics; 0 for all.
         seed: of the mosaics' partners and of noise.
         asker: asks the model.
     """
@@ -422,7 +422,7 @@ class Questions:
                 self.holders.setdefault(name, []).append(image_id)
 
     def picture(self, image_id: str) -> dict[str, Any]:
-        """The picture as it is stored, with its annotation.
+        """The image as it is stored, with its annotation.
 
         Raises:
             ImageError: it cannot be read.
@@ -434,11 +434,11 @@ class Questions:
         return item
 
     def target(self, image_id: str) -> str | None:
-        """The first name that a picture shows, of those asked about."""
+        """The first name that an image shows, of those asked about."""
         return next((name for name in self.shown[image_id] if name in self.names), None)
 
     def prompts(self, target: str | None) -> list[str]:
-        """Everything that a picture is asked, each once."""
+        """Everything that an image is asked, each once."""
         prompts = list(self.names)
         if "labelfree" in self.tests:
             prompts += [*EMPTY, *NONSENSE]
@@ -447,7 +447,7 @@ class Questions:
         return list(dict.fromkeys(prompts))
 
     def of(self, image_id: str) -> dict[str, Any]:
-        """All answers about one picture, as plain data; what cannot be counted is under ``failed``."""
+        """All answers about one image, as plain data; what cannot be counted is under ``failed``."""
         found: dict[str, Any] = {"picture": None, "mosaics": [], "failed": []}
         try:
             item = self.picture(image_id)
@@ -501,7 +501,7 @@ class Questions:
         )
 
     def blanks(self, chosen: Sequence[str], failed: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
-        """Counts of all classes in pictures that show nothing, of the size of the first picture.
+        """Counts of all classes in images that show nothing, of the size of the first image.
 
         Args:
             chosen: ids.
@@ -523,7 +523,7 @@ class Questions:
         return found
 
     def first(self, chosen: Sequence[str]) -> dict[str, Any] | None:
-        """The first picture that can be read."""
+        """The first image that can be read."""
         for image_id in chosen:
             try:
                 return self.picture(image_id)
@@ -532,7 +532,7 @@ class Questions:
         return None
 
     def compare_with_one_by_one(self, chosen: Sequence[str]) -> Cost | None:
-        """Ask a few pictures both ways; names that compete in the model are asked alone from then on."""
+        """Ask a few images both ways; names that compete in the model are asked alone from then on."""
         pictures: list[tuple[Tensor, str, tuple[int, int]]] = []
         for image_id in chosen:
             if len(pictures) == COSTED:
@@ -542,11 +542,11 @@ class Questions:
         names = self.names[:COSTED_NAMES] if len(self.names) > 1 else [*self.names, *NONSENSE]
         try:
             return self.asker.compare(pictures, names) if pictures else None
-        except FAILURES:  # said of each picture, later
+        except FAILURES:  # said of each image, later
             return None
 
     def examples(self, pictures: Sequence[AskedPicture], n: int) -> list[Drawing]:
-        """Some pictures with their own name and with the absent one that is counted highest."""
+        """Some images with their own name and with the absent one that is counted highest."""
         usable = [one for one in pictures if one.target is not None]
         kept = [usable[i * len(usable) // n] for i in range(n)] if len(usable) > n else usable
         drawn = []
@@ -579,8 +579,8 @@ class Audit:
     Args:
         names: the classes of the split.
         pictures: in the order of the data.
-        mosaics: those of each picture together, in the same order.
-        blanks: count of each class in pictures that show nothing, by kind.
+        mosaics: those of each image together, in the same order.
+        blanks: count of each class in images that show nothing, by kind.
         failed: (id, reason) of what could not be counted.
         left_out: why a test was not made, by test.
         protocol: what was asked, in plain data.
@@ -612,26 +612,26 @@ def audit(
     examples: int = 3,
     parts: Path | None = None,
 ) -> Audit:
-    """Ask a model about every picture of a split; each picture is encoded once for all its prompts.
+    """Ask a model about every image of a split; each image is encoded once for all its prompts.
 
     Args:
         model: text-guided, in evaluation mode, on the device it should count on.
         datamodule: whose classes are asked about.
-        split: whose pictures.
+        split: whose images.
         tests: which of :data:`TESTS`.
-        limit: of the number of pictures, taken evenly from the split; all if ``None``.
-        mosaics: how many classes are drawn for each picture's mosaics, each a picture of its own to encode; 0 for all,
+        limit: of the number of images, taken evenly from the split; all if ``None``.
+        mosaics: how many classes are drawn for each image's mosaics, each an image of its own to encode; 0 for all,
             as PrACo does.
-        prompts_at_once: most prompts in one pass, which bounds the memory; a picture that is asked more is encoded
+        prompts_at_once: most prompts in one pass, which bounds the memory; an image that is asked more is encoded
             once for each part.
         seed: of the mosaics' partners and of noise.
-        examples: how many pictures are drawn.
-        parts: a folder where each finished picture is kept at once, so that an interrupted audit goes on; what was
+        examples: how many images are drawn.
+        parts: a folder where each finished image is kept at once, so that an interrupted audit goes on; what was
             kept of another model, data or question is not used.
 
     Raises:
         InputError: the model does not read prompts, an option is out of range, the data carry no counts, or not one
-            picture could be counted.
+            image could be counted.
     """
     check_listens(model)
     _check_options(tests, limit, mosaics, prompts_at_once, split)
@@ -670,7 +670,7 @@ def audit(
         failed = [(str(image_id), str(reason)) for one in found for image_id, reason in one["failed"]]
         pictures = [AskedPicture(**one["picture"]) for one in found if one["picture"]]
         if not pictures:
-            raise InputError(f"none of the {len(chosen)} pictures could be counted; {': '.join(failed[0])}")
+            raise InputError(f"none of the {len(chosen)} images could be counted; {': '.join(failed[0])}")
         blanks = questions.blanks(chosen, failed) if "labelfree" in asked else {}
         drawn = questions.examples(pictures, examples)
     return Audit(
@@ -687,7 +687,7 @@ def audit(
 
 
 def _answers(questions: Questions, chosen: Sequence[str], path: Path | None) -> list[dict[str, Any]]:
-    """What is known of each picture, of which those that are in the file already are not asked about again."""
+    """Collect the answers for each image; those that are in the file already are not asked again."""
     with FinishedPictures(path) as finished:
         for image_id in progress(chosen, len(chosen), "audit"):
             if image_id not in finished or finished[image_id]["failed"]:
@@ -702,14 +702,14 @@ def _check_options(tests: Sequence[str], limit: int | None, mosaics: int, prompt
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; expected at least {least}")
     if split not in get_args(Split) or split == "predict":
-        raise InputError(f"split is {split!r}; expected train, val or test, whose pictures are annotated")
+        raise InputError(f"split is {split!r}; expected train, val or test, whose images are annotated")
 
 
 def _missing(names: Sequence[str], records: Iterable[Record]) -> dict[str, str]:
     """Why a test cannot be made with these data, by test."""
     records = list(records)
     if any(record.labels is None and record.counts is None for record in records):
-        raise InputError("pictures of the split carry no counts, so there is no right prompt; annotate them")
+        raise InputError("images of the split carry no counts, so there is no right prompt; annotate them")
     if not names:
         raise InputError("the data name no class, so there is no prompt; name one with data.classes")
     found = {}
@@ -719,5 +719,5 @@ def _missing(names: Sequence[str], records: Iterable[Record]) -> dict[str, str]:
     elif any(record.points is None for record in records):
         found["mosaic"] = "the data have no points, so nobody knows which half an object is in"
     if not any(len(set(present_names(record)) & set(names)) == 2 for record in records):
-        found["pairs"] = "no picture shows exactly two of the classes"
+        found["pairs"] = "no image shows exactly two of the classes"
     return found

@@ -2,7 +2,7 @@
 
 PrACo's negative-label and mosaic tests and their multi-class and localised variants (Ciampi et al., arXiv 2409.15953;
 ciampluca/PrACo: benchmark/statistics_extractor.py, multiclass_statistics_extractor.py), PairTally's columns for two
-classes in one picture (arXiv 2509.13939), and checks that need no labels. NaN stands for what was not asked and is
+classes in one image (arXiv 2509.13939), and checks that need no labels. NaN stands for what was not asked and is
 skipped; a figure that nothing is known of is NaN.
 """
 
@@ -32,7 +32,7 @@ text; below the second it does not."""
 
 
 PRESENT_ABOVE = 0.5
-"""A name is said to be in a picture when its count is above this."""
+"""A name is said to be in an image when its count is above this."""
 
 
 def negative_label(
@@ -43,19 +43,19 @@ def negative_label(
     absent: np.ndarray | None = None,
     official: bool = False,
 ) -> Figures:
-    """PrACo's negative-label test: every picture is asked about its own name and about others.
+    """PrACo's negative-label test: every image is asked about its own name and about others.
 
     Args:
-        counts: ``(N, C)`` predicted count of each name in each picture.
-        positive: ``(N,)`` which name is the picture's own.
+        counts: ``(N, C)`` predicted count of each name in each image.
+        positive: ``(N,)`` which name is the image's own.
         truth: ``(N,)`` its true count.
-        absent: ``(N, C)`` names that are known to be absent; all but the picture's own if ``None``, as in PrACo.
+        absent: ``(N, C)`` names that are known to be absent; all but the image's own if ``None``, as in PrACo.
         official: round predictions as PrACo does.
 
     Returns:
         ``avg_np``: mean of the own count over the true one; ``nmn``: mean of the mean absent count over the true one,
-        0 at best; ``pccn``: percentage of pictures whose own count is nearer to the truth than the mean absent one;
-        ``mae`` and ``rmse`` of the own count; ``n`` pictures, of which ``n_empty`` have a true count of 0 and enter
+        0 at best; ``pccn``: percentage of images whose own count is nearer to the truth than the mean absent one;
+        ``mae`` and ``rmse`` of the own count; ``n`` images, of which ``n_empty`` have a true count of 0 and enter
         neither ``avg_np`` nor ``nmn``.
 
     Example:
@@ -81,9 +81,9 @@ def negative_label(
 
 
 def multi_class_negative_label(counts: np.ndarray, truth: np.ndarray, *, official: bool = False) -> Figures:
-    """PrACo++'s negative-label test for pictures that hold several classes.
+    """PrACo++'s negative-label test for images that hold several classes.
 
-    Macro figures are means over pictures; micro ones pool all names of all pictures. Pictures that hold none or all of
+    Macro figures are means over images; micro ones pool all names of all images. Images that hold none or all of
     the names cannot be asked both ways and are left out.
 
     Args:
@@ -93,9 +93,9 @@ def multi_class_negative_label(counts: np.ndarray, truth: np.ndarray, *, officia
 
     Returns:
         ``mnp_*``: mean count of absent names; ``nmn_*``: the same over the sum of the true counts; ``mae_*`` and
-        ``rmse_*`` of the names that are present; ``pccn_one_at_a_time`` and ``pccn_mean_truth``: percentage of pictures
+        ``rmse_*`` of the names that are present; ``pccn_one_at_a_time`` and ``pccn_mean_truth``: percentage of images
         whose mean error is below the mean distance of absent counts from each true count, and from their mean; ``n``
-        and ``n_left_out`` pictures.
+        and ``n_left_out`` images.
     """
     counts, truth = _rounded(counts, official), np.asarray(truth, np.float64)
     usable = (truth > 0).any(1) & (truth == 0).any(1)
@@ -106,7 +106,7 @@ def multi_class_negative_label(counts: np.ndarray, truth: np.ndarray, *, officia
     error = abs(counts - true)
     total = np.nansum(true, 1)
     n_wrong = (~np.isnan(wrong)).sum(1)
-    # (N, C, C) in blocks of pictures, which keep memory in bounds.
+    # (N, C, C) in blocks of images, which keep memory in bounds.
     blocks = zip(np.array_split(true, len(true) // 64 + 1), np.array_split(wrong, len(true) // 64 + 1), strict=True)
     each = [mean(mean(abs(t[:, :, None] - w[:, None]), 2), 1) for t, w in blocks]
     apart = mean(abs(mean(true, 1)[:, None] - wrong), 1)
@@ -129,18 +129,18 @@ def multi_class_negative_label(counts: np.ndarray, truth: np.ndarray, *, officia
 
 
 def mosaic_scores(upper: np.ndarray, lower: np.ndarray, truth: np.ndarray, *, official: bool = False) -> Figures:
-    """PrACo's mosaic test: a picture stands above one without its name, and is asked about its own.
+    """PrACo's mosaic test: an image stands above one without its name, and is asked about its own.
 
     Args:
-        upper, lower: ``(N, C)`` what is counted in either half, for each picture and each class below it; NaN where
+        upper, lower: ``(N, C)`` what is counted in either half, for each image and each class below it; NaN where
             there is no such mosaic. Negative counts are taken for 0.
         truth: ``(N,)`` true count of the upper half.
-        official: round predictions as PrACo does, and take a mosaic that is not there (a picture's own class) for one
+        official: round predictions as PrACo does, and take a mosaic that is not there (an image's own class) for one
             with full recall, as its file does by comparing with NaN.
 
     Returns:
         ``cnt_r``: mean of ``min(u, c) / c``; ``cnt_p``: of ``min(u, c) / (u + l)``; ``cnt_f1``: of their harmonic mean;
-        over the classes of a picture, then over pictures. What has a denominator of 0 is skipped, as in PrACo: nothing
+        over the classes of an image, then over images. What has a denominator of 0 is skipped, as in PrACo: nothing
         counted has no precision, and nothing rightly counted no F1; ``cnt_f1_zeros``: with an F1 of 0 there instead.
         ``n`` mosaics, of which ``n_without_f1``.
 
@@ -187,7 +187,7 @@ def grid_matches(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, 
 
 
 def pair_figures(a: np.ndarray, b: np.ndarray, f_a: np.ndarray, f_ab: np.ndarray) -> Figures:
-    """PairTally's six columns, for pictures with two annotated classes A and B.
+    """PairTally's six columns, for images with two annotated classes A and B.
 
     Args:
         a, b: ``(N,)`` true counts.
@@ -197,7 +197,7 @@ def pair_figures(a: np.ndarray, b: np.ndarray, f_a: np.ndarray, f_ab: np.ndarray
 
     Returns:
         means of ``|f(A) - a|``, ``|f(A+B) - (a+b)|``, ``|f(A) - (a+b)|`` and ``|f(A) - f(A+B)|``; ``over``: percentage
-        with ``f(A) > a``; ``nearer_both``: percentage with ``f(A)`` nearer to ``a+b`` than to ``a``; ``n`` pictures.
+        with ``f(A) > a``; ``nearer_both``: percentage with ``f(A)`` nearer to ``a+b`` than to ``a``; ``n`` images.
     """
     a, b, f_a, f_ab = (np.asarray(values, np.float64) for values in (a, b, f_a, f_ab))
     own, merged = abs(f_a - a), abs(f_a - (a + b))
@@ -213,10 +213,10 @@ def pair_figures(a: np.ndarray, b: np.ndarray, f_a: np.ndarray, f_ab: np.ndarray
 
 
 def count_ratio(counts: np.ndarray, right: np.ndarray) -> float:
-    """What some prompts count over what the right one counts: sums over the pictures that have both.
+    """Divide the counts of some prompts by those of the right one: sums over the images that have both.
 
     Args:
-        counts: ``(N, P)`` of the prompts; a picture's mean enters.
+        counts: ``(N, P)`` of the prompts; an image's mean enters.
         right: ``(N,)``.
 
     Example:
@@ -230,13 +230,13 @@ def count_ratio(counts: np.ndarray, right: np.ndarray) -> float:
 
 
 def spread(counts: np.ndarray) -> Figures:
-    """How much counts of prompts that mean the same differ: the coefficient of variation within a picture.
+    """Compute the coefficient of variation, within an image, of counts of prompts that mean the same.
 
     Args:
-        counts: ``(N, P)``, NaN where a picture has fewer.
+        counts: ``(N, P)``, NaN where an image has fewer.
 
     Returns:
-        ``mean`` and ``p95`` over the ``n`` pictures that have at least two prompts and a mean count above 0.
+        ``mean`` and ``p95`` over the ``n`` images that have at least two prompts and a mean count above 0.
     """
     counts = np.asarray(counts, np.float64)
     centre = mean(counts, 1)
@@ -264,7 +264,7 @@ Follows = Literal["yes", "partly", "no", "unknown"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the count follows the text.
+    """Verdict of an audit: the count follows the text, in part, or does not.
 
     Args:
         follows: ``yes``, ``partly``, ``no``, or ``unknown`` where the data cannot tell.
@@ -288,7 +288,7 @@ def verdict(ratio: float, mae: float, shuffled_mae: float) -> Verdict:
     Args:
         ratio: of :func:`count_ratio` for absent names.
         mae: error with the right names.
-        shuffled_mae: error of the same pictures with other names.
+        shuffled_mae: error of the same images with other names.
 
     Example:
         >>> verdict(0.05, 2.0, 20.0).follows, verdict(0.9, 2.0, 2.1).follows, verdict(0.5, 2.0, 8.0).follows
@@ -315,11 +315,11 @@ def verdict(ratio: float, mae: float, shuffled_mae: float) -> Verdict:
 
 
 def shuffled_error(counts: np.ndarray, positive: np.ndarray, truth: np.ndarray) -> float:
-    """Mean absolute error where each picture is asked about another name than its own, over all such names.
+    """Mean absolute error where each image is asked about another name than its own, over all such names.
 
     Args:
         counts: ``(N, C)``.
-        positive: ``(N,)`` which name is the picture's own.
+        positive: ``(N,)`` which name is the image's own.
         truth: ``(N,)`` its true count.
     """
     own = np.asarray(positive)[:, None] == np.arange(counts.shape[1])
@@ -344,7 +344,7 @@ def _rounded(values: np.ndarray, official: bool) -> np.ndarray:
 
 
 def _matched(tp: np.ndarray, counted: np.ndarray, true: np.ndarray, *, full_recall_unasked: bool = False) -> Figures:
-    """Recall, precision and F1 of ``(N, C)`` matches, averaged over classes and then over pictures."""
+    """Recall, precision and F1 of ``(N, C)`` matches, averaged over classes and then over images."""
     recall = tp / true
     precision = tp / np.where(counted > 0, counted, np.nan)
     both = precision + recall

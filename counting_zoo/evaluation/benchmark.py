@@ -44,12 +44,12 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 COSTED = 8
-"""Pictures that time and memory are measured on."""
+"""Images that time and memory are measured on."""
 
 
 @dataclass(frozen=True)
 class BenchmarkFiles:
-    """What :func:`benchmark` wrote.
+    """Files of :func:`benchmark`.
 
     Args:
         folder: where.
@@ -79,23 +79,23 @@ def benchmark(
     resamples: int = 2000,
     seed: int = 0,
 ) -> BenchmarkFiles:
-    """Count every picture of every data set with every model, and report the errors with their intervals.
+    """Count every image of every data set with every model, and report the errors with their intervals.
 
-    Finished pictures are kept below ``out/parts`` under a hash of the model's weights and recipe, of the annotation, of
-    the names asked about and of the picture's file. An interrupted benchmark goes on where it stopped, and one with
+    Finished images are kept below ``out/parts`` under a hash of the model's weights and recipe, of the annotation, of
+    the names asked about and of the image's file. An interrupted benchmark goes on where it stopped, and one with
     another model counts with that one alone. Nobody hashes a model's source: delete ``parts`` when you have changed it.
-    A picture that cannot be read or counted is listed and left out of all scores.
+    An image that cannot be read or counted is listed and left out of all scores.
 
     Args:
         models: by name: a model, a checkpoint of the zoo, or a CSV file of counts from elsewhere.
-        data: by name; their ``prompts`` say which names pictures are asked about.
+        data: by name; their ``prompts`` say which names images are asked about.
         out: folder for ``benchmark.{json,csv,md,html}``, ``counts/`` (a table for each run), ``pictures/``, and for
             what differs between two equal runs: ``costs.{json,md}``.
         split: what is scored.
         title: heading of the report.
-        accelerator, devices: as Lightning takes them; several devices share the pictures.
+        accelerator, devices: as Lightning takes them; several devices share the images.
         precision: of the networks; counts are added up in float32 in any case.
-        pictures: how many best and how many worst pictures of each run are drawn.
+        pictures: how many best and how many worst images of each run are drawn.
         costs: whether to measure time and memory.
         resamples, seed: of the bootstrap.
 
@@ -138,7 +138,7 @@ def benchmark(
                 continue
             if not len(counted.table):
                 reasons = "; ".join(sorted({reason for _, reason in counted.failed})[:3])
-                skipped.append((model_name, data_name, f"no picture was counted: {reasons}"))
+                skipped.append((model_name, data_name, f"no image was counted: {reasons}"))
                 continue
             drawings: list[Drawing] = []
             if isinstance(model, CountingModule):
@@ -321,18 +321,18 @@ def _model_facts(model: CountingModule | Path, source: Any) -> dict[str, Any]:
 
 
 def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, split: Split, precision: str) -> list[str]:
-    """How the numbers came about, in words."""
+    """Describe the protocol behind the numbers, in sentences."""
     names = "every name of the data set" if datamodule.prompts == "all" else "the first name of its annotation"
-    said = [f"Every picture of the {split} split once.", f"Every picture was asked about {names}."]
+    said = [f"Every image of the {split} split once.", f"Every image was asked about {names}."]
     if datamodule.merge_classes is not None:
         said.append(f"All objects of the data have one name, {datamodule.merge_classes!r}.")
     if isinstance(model, Path):
         return [*said, "The counts were read from a file; how they came about is not known here."]
     rule = model.preprocess
     said.append(
-        "Pictures keep their size."
+        "Images keep their size."
         if rule.resize == "none" and rule.multiple == 1 and rule.max_long is None
-        else f"Pictures are resized as the model's recipe says: {rule}."
+        else f"Images are resized as the model's recipe says: {rule}."
     )
     said.append(
         "Each is counted in one piece."
@@ -360,7 +360,7 @@ def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, spli
 def _drawings(
     model: CountingModule, datamodule: CountingDataModule, split: Split, table: CountTable, n: int
 ) -> list[Drawing]:
-    """The pictures with the largest and the smallest error, the latter in proportion to what they hold."""
+    """The images with the largest and the smallest error, the latter in proportion to what they hold."""
     ids, index = table.images()
     error = np.bincount(index, np.abs(table.predicted - table.target))
     share = error / np.maximum(np.bincount(index, table.target), 1)

@@ -36,7 +36,7 @@ class Calibrated:
     Args:
         calibration: as the model keeps it.
         counts: with the intervals that it gives them. As they are the ones it is from, their coverage says nothing
-            about other pictures.
+            about other images.
     """
 
     calibration: IntervalCalibration
@@ -51,7 +51,7 @@ class Calibrated:
         unit = "log((1 + true) / (1 + predicted))" if made.width == "residual" else "(true - predicted) / std"
         lines = [
             f"intervals that hold {made.level:.4g} of the true counts, from {len(counts)} counts of "
-            f"{len(counts.images()[0])} pictures; quantiles of {unit}",
+            f"{len(counts.images()[0])} images; quantiles of {unit}",
             f"{'predicted':>16} {'rows':>6} {'low':>8} {'high':>8} {'width':>8} {'coverage*':>9}",
         ]
         for s, (low, high) in enumerate(zip(made.low, made.high, strict=True)):
@@ -73,9 +73,9 @@ def calibrate(
 ) -> Calibrated:
     """Give a model intervals: from now on ``count``, ``predict`` and ``test`` state one with each count.
 
-    The counts of pictures that neither training nor any choice of a setting has seen say how far off the model is
-    (:func:`~counting_zoo.metrics.intervals.fit_intervals`). Validation pictures that only chose the best epoch
-    are next to that. The intervals hold for pictures like these, asked about in the same way: with names that are
+    The counts of images that neither training nor any choice of a setting has seen say how far off the model is
+    (:func:`~counting_zoo.metrics.intervals.fit_intervals`). Validation images that only chose the best epoch
+    are next to that. The intervals hold for images like these, asked about in the same way: with names that are
     present where ``data.prompts`` is ``target``, with others too where it is ``all``. A model that counts without names
     gets intervals of totals.
 
@@ -94,9 +94,7 @@ def calibrate(
     if width == "bins":
         check_distribution(model)
     if split == "train":
-        log.warning(
-            "on pictures that a model was trained on it is less far off than on others: intervals get too narrow"
-        )
+        log.warning("on images that a model was trained on it is less far off than on others: intervals get too narrow")
     training, kept = model.training, model.interval_calibration
     model.interval_calibration = None
     model.eval()
@@ -106,8 +104,8 @@ def calibrate(
         if found.failed:
             (image, reason), n = found.failed[0], len(found.failed)
             if not len(found.table):
-                raise InputError(f"none of the {n} pictures of {split!r} could be counted; {image}: {reason}")
-            log.warning("%d pictures could not be counted and are left out, such as %s: %s", n, image, reason)
+                raise InputError(f"none of the {n} images of {split!r} could be counted; {image}: {reason}")
+            log.warning("%d images could not be counted and are left out, such as %s: %s", n, image, reason)
         counts = _known(found.table, split, level)
         spread = counts.column("deviation") if width == "bins" else None
         made = fit_intervals(counts.predicted, counts.target, level=level, width=width, spread=spread)
@@ -157,6 +155,6 @@ def _known(counts: CountTable, split: str, level: float) -> CountTable:
     if len(known) < rows_needed(level):
         raise InputError(
             f"the {split!r} split has {len(known)} known counts, and intervals that hold {level:.4g} of the counts "
-            f"need at least {rows_needed(level)}, better 1000; give more pictures, another --split, or a lower --level"
+            f"need at least {rows_needed(level)}, better 1000; give more images, another --split, or a lower --level"
         )
     return counts.select(known)

@@ -37,11 +37,11 @@ from counting_zoo.types import Batch, CountOutput, Query
 
 
 class FinishedPictures:
-    """What is known of each picture, by id; used as a context.
+    """Finished images on disk, a line of JSON each, by id; used as a context.
 
     Args:
         path: the file, which is read first and then added to; a line that an interruption left half written is no
-            picture. ``None`` keeps everything in memory only.
+            image. ``None`` keeps everything in memory only.
 
     Example:
         >>> with FinishedPictures(None) as finished:
@@ -85,7 +85,7 @@ class FinishedPictures:
         return self._found.items()
 
     def add(self, image_id: str, content: dict[str, Any]) -> None:
-        """Keep what is known of a picture; the same as it will be read again."""
+        """Keep what is known of an image; the same as it will be read again."""
         line = json.dumps([image_id, content], allow_nan=False)  # in ASCII, as ids may hold separators of lines
         self._found[image_id] = json.loads(line)[1]
         if self._file is not None:
@@ -94,15 +94,15 @@ class FinishedPictures:
 
 
 def picture_key(datamodule: CountingDataModule, record: Record) -> str:
-    """What finished work on a picture is kept under: its id, and a hash of its file as evaluation reads it.
+    """Make the key of finished work on an image: its id, and a hash of its file as evaluation reads it.
 
-    The annotation does not tell a picture from another one of the same name: the same pictures with noise, say, or a
+    The annotation does not tell an image from another one of the same name: the same images with noise, say, or a
     file that was replaced.
     """
     try:
         content = datamodule.read_verified(record)
     except (InputError, OSError):
-        content = b""  # whoever opens the picture says what is wrong with it
+        content = b""  # whoever opens the image says what is wrong with it
     return f"{sha256(content)[:16]} {record.image_id}"
 
 
@@ -110,14 +110,14 @@ MEBI = 2**20
 
 
 class Costs(TypedDict):
-    """What :func:`measure_costs` finds."""
+    """Result of :func:`measure_costs`."""
 
     pictures_per_second: float
     seconds_per_picture: float
     peak_memory_mib: float | None  # beyond what was in use before; None where the system does not tell
     parameters: int
     pictures: int
-    megapixels: float  # of a picture, on average
+    megapixels: float  # of an image, on average
     device: str
     threads: int
 
@@ -125,7 +125,7 @@ class Costs(TypedDict):
 def measure_costs(
     model: CountingModule, pictures: Sequence[Tensor], names: Sequence[list[str]], *, repeats: int = 3
 ) -> Costs:
-    """Count the same pictures several times, one by one as evaluation does, after a first round that is not timed.
+    """Count the same images several times, one by one as evaluation does, after a first round that is not timed.
 
     Args:
         model: in evaluation mode, on its device.
@@ -134,14 +134,14 @@ def measure_costs(
         repeats: timed rounds; their median is given.
 
     Returns:
-        Pictures each second without reading and resizing; the most memory that counting took: of the device where it
+        Images each second without reading and resizing; the most memory that counting took: of the device where it
         is CUDA, else of the process.
 
     Raises:
-        InputError: there is no picture.
+        InputError: there is no image.
     """
     if not pictures:
-        raise InputError("no picture to measure the cost of counting on")
+        raise InputError("no image to measure the cost of counting on")
     device = torch.device(model.device)
     seconds: list[float] = []
     with torch.inference_mode(), _peak_memory(device) as peak:
@@ -247,20 +247,20 @@ def read_counts(path: str | Path) -> dict[str, dict[str, float]]:
 def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Split) -> CountedSplit:
     """The counts of a file beside the true ones of a split.
 
-    Pictures are found by their id, else by their file name with or without suffix, where that is the only one of its
+    Images are found by their id, else by their file name with or without suffix, where that is the only one of its
     kind; a warning says where the file has another folder, which may be another split. A file without names, or with
-    the names of a picture joined by " + ", is compared with the sum of the names asked about.
+    the names of an image joined by " + ", is compared with the sum of the names asked about.
 
     Args:
         path: see :func:`read_counts`.
-        datamodule: whose ``prompts`` say which names each picture is asked about.
+        datamodule: whose ``prompts`` say which names each image is asked about.
         split: what is scored.
 
     Returns:
-        The table, and as ``failed`` the pictures the file says nothing of.
+        The table, and as ``failed`` the images the file says nothing of.
 
     Raises:
-        InputError: see :func:`read_counts`; or no picture of the file is in the split.
+        InputError: see :func:`read_counts`; or no image of the file is in the split.
     """
     counts = read_counts(path)
     records = datamodule.records(split)
@@ -268,12 +268,12 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
     ids = _matched([r.image_id for r in records], list(counts))
     if not ids:
         raise InputError(
-            f"{path}: none of its {len(counts)} pictures ({', '.join(list(counts)[:3])}, ...) is in the {split} split "
+            f"{path}: none of its {len(counts)} images ({', '.join(list(counts)[:3])}, ...) is in the {split} split "
             f"({', '.join(r.image_id for r in records[:3])}, ...)"
         )
     if moved := [(theirs, ours) for ours, theirs in ids.items() if theirs != ours and "/" in theirs]:
         log.warning(
-            "%s: %d pictures of other folders were taken for those of the same name, such as %r for %r",
+            "%s: %d images of other folders were taken for those of the same name, such as %r for %r",
             path,
             len(moved),
             *moved[0],
@@ -310,18 +310,18 @@ Row = dict[str, str | float]
 
 
 NO_NAME = (
-    "asked about nothing, as its annotation names nothing; data.prompts: all or data.merge_classes asks every picture"
+    "asked about nothing, as its annotation names nothing; data.prompts: all or data.merge_classes asks every image"
 )
-"""Why a picture has no row."""
+"""Why an image has no row."""
 
 
 @dataclass(frozen=True)
 class CountedSplit:
-    """What a model counted in a split.
+    """Counts of a split, and the images that failed.
 
     Args:
-        table: a row for each picture and name, in the order of the data.
-        failed: (id, reason) of pictures that could not be counted; they are not in the table.
+        table: a row for each image and name, in the order of the data.
+        failed: (id, reason) of images that could not be counted; they are not in the table.
     """
 
     table: CountTable
@@ -338,13 +338,13 @@ def count_split(
     world_size: int = 1,
     description: str = "counting",
 ) -> CountedSplit:
-    """Count every picture of a split as ``test`` does.
+    """Count every image of a split as ``test`` does.
 
     Args:
         model: in evaluation mode, on the device it should count on.
-        datamodule: whose ``prompts`` say which names each picture is asked about.
+        datamodule: whose ``prompts`` say which names each image is asked about.
         split: what is counted.
-        parts: a folder where each finished picture is kept at once, by its id and the hash of its file; pictures that
+        parts: a folder where each finished image is kept at once, by its id and the hash of its file; images that
             are already there are not counted again. Whoever chooses the folder answers for the model, the annotation
             and the names asked about being the same. ``None`` keeps nothing.
         rank, world_size: this process, and how many share the split and ``parts``.
@@ -373,17 +373,17 @@ def count_split(
 
 
 def read_parts(parts: Path, datamodule: CountingDataModule, split: Split) -> CountedSplit:
-    """What all processes have left in ``parts``, in the order of the data."""
+    """Read the parts of all processes, in the order of the data."""
     return _gathered(_finished(parts), _keys(parts, datamodule, datamodule.records(split)))
 
 
 def _keys(parts: Path | None, datamodule: CountingDataModule, records: Sequence[Record]) -> dict[str, str]:
-    """What each picture is kept under, by its id."""
+    """Map image ids to the keys that their results are kept under."""
     return {r.image_id: r.image_id if parts is None else picture_key(datamodule, r) for r in records}
 
 
 def _gathered(done: dict[str, dict[str, Any]], keys: dict[str, str]) -> CountedSplit:
-    """Finished pictures in the order of the data."""
+    """Finished images in the order of the data."""
     found = [(image_id, done[key]) for image_id, key in keys.items() if key in done]
     return CountedSplit(
         CountTable.of(row for _, one in found if "rows" in one for row in one["rows"]),
@@ -399,7 +399,7 @@ def _pictures(
         return
     yield from DataLoader(
         data,
-        batch_size=1,  # a picture that fails takes no other with it
+        batch_size=1,  # an image that fails takes no other with it
         num_workers=min(datamodule.num_workers, len(records)),
         collate_fn=partial(collate, training=False),
     )
@@ -411,15 +411,15 @@ def _check_names(model: CountingModule, datamodule: CountingDataModule, split: S
     if model.vocabulary is not None and asked and not set(asked) & set(model.vocabulary):
         raise NamesError(
             f"{type(model).__name__} counts {listed(model.vocabulary)} and nothing else, and the {split} "
-            f"pictures of {type(datamodule).__name__} are asked about {listed(asked)}: no name in common"
+            f"images of {type(datamodule).__name__} are asked about {listed(asked)}: no name in common"
         )
 
 
 def _counted(model: CountingModule, batch: Batch) -> dict[str, Any]:
-    """The rows of one picture, or why it has none."""
+    """The rows of one image, or why it has none."""
     image_id = batch["image_id"][0]
     if "counts" not in batch:
-        raise InputError(f"{image_id} carries no counts, so nothing can be scored; use predict for such pictures")
+        raise InputError(f"{image_id} carries no counts, so nothing can be scored; use predict for such images")
     if not batch["queries"][0].names:
         return {"failed": NO_NAME}
     if model.vocabulary is not None:
@@ -432,7 +432,7 @@ def _counted(model: CountingModule, batch: Batch) -> dict[str, Any]:
             list(batch["image"]), batch["queries"], image_ids=batch["image_id"], sizes=batch.get("original_size")
         )
         return {"rows": _rows(model, batch, outputs[0])}
-    except (InputError, FloatingPointError, RuntimeError) as error:  # torch's own, of pictures too small or too large
+    except (InputError, FloatingPointError, RuntimeError) as error:  # torch's own, of images too small or too large
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
@@ -470,11 +470,11 @@ def _rows(model: CountingModule, batch: Batch, output: CountOutput) -> list[Row]
 
 
 def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
-    """What the processes have left in ``parts``, by :func:`~counting_zoo.evaluation.counting.picture_key`."""
+    """Read what the processes have left in ``parts``, by :func:`picture_key`."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(parts.glob("*.jsonl")) if parts is not None else []:
         for image_id, one in FinishedPictures(path).items():
-            if "rows" in one or image_id not in found:  # a picture that failed may have been counted since
+            if "rows" in one or image_id not in found:  # an image that failed may have been counted since
                 found[image_id] = one
     return found
 

@@ -40,7 +40,7 @@ _PARTS = ".parts"
 
 
 class PartWriter:
-    """What one process has predicted, on disk as it comes, so that memory does not grow with the number of pictures.
+    """Predictions of one process, on disk as they come, so that memory does not grow with the number of images.
 
     Args:
         folder: the folder of the predictions.
@@ -60,7 +60,7 @@ class PartWriter:
         self._n = self._drawn = 0
 
     def add(self, prediction: Prediction) -> None:
-        """Write one prediction; a picture that came before is left as it is."""
+        """Write one prediction; an image that came before is left as it is."""
         key = _key(prediction.image_id)
         drawn = False
         if self._max_pictures is None or self._drawn < self._max_pictures:
@@ -94,7 +94,7 @@ class PartWriter:
         self._write(row | {"drawn": drawn, "mapped": self._maps is not None})
 
     def fail(self, image_id: str, reason: str) -> None:
-        """Write down a picture that could not be read."""
+        """Write down an image that could not be read."""
         self._write({"image": image_id, "error": reason})
 
     def close(self) -> None:
@@ -111,14 +111,14 @@ class PartWriter:
 
 @dataclass(frozen=True)
 class Merged:
-    """How many pictures were counted, and how many could not be read."""
+    """Numbers of images that were counted and that could not be read."""
 
     pictures: int
     errors: int
 
 
 def merge_parts(folder: Path, n_parts: int, max_pictures: int | None) -> Merged:
-    """Join the parts of all processes into the final files and remove them, one picture in memory at a time.
+    """Join the parts of all processes into the final files and remove them, one image in memory at a time.
 
     Args:
         folder: the folder of the predictions.
@@ -172,7 +172,7 @@ def merge_parts(folder: Path, n_parts: int, max_pictures: int | None) -> Merged:
 
 @dataclass(slots=True)
 class _Place:
-    """Where the row of a picture begins in its part's file, and what must be known of all pictures at once."""
+    """Position of an image's row in its part's file, and what must be known of all images at once."""
 
     order: tuple[int, int]  # number in its part, and the part
     place: int
@@ -183,7 +183,7 @@ class _Place:
 
 
 def _find_rows(folder: Path, n_parts: int) -> dict[str, _Place]:
-    """Each picture once; samplers may have dealt one to two processes."""
+    """Each image once; samplers may have dealt one to two processes."""
     found: dict[str, _Place] = {}
     for part in range(n_parts):
         with _part_file(folder, part, "rows.jsonl").open("rb") as file:
@@ -206,7 +206,7 @@ def _find_rows(folder: Path, n_parts: int) -> dict[str, _Place]:
 
 
 def _count_lines(row: dict[str, Any], stems: dict[str, str], shown: bool) -> Iterator[tuple[str | int | float, ...]]:
-    """The lines of ``counts.csv`` that a picture has, one for each name."""
+    """The lines of ``counts.csv`` that an image has, one for each name."""
     image = row["image"]
     height, width = row["size"] or ("", "")
     bounds = row["interval"] or [("", "")] * len(row["names"])
@@ -217,7 +217,7 @@ def _count_lines(row: dict[str, Any], stems: dict[str, str], shown: bool) -> Ite
 
 
 def _box_lines(row: dict[str, Any]) -> Iterator[tuple[str | float, ...]]:
-    """The lines of ``boxes.csv`` that a picture has, one for each box."""
+    """The lines of ``boxes.csv`` that an image has, one for each box."""
     scores = row["scores"] or [[""] * len(boxes) for boxes in row["boxes"]]
     for name, boxes, own in zip(row["names"], row["boxes"], scores, strict=True):
         for box, score in zip(boxes, own, strict=True):
@@ -259,7 +259,7 @@ def _key(image_id: str) -> str:
 
 
 def _stems(image_ids: list[str]) -> dict[str, str]:
-    """File names without suffix for pictures: readable, safe on every file system, and different from each other.
+    """File names without suffix for images: readable, safe on every file system, and different from each other.
 
     Example:
         >>> _stems(["a b/c.jpg", "a b/C.jpg", "../x.png"])
@@ -287,7 +287,7 @@ def _numbered(plain: str) -> Iterator[str]:
 
 
 class NWPUSubmission(L.Callback):
-    """Writes ``<id> <count>`` for every predicted picture, by ascending id, to be uploaded to crowdbenchmark.com.
+    """Writes ``<id> <count>`` for every predicted image, by ascending id, to be uploaded to crowdbenchmark.com.
 
     On the command line: ``counting-zoo predict --config configs/data/nwpu_crowd.yaml --ckpt_path best.ckpt
     --trainer.callbacks+ counting_zoo.evaluation.predictions.NWPUSubmission``.
@@ -296,7 +296,7 @@ class NWPUSubmission(L.Callback):
         path: the file; replaced if it exists.
 
     Raises:
-        ImageError: a picture could not be read, and the server refuses a file without it; nothing is written.
+        ImageError: an image could not be read, and the server refuses a file without it; nothing is written.
     """
 
     def __init__(self, path: str = "nwpu_submission.txt") -> None:
@@ -328,7 +328,7 @@ class NWPUSubmission(L.Callback):
         failed = sorted(name for _, names in parts for name in names)
         if failed:
             raise ImageError(
-                f"{self.path} is not written: {len(failed)} pictures could not be read ({', '.join(failed[:5])}), and "
+                f"{self.path} is not written: {len(failed)} images could not be read ({', '.join(failed[:5])}), and "
                 "the benchmark needs a count for each; see errors.csv"
             )
         if trainer.is_global_zero:

@@ -58,7 +58,7 @@ def count_errors(predicted: Tensor, target: Tensor) -> dict[str, float]:
 def constant_rows(
     target: Tensor, constants: Mapping[str, float | Sequence[float] | Tensor]
 ) -> dict[str, dict[str, float]]:
-    """The errors of predicting the same number for every picture: what a model has to beat.
+    """The errors of predicting the same number for every image: what a model has to beat.
 
     Args:
         target: ``(N, K)`` counts.
@@ -87,17 +87,17 @@ def grid_errors(
     extent: tuple[float, float] | None = None,
     levels: int = GAME_LEVELS,
 ) -> Tensor:
-    """Grid average mean absolute errors of one picture (Guerrero-Gomez-Olmedo et al., IbPRIA 2015).
+    """Grid average mean absolute errors of one image (Guerrero-Gomez-Olmedo et al., IbPRIA 2015).
 
-    Level L cuts the picture into ``2^L x 2^L`` equal regions and adds up their absolute count errors; level 0 is the
-    absolute error of the count. Regions cut cells in proportion to area, so any picture and map size is exact.
+    Level L cuts the image into ``2^L x 2^L`` equal regions and adds up their absolute count errors; level 0 is the
+    absolute error of the count. Regions cut cells in proportion to area, so any image and map size is exact.
 
     Args:
         density: ``(K, h, w)`` predicted objects per cell.
         points: ``(N, 2)`` x, y in pixels.
-        size: ``(H, W)`` of the picture that the points refer to.
+        size: ``(H, W)`` of the image that the points refer to.
         labels: ``(N,)`` class indices; needed when K is above 1.
-        extent: height and width of the picture in cells, when the last cells reach beyond it.
+        extent: height and width of the image in cells, when the last cells reach beyond it.
         levels: how many.
 
     Returns:
@@ -458,13 +458,13 @@ class CountTable(ImageRows):
 
 
 class PromptErrors(ImageRows):
-    """Whether a text-guided model counts what it was asked for, after the questions of PrACo (Ciampi et al., 2024).
+    """Errors of a text-guided model under wrong prompts, after the questions of PrACo (Ciampi et al., 2024).
 
-    ``absent_ratio``: what the model counts for a name that is not in the picture, over what it counts for the one that
-    is (sums over pictures; a model that ignores the text has 1). ``hard_absent_ratio``: the same for names close to
-    one that is present, where there are such. ``wrong_over_right``: share of pictures in which the absent name is
+    ``absent_ratio``: what the model counts for a name that is not in the image, over what it counts for the one that
+    is (sums over images; a model that ignores the text has 1). ``hard_absent_ratio``: the same for names close to
+    one that is present, where there are such. ``wrong_over_right``: share of images in which the absent name is
     counted higher than the present one. ``mae`` and ``shuffled_mae``: error with the right name, and with names
-    exchanged between pictures.
+    exchanged between images.
 
     Args:
         kwargs: those of :class:`torchmetrics.Metric`.
@@ -482,14 +482,14 @@ class PromptErrors(ImageRows):
         hard_absent: Tensor,
         shuffled: Tensor,
     ) -> None:
-        """Add ``(B,)`` counts of B pictures; NaN where a picture has no such question.
+        """Add ``(B,)`` counts of B images; NaN where an image has no such question.
 
         Args:
             image_ids: B ids.
             predicted, target: predicted and true count of the name that is asked about.
-            absent: predicted count of a name that is not in the picture.
-            hard_absent: the same for a name that shares a part of its meaning with one in the picture.
-            shuffled: predicted count with another picture's name.
+            absent: predicted count of a name that is not in the image.
+            hard_absent: the same for a name that shares a part of its meaning with one in the image.
+            shuffled: predicted count with another image's name.
         """
         columns = {"predicted": predicted, "target": target, "absent": absent}
         columns |= {"hard_absent": hard_absent, "shuffled": shuffled}
@@ -532,7 +532,7 @@ MEAN_STATISTICS: dict[str, ClassStatistic] = {
 }
 
 
-#: Pictures times resamples that :func:`bootstrap_interval` holds at once: 32 MiB of float64.
+#: Images times resamples that :func:`bootstrap_interval` holds at once: 32 MiB of float64.
 RESAMPLED_AT_ONCE = 2**22
 
 
@@ -554,12 +554,12 @@ def errors_by_class(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The errors of each class; see the module for the formulas.
 
     Args:
-        predicted: ``(N, K)`` counts of N pictures.
-        target: ``(N, K)`` true counts, NaN where a class is not annotated in a picture.
+        predicted: ``(N, K)`` counts of N images.
+        target: ``(N, K)`` true counts, NaN where a class is not annotated in an image.
 
     Returns:
-        ``(K,)`` tensors: ``mae, rmse, rmse_nz, rel_rmse, rel_rmse_nz`` in float64, NaN for a class that no picture
-        decides, and over how many pictures they run: ``n`` and, for those above zero, ``n_nz``.
+        ``(K,)`` tensors: ``mae, rmse, rmse_nz, rel_rmse, rel_rmse_nz`` in float64, NaN for a class that no image
+        decides, and over how many images they run: ``n`` and, for those above zero, ``n_nz``.
 
     Raises:
         InputError: shapes differ, or a true count is negative or infinite.
@@ -577,7 +577,7 @@ def errors_by_class(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
 def class_count_errors(predicted: Tensor, target: Tensor, classes: Sequence[str] | None = None) -> dict[str, float]:
     """Means over classes of the errors of each class.
 
-    A class without a picture in which it occurs has no ``_nz`` error; it is left out of those means, and one warning
+    A class without an image in which it occurs has no ``_nz`` error; it is left out of those means, and one warning
     says which. Where that leaves no class, the keys are left out too.
 
     Args:
@@ -585,7 +585,7 @@ def class_count_errors(predicted: Tensor, target: Tensor, classes: Sequence[str]
         classes: K names for the warning.
 
     Returns:
-        ``mrmse, mrmse_nz, m_rel_rmse, m_rel_rmse_nz``; ``n``, the number of pictures in which a class is annotated;
+        ``mrmse, mrmse_nz, m_rel_rmse, m_rel_rmse_nz``; ``n``, the number of images in which a class is annotated;
         ``n_classes`` and ``n_classes_nz``, over how many classes the means run.
 
     Raises:
@@ -614,11 +614,11 @@ def bootstrap_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[Tensor, Tensor]:
-    """Percentile interval of a figure over pictures drawn with replacement (Efron, 1979).
+    """Percentile interval of a figure over images drawn with replacement (Efron, 1979).
 
-    It says how much the figure owes to the choice of pictures, not how much to the training run. A resample without a
+    It says how much the figure owes to the choice of images, not how much to the training run. A resample without a
     class that occurs leaves that class out, as :func:`class_count_errors` does. The interval of a class that occurs in
-    no picture is NaN.
+    no image is NaN.
 
     Args:
         predicted, target: as for :func:`errors_by_class`.
@@ -631,7 +631,7 @@ def bootstrap_interval(
         Lower and upper bound in float64: ``(K,)`` for a figure of each class, scalars for a mean.
 
     Raises:
-        InputError: as for :func:`errors_by_class`; or an unknown statistic, no picture, ``n`` below 1, ``level``
+        InputError: as for :func:`errors_by_class`; or an unknown statistic, no image, ``n`` below 1, ``level``
             outside (0, 1), or a prediction that is not finite.
 
     Example:
@@ -646,7 +646,7 @@ def bootstrap_interval(
     predicted, target = _checked(predicted, target)
     if not len(target) or n < 1 or not 0 < level < 1:
         raise InputError(
-            f"bootstrap of {len(target)} pictures, {n} resamples, level {level}; expected at least one picture and one "
+            f"bootstrap of {len(target)} images, {n} resamples, level {level}; expected at least one image and one "
             "resample, and a level between 0 and 1"
         )
     if not bool(predicted[~target.isnan()].isfinite().all()):
@@ -665,7 +665,7 @@ def bootstrap_interval(
 
 
 class PointHits(ImageRows):
-    """How many of the points found lie on an object of their class, among the classes that are in the picture.
+    """Share of predicted points that lie on an object of their class, among the classes that are in the image.
 
     Args:
         kwargs: those of :class:`torchmetrics.Metric`.
@@ -682,14 +682,14 @@ class PointHits(ImageRows):
         super().__init__(("hits", "points"), **kwargs)
 
     def update(self, points: Tensor, kinds: Tensor, boxes: Tensor, box_kinds: Tensor, image_id: str) -> None:
-        """Add one picture.
+        """Add one image.
 
         Args:
             points: ``(N, 2)`` x, y.
             kinds: ``(N,)`` classes of the points.
             boxes: ``(M, 4)`` x1, y1, x2, y2 of all objects, in the frame of the points.
             box_kinds: ``(M,)`` their classes.
-            image_id: of the picture.
+            image_id: of the image.
         """
         x, y = points[:, None].unbind(-1)  # (N, 1)
         x1, y1, x2, y2 = boxes.to(points).unbind(-1)  # (M,)
@@ -710,21 +710,21 @@ def _checked(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if predicted.shape != target.shape or target.ndim != 2:
         raise InputError(
             f"predicted counts of shape {tuple(predicted.shape)} for targets of {tuple(target.shape)}; expected "
-            "(pictures, classes) of both"
+            "(images, classes) of both"
         )
     target = target.to(exact_dtype(target.device))
     wrong = (target < 0) | target.isinf()
     if bool(wrong.any()):
         i, k = (int(j) for j in wrong.nonzero()[0])
         raise InputError(
-            f"the true count of class {k} in picture {i} is {target[i, k].item():g}; expected 0 or more, or NaN where "
+            f"the true count of class {k} in image {i} is {target[i, k].item():g}; expected 0 or more, or NaN where "
             "the class is not annotated"
         )
     return predicted.detach().to(target), target
 
 
 def _weighted(predicted: Tensor, target: Tensor, statistic: ClassStatistic, weight: Tensor) -> Tensor:
-    """A statistic of each class over pictures that count ``weight`` ``(R, N)`` times: ``(R, K)``, NaN where none do."""
+    """A statistic of each class over images that count ``weight`` ``(R, N)`` times: ``(R, K)``, NaN where none do."""
     used = target > 0 if statistic.endswith("_nz") else ~target.isnan()
     error = predicted - target
     error = error.abs() if statistic == "mae" else error.square()
@@ -748,8 +748,8 @@ def _warn_of_absent(by_class: Mapping[str, Tensor], classes: Sequence[str] | Non
     """Say which classes the means leave out."""
     unknown, absent = by_class["n"] == 0, (by_class["n"] > 0) & (by_class["n_nz"] == 0)
     for left_out, why in (
-        (unknown, "annotated in no picture and left out"),
-        (absent, "in no picture and left out of mrmse_nz and m_rel_rmse_nz"),
+        (unknown, "annotated in no image and left out"),
+        (absent, "in no image and left out of mrmse_nz and m_rel_rmse_nz"),
     ):
         names = [str(k) if classes is None else classes[k] for k in left_out.nonzero()[:, 0].tolist()]
         if names:

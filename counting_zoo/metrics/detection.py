@@ -21,7 +21,7 @@ CHUNK = 64
 """Masks turned to numbers at a time."""
 
 
-SEEN, PREDICTED, TRUE = range(3)  # what a row of a picture is about
+SEEN, PREDICTED, TRUE = range(3)  # what a row of an image is about
 
 
 def mask_iou(masks: Tensor, others: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def mask_iou(masks: Tensor, others: Tensor) -> Tensor:
 
 
 def match_masks(iou: Tensor, scores: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
-    """Which predictions of one class in one picture are right, by the rule of PASCAL VOC.
+    """Match predictions of one class in one image, by the rule of PASCAL VOC.
 
     A prediction is compared with the object it overlaps most. It is right if their IoU reaches the threshold and no
     prediction of a higher score has had that object: each object is found once, and what finds it again is wrong.
@@ -86,7 +86,7 @@ def match_masks(iou: Tensor, scores: Tensor, thresholds: Sequence[float] = THRES
 def average_precision(right: Tensor, scores: Tensor, n_true: int) -> float:
     """Area under the precision-recall curve, with precision made to fall with recall (PASCAL VOC since 2010).
 
-    Predictions of equal score enter together, so that the order of pictures plays no role.
+    Predictions of equal score enter together, so that the order of images plays no role.
 
     Args:
         right: ``(N,)`` bool.
@@ -112,12 +112,12 @@ def average_precision(right: Tensor, scores: Tensor, n_true: int) -> float:
 
 
 class InstancePrecision(ImageRows):
-    """Precision and overlap of what is found object by object, from the overlaps in each picture.
+    """Precision and overlap of what is found object by object, from the overlaps in each image.
 
     ``map50`` and so on: the mean over classes of the average precision at that IoU. ``abo``: average best overlap, the
     mean over classes of the mean over objects of the largest IoU that any prediction of the object's class in its
-    picture has. Classes without objects are left out of the means, and the figures are left out where there is no
-    object at all. ``n`` pictures, ``n_true`` objects, ``n_predicted`` predictions.
+    image has. Classes without objects are left out of the means, and the figures are left out where there is no
+    object at all. ``n`` images, ``n_true`` objects, ``n_predicted`` predictions.
 
     Args:
         thresholds: IoU from which on a prediction is right.
@@ -130,12 +130,12 @@ class InstancePrecision(ImageRows):
         super().__init__(("role", "label", "score", *self.figures, "best"), **kwargs)
 
     def add(self, iou: Tensor, labels: Tensor, scores: Tensor, true_labels: Tensor, image_id: str) -> None:
-        """Add one picture.
+        """Add one image.
 
         Args:
             iou: ``(N, M)`` of N predictions and M objects, whatever their classes.
             labels: ``(N,)`` int64.
-            scores: ``(N,)``; only their order over all pictures matters.
+            scores: ``(N,)``; only their order over all images matters.
             true_labels: ``(M,)`` int64.
             image_id: its name.
 
@@ -151,7 +151,7 @@ class InstancePrecision(ImageRows):
             mine, its = labels == kind, true_labels == kind
             right[mine] = match_masks(iou[mine][:, its], scores[mine], self.thresholds)
         best = iou.amax(0) if n else iou.new_zeros(m)
-        # The first row says that the picture was seen; predictions follow, then objects.
+        # The first row says that the image was seen; predictions follow, then objects.
         rows = iou.new_zeros(1 + n + m, len(self.columns))
         predicted, true = rows[1 : n + 1], rows[n + 1 :]
         predicted[:, 0], predicted[:, 1], predicted[:, 2], predicted[:, 3:-1] = PREDICTED, labels, scores, right
@@ -189,8 +189,8 @@ class MaskPrecision(InstancePrecision):
 
     ``map25, map50, map75``: mAP^r, the mean over classes of the average precision at that IoU (Hariharan et al., ECCV
     2014). ``abo``: average best overlap, the mean over classes of the mean over objects of the largest IoU that any
-    prediction of the object's class in its picture has. Classes without objects are left out of the means, and the
-    figures are left out where there is no object at all. ``n`` pictures, ``n_true`` objects, ``n_predicted`` masks.
+    prediction of the object's class in its image has. Classes without objects are left out of the means, and the
+    figures are left out where there is no object at all. ``n`` images, ``n_true`` objects, ``n_predicted`` masks.
 
     Args:
         kwargs: those of :class:`torchmetrics.Metric`.
@@ -211,18 +211,18 @@ class MaskPrecision(InstancePrecision):
     def update(
         self, masks: Tensor, labels: Tensor, scores: Tensor, true_masks: Tensor, true_labels: Tensor, image_id: str
     ) -> None:
-        """Add one picture.
+        """Add one image.
 
         Args:
             masks: ``(N, H, W)`` bool, predicted; in the pixels of the true ones.
             labels: ``(N,)`` int64.
-            scores: ``(N,)``; only their order over all pictures matters.
+            scores: ``(N,)``; only their order over all images matters.
             true_masks: ``(M, H, W)`` bool.
             true_labels: ``(M,)`` int64.
             image_id: its name.
 
         Raises:
-            InputError: lengths or picture sizes that differ, scores that are not finite.
+            InputError: lengths or image sizes that differ, scores that are not finite.
         """
         n, m = len(masks), len(true_masks)
         if not n == len(labels) == len(scores) or m != len(true_labels):
@@ -233,7 +233,7 @@ class MaskPrecision(InstancePrecision):
         if n and m and masks.shape[1:] != true_masks.shape[1:]:
             raise InputError(
                 f"{image_id}: predicted masks of {tuple(masks.shape[1:])} for true ones of "
-                f"{tuple(true_masks.shape[1:])}; bring them to the pixels of the stored picture first"
+                f"{tuple(true_masks.shape[1:])}; bring them to the pixels of the stored image first"
             )
         iou = mask_iou(masks, true_masks) if n and m else torch.zeros(n, m, device=masks.device)
         self.add(iou, labels, scores, true_labels, image_id)
@@ -249,9 +249,9 @@ class BoxPrecision(InstancePrecision):
     ``map50``: AP50, the mean over classes of the average precision at IoU 0.5, with the matching and the area of
     PASCAL VOC: a box answers for the object it overlaps most, and the curve's area is exact. COCO's tools let a box
     take the next free object and sum over 101 recalls; their figures differ a little. ``abo``: average best overlap,
-    the mean over classes of the mean over objects of the largest IoU that any box of the object's class in its picture
+    the mean over classes of the mean over objects of the largest IoU that any box of the object's class in its image
     has. Classes without objects are left out of the means, and the figures are left out where there is no object at
-    all. ``n`` pictures, ``n_true`` objects, ``n_predicted`` boxes.
+    all. ``n`` images, ``n_true`` objects, ``n_predicted`` boxes.
 
     Args:
         thresholds: IoU from which on a box is right, one figure for each.
@@ -273,12 +273,12 @@ class BoxPrecision(InstancePrecision):
     def update(
         self, boxes: Tensor, labels: Tensor, scores: Tensor, true_boxes: Tensor, true_labels: Tensor, image_id: str
     ) -> None:
-        """Add one picture.
+        """Add one image.
 
         Args:
             boxes: ``(N, 4)`` x1, y1, x2, y2, predicted; in the pixels of the true ones.
             labels: ``(N,)`` int64.
-            scores: ``(N,)``; only their order over all pictures matters.
+            scores: ``(N,)``; only their order over all images matters.
             true_boxes: ``(M, 4)``.
             true_labels: ``(M,)`` int64.
             image_id: its name.
@@ -307,7 +307,7 @@ def average_precision_50(
     true_boxes: Sequence[Tensor],
     true_labels: Sequence[Tensor],
 ) -> float:
-    """AP50 of B pictures at once, as :class:`BoxPrecision` has it.
+    """AP50 of B images at once, as :class:`BoxPrecision` has it.
 
     Args:
         boxes: B tensors ``(N_i, 4)`` x1, y1, x2, y2.
@@ -330,5 +330,5 @@ def average_precision_50(
         metric.update(*picture, image_id=f"picture {i}")
     figures = metric.compute() if boxes else {}
     if "map50" not in figures:
-        raise InputError("average precision without a true box is undefined; expected at least one picture with one")
+        raise InputError("average precision without a true box is undefined; expected at least one image with one")
     return figures["map50"]

@@ -1,9 +1,9 @@
 """Intervals that hold the true count as often as they say: split-conformal prediction, by predicted count.
 
-Counts of pictures that the model did not train on, and that no setting was chosen on, say how far it is off; what the
-next picture's error does not exceed follows from their ranks alone, whatever the model and the law of its errors (Vovk,
+Counts of images that the model did not train on, and that no setting was chosen on, say how far it is off; what the
+next image's error does not exceed follows from their ranks alone, whatever the model and the law of its errors (Vovk,
 Gammerman, Shafer: "Algorithmic Learning in a Random World", 2005; Lei et al., arXiv 1604.04173). The one assumption is
-that the next picture comes from where those came from: for other kinds of pictures nothing is promised.
+that the next image comes from where those came from: for other kinds of images nothing is promised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIN_ROWS = 100
 
 
 EPSILON = 0.5
-"""Objects added to a standard deviation before errors are divided by it, or an empty picture's would divide by 0."""
+"""Objects added to a standard deviation before errors are divided by it, or an empty image's would divide by 0."""
 
 
 _SLACK = {True: 1e-6, False: 1e-12}  # relative, of whole counts and others; what floats round stays inside a bound
@@ -33,7 +33,7 @@ _SLACK = {True: 1e-6, False: 1e-12}  # relative, of whole counts and others; wha
 
 @dataclass(frozen=True)
 class IntervalCalibration:
-    """How far counts are off, by predicted count: all that an interval is made from.
+    """Quantiles of count errors by predicted count: all that a confidence interval is made from.
 
     Args:
         level: share of the true counts that intervals should hold.
@@ -116,7 +116,7 @@ class IntervalCalibration:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> IntervalCalibration:
-        """What :meth:`to_dict` gave.
+        """Restore a calibration from what :meth:`to_dict` gave.
 
         Raises:
             CheckpointError: something is missing, or was written by a later version.
@@ -175,7 +175,7 @@ def fit_intervals(
     if len(target) < n_needed:
         raise InputError(
             f"intervals that hold {level:.4g} of the counts need at least {n_needed} known counts, and there are "
-            f"{len(target)}; give more pictures (such as {max(1000, n_needed)}) or lower the level"
+            f"{len(target)}; give more images (such as {max(1000, n_needed)}) or lower the level"
         )
     errors = _errors(predicted, target, width, spread)
     inner = tuple(map(float, count_strata(predicted, max(MIN_ROWS, n_needed)) if edges is None else edges))
@@ -206,7 +206,7 @@ def check_settings(level: float, width: str) -> None:
 
 
 def conformal_quantile(errors: np.ndarray, level: float) -> float:
-    """What the next error does not exceed with a probability of at least ``level``, if it is drawn like these.
+    """Compute the bound that the next error does not exceed with a probability of at least ``level``.
 
     That is the k-th smallest of the N, with ``k = ceil((N + 1) * level)``: the next one is as likely to fall into each
     of the N + 1 gaps between them.
@@ -233,7 +233,7 @@ def conformal_quantile(errors: np.ndarray, level: float) -> float:
 
 
 def rows_needed(level: float) -> int:
-    """How many known counts a two-sided interval needs, with ``(1 - level) / 2`` on either side.
+    """Compute the number of known counts that a two-sided interval needs, with ``(1 - level) / 2`` on either side.
 
     Example:
         >>> rows_needed(0.9), rows_needed(0.99)

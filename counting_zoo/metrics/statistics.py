@@ -22,15 +22,15 @@ from counting_zoo.metrics.counts import (
 )
 
 RESAMPLED_AT_ONCE = 2**21
-"""Pictures times resamples in memory at once."""
+"""Images times resamples in memory at once."""
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Percentile bootstrap over pictures (Efron, 1979).
+    """Percentile bootstrap over images (Efron, 1979).
 
-    All rows of a picture are drawn together, since the counts of one picture are not independent. An interval says how
-    much a figure owes to the choice of pictures, not how much to the training run.
+    All rows of an image are drawn together, since the counts of one image are not independent. An interval says how
+    much a figure owes to the choice of images, not how much to the training run.
 
     Args:
         resamples: how many draws.
@@ -53,10 +53,10 @@ class Bootstrap:
             )
 
     def sums(self, sums: np.ndarray) -> Iterator[np.ndarray]:
-        """Sums over as many pictures as there are, drawn with replacement.
+        """Sums over as many images as there are, drawn with replacement.
 
         Args:
-            sums: ``(P, C)`` sums over the rows of each picture.
+            sums: ``(P, C)`` sums over the rows of each image.
 
         Returns:
             Parts of ``(resamples, C)`` that fit into memory.
@@ -77,11 +77,11 @@ class Bootstrap:
 
 
 def summed_by_picture(rows: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """Sums over the rows of each picture.
+    """Sums over the rows of each image.
 
     Args:
         rows: ``(N, C)``.
-        picture: ``(N,)`` index of the picture of each row.
+        picture: ``(N,)`` index of the image of each row.
 
     Returns:
         ``(P, C)``, P one more than the highest index.
@@ -130,7 +130,7 @@ def summarise(
 
     Args:
         table: its counts.
-        constants: predictions that need no picture, scored on the same rows: one number, or one for each name. A row
+        constants: predictions that need no image, scored on the same rows: one number, or one for each name. A row
             of several joined names gets the sum of their numbers.
         bootstrap: how intervals are made.
 
@@ -140,15 +140,15 @@ def summarise(
         - ``mae, rmse, nae, bias`` over rows (:func:`~counting_zoo.metrics.counts.count_errors`), ``n_nae``;
           ``game1`` to ``game3`` and ``n_game`` where the data have points.
         - ``interval``: by figure, its lower and upper bound.
-        - ``totals``: the same figures of each picture's total, where pictures have several rows.
+        - ``totals``: the same figures of each image's total, where images have several rows.
         - ``classes``: the mRMSE family (:mod:`counting_zoo.metrics.counts`), where several names are asked about in
-          every picture.
+          every image.
         - ``constants``: by name, the same figures of each constant prediction.
         - ``decades``: errors by true count, see :func:`errors_by_decade`.
         - ``coverage``: :func:`interval_coverage`, where the model gives intervals.
 
     Raises:
-        InputError: a picture comes twice with a name, a true count is negative or infinite, or a constant has no number
+        InputError: an image comes twice with a name, a true count is negative or infinite, or a constant has no number
             for a name.
 
     Example:
@@ -225,7 +225,7 @@ def errors_by_decade(predicted: np.ndarray, target: np.ndarray) -> list[dict[str
 
 
 def interval_coverage(table: CountTable, level: float = 0.95) -> dict[str, Any]:
-    """How many true counts lie in the model's own intervals, and how wide those are.
+    """Measure the coverage and width of the model's own intervals.
 
     Args:
         table: its counts; rows without an interval or a true count are left out.
@@ -264,7 +264,7 @@ def interval_coverage(table: CountTable, level: float = 0.95) -> dict[str, Any]:
 
 
 def _constant(name: str, value: float | Mapping[str, float], table: CountTable) -> np.ndarray:
-    """What a constant predictor says of each row."""
+    """Predict a constant for each row."""
     wrong = [v for v in (value.values() if isinstance(value, Mapping) else [value]) if not np.isfinite(v)]
     if wrong:
         raise InputError(f"the constant {name!r} says {wrong[0]}; expected a number")
@@ -326,7 +326,7 @@ def _figures(sums: np.ndarray) -> np.ndarray:
     shape = (len(sums), (sums.shape[1] - 6) // len(METRICS), len(METRICS))
     rows, some = sums[:, 0, None], sums[:, 1, None]
     size, square, relative, error = np.moveaxis(sums[:, 2:-4].reshape(shape), -1, 0)  # each (R, M)
-    with np.errstate(invalid="ignore"):  # a draw in which no picture holds an object has no NAE
+    with np.errstate(invalid="ignore"):  # a draw in which no image holds an object has no NAE
         each = np.stack([size / rows, np.sqrt(square / rows), relative / some, error / rows], -1)
         return np.concatenate([each.reshape(len(sums), shape[1] * shape[2]), sums[:, -3:] / sums[:, -4, None]], 1)
 
@@ -334,7 +334,7 @@ def _figures(sums: np.ndarray) -> np.ndarray:
 def _class_means(
     table: CountTable, predictions: Mapping[str, np.ndarray], bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
-    """The mRMSE family of each prediction, where every picture is asked about the same several names."""
+    """The mRMSE family of each prediction, where every image is asked about the same several names."""
     images, picture = np.unique(table.image, return_inverse=True)
     names = {name: k for k, name in enumerate(dict.fromkeys(table.name))}
     if len(names) < 2 or len(table) != len(images) * len(names) or np.isnan(table.target).all():
@@ -377,10 +377,10 @@ JOIN = " + "
 
 
 def compare(a: CountTable, b: CountTable, bootstrap: Bootstrap | None = None) -> dict[str, Any]:
-    """Two models on the same pictures: the difference of their errors, and how sure it is.
+    """Two models on the same images: the difference of their errors, and how sure it is.
 
-    Rows of the same picture and name are compared. Where one model counts without names, so that its rows carry the
-    joined names of the other's, the totals of pictures are compared instead.
+    Rows of the same image and name are compared. Where one model counts without names, so that its rows carry the
+    joined names of the other's, the totals of images are compared instead.
 
     Args:
         a, b: their tables.
@@ -390,13 +390,13 @@ def compare(a: CountTable, b: CountTable, bootstrap: Bootstrap | None = None) ->
         - ``compared``: ``rows`` or ``totals``; ``pictures`` and ``rows`` (or totals): how many.
         - ``mae`` and ``rmse``: each ``a``, ``b``, ``difference`` (a - b; below zero where a is better) and its
           ``interval``.
-        - ``a_better``, ``b_better``: share of pictures with the smaller absolute error (summed over their rows).
-        - ``only_a``, ``only_b``: pictures of one table; ``left_out``: pictures of both of which no row could be
-          compared; ``rows_left_out``: rows whose picture is in both tables that were not compared, because the name is
+        - ``a_better``, ``b_better``: share of images with the smaller absolute error (summed over their rows).
+        - ``only_a``, ``only_b``: images of one table; ``left_out``: images of both of which no row could be
+          compared; ``rows_left_out``: rows whose image is in both tables that were not compared, because the name is
           missing from the other, the true count is unknown or not the same, or a prediction is not finite.
 
     Raises:
-        InputError: a picture comes twice with a name, or a true count is negative or infinite.
+        InputError: an image comes twice with a name, or a true count is negative or infinite.
 
     Example:
         >>> a = CountTable.of([("1", "figs", 3, 3), ("2", "figs", 5, 5)])
@@ -448,26 +448,24 @@ def check_rows(table: CountTable) -> None:
     """Raise if a row cannot be scored.
 
     Raises:
-        InputError: a picture comes twice with a name, or a true count is negative or infinite.
+        InputError: an image comes twice with a name, or a true count is negative or infinite.
     """
     keys = list(zip(table.image, table.name, strict=True))
     if len(set(keys)) < len(keys):
         seen: set[tuple[str, str]] = set()
         twice = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise InputError(
-            f"the table of counts has two rows of picture {twice[0]!r} and name {twice[1]!r}; expected one"
-        )
+        raise InputError(f"the table of counts has two rows of image {twice[0]!r} and name {twice[1]!r}; expected one")
     wrong = (table.target < 0) | np.isinf(table.target)
     if wrong.any():
         i = int(wrong.argmax())
         raise InputError(
-            f"the true count of {table.name[i]!r} in picture {table.image[i]!r} is {table.target[i]:g}; expected 0 or "
+            f"the true count of {table.name[i]!r} in image {table.image[i]!r} is {table.target[i]:g}; expected 0 or "
             "more, or an empty cell where it is not known"
         )
 
 
 def _asks_the_same_joined(a: CountTable, b: CountTable, common: set[str]) -> bool:
-    """Whether in some picture the tables name the same things, one of them joined."""
+    """Tell if in some image both tables have the same names, one of them joined."""
 
     def names(table: CountTable) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
@@ -484,13 +482,13 @@ def _parts(names: set[str]) -> frozenset[str]:
 
 
 def _rows(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple[float, float]]:
-    """True and predicted count by picture and name."""
+    """True and predicted count by image and name."""
     keys = zip(table.image, table.name, table.target.tolist(), table.predicted.tolist(), strict=True)
     return {(image, name): (target, said) for image, name, target, said in keys if image in common}
 
 
 def _totals(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple[float, float]]:
-    """True and predicted total by picture and everything it is asked about."""
+    """True and predicted total by image and everything it is asked about."""
     images, picture = table.images()
     asked: list[set[str]] = [set() for _ in images]
     for i, name in zip(picture.tolist(), table.name, strict=True):

@@ -204,7 +204,7 @@ def _load(place: str, *, local_only: bool) -> tuple[Any, dict[str, Any]]:
 class SmallEncoder(nn.Module):
     """A pyramid of residual convolutions and a way back up to the block grid, without batch norm.
 
-    Batches of a few pictures have other statistics than the pictures counted later, and a density is a sum over
+    Batches of a few images have other statistics than the images counted later, and a density is a sum over
     thousands of cells, so a small bias of each becomes a large error of the count.
 
     Args:

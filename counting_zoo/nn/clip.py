@@ -35,7 +35,7 @@ class PublishedCLIP:
         width: of the image tower.
         projection_dim: of the joint space.
         text_width: of the text tower, which has twelve layers, 77 positions and 49408 tokens throughout.
-        image_size: side of the pictures it was trained on.
+        image_size: side of the images it was trained on.
         patch: of a vision transformer.
     """
 
@@ -48,7 +48,7 @@ class PublishedCLIP:
     patch: int | None = None
 
     def config(self) -> dict[str, Any]:
-        """What ``build_towers`` takes for a model of these sizes with random weights."""
+        """The config that ``build_towers`` takes for a model of these sizes with random weights."""
         text = _published_tower(self.text_width, 12) | {
             "vocab_size": 49408,
             "max_position_embeddings": 77,
@@ -139,7 +139,7 @@ def resnet_config_of_openai(state: Mapping[str, Tensor], activation: str = "quic
 
 
 def is_resnet(state: Mapping[str, Tensor]) -> bool:
-    """Whether an OpenAI-layout state dict has a ResNet for its image tower."""
+    """Tell if an OpenAI-layout state dict has a ResNet for its image tower."""
     return any(key.startswith("visual.layer1.") for key in state)
 
 
@@ -167,7 +167,7 @@ def _tower(width: int, layers: int, projection: int, activation: str) -> dict[st
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered parts stand under a prefix."""
+    """Count the numbered parts under a prefix."""
     return 1 + max((int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
 
 
@@ -416,7 +416,7 @@ def towers_config(model: CLIPModel | CLIPResNetModel) -> dict[str, Any]:
 
 
 def tokenizer_of(source: Any) -> str | None:
-    """Where the tokenizer of a CLIP is: a folder or hub name, or ``None`` for a config or a model.
+    """Find the tokenizer of a CLIP: a folder or hub name, or ``None`` for a config or a model.
 
     Args:
         source: as in :func:`build_towers`. OpenAI's models share one vocabulary, which is taken where a file or
@@ -505,7 +505,7 @@ def _from_pretrained(source: str, *, local_only: bool) -> CLIPModel:
 
 @cache
 def hub_answers(timeout: float = 4.0) -> bool:
-    """Whether the hub may and can be reached: transformers would retry for 20 to 40 seconds before saying so.
+    """Tell if the hub may and can be reached: transformers would retry for 20 to 40 seconds before saying so.
 
     It is asked as huggingface_hub asks it, with its endpoint, proxies and offline mode; once in a process.
     """

@@ -199,7 +199,7 @@ class CLIPResNetModel(nn.Module):
         return self.visual.train(self.visual.training)
 
     def encode_image(self, x: Tensor) -> Tensor:
-        """``(B, projection_dim)`` features of normalised pictures, as CLIP compares them with texts.
+        """``(B, projection_dim)`` features of normalised images, as CLIP compares them with texts.
 
         Raises:
             InputError: these weights came without an attention pool.

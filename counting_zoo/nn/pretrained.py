@@ -112,13 +112,13 @@ def write_pretrained(
 
 
 def clip_state(*modules: nn.Module) -> dict[str, Tensor]:
-    """What is a CLIP's of region encoders, ``DenseViT`` and other towers, under the names of transformers."""
+    """Extract the weights of a CLIP from region encoders, ``DenseViT`` and other towers, under transformers' names."""
     owns = [(module, module.state_dict()) for module in modules]
     return {theirs: own[ours] for module, own in owns for theirs, ours in _named(module)}
 
 
 def small_file() -> Path:
-    """Where the zoo's own small CLIP lies, which is called :data:`SMALL`."""
+    """Return the path of the zoo's own small CLIP, which is called :data:`SMALL`."""
     return Path(str(resources.files("counting_zoo"))) / "weights" / "small_clip.safetensors"
 
 

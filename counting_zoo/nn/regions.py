@@ -51,7 +51,7 @@ def roi_align(
 
     Args:
         features: ``(B, C, H, W)``. Calculated in float32 at least, also under autocast.
-        boxes: ``(K, 5)`` rows of picture index, x1, y1, x2, y2, or B tensors ``(L_i, 4)``; in pixels of the picture.
+        boxes: ``(K, 5)`` rows of image index, x1, y1, x2, y2, or B tensors ``(L_i, 4)``; in pixels of the image.
             No gradient flows into them.
         output_size: P, or ``(P, Q)``, bins.
         spatial_scale: cells per pixel of the boxes.
@@ -62,7 +62,7 @@ def roi_align(
         ``(K, C, P, Q)`` in the type of ``features``.
 
     Raises:
-        InputError: shapes that do not fit, a picture index outside the batch, coordinates that are not finite.
+        InputError: shapes that do not fit, an image index outside the batch, coordinates that are not finite.
 
     Example:
         >>> ramp = torch.arange(4.0).expand(1, 1, 4, 4)
@@ -108,20 +108,20 @@ def roi_align(
 
 
 def _flat_boxes(boxes: Tensor | Sequence[Tensor], n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Picture indices ``(K,)`` and corners ``(K, 4)`` in the type and on the device of ``like``."""
+    """Image indices ``(K,)`` and corners ``(K, 4)`` in the type and on the device of ``like``."""
     if isinstance(boxes, Tensor):
         if boxes.ndim != 2 or boxes.shape[1] != 5:
-            raise InputError(f"boxes are {tuple(boxes.shape)}; expected (K, 5), picture index first, or a list")
+            raise InputError(f"boxes are {tuple(boxes.shape)}; expected (K, 5), image index first, or a list")
         picture, corners = boxes[:, 0].long(), boxes[:, 1:]
     else:
         if len(boxes) != n or any(own.ndim != 2 or own.shape[1] != 4 for own in boxes):
             shapes = [tuple(own.shape) for own in boxes]
-            raise InputError(f"boxes are {shapes} for {n} pictures; expected one (L, 4) tensor for each picture")
+            raise InputError(f"boxes are {shapes} for {n} images; expected one (L, 4) tensor for each image")
         picture = torch.tensor([i for i, own in enumerate(boxes) for _ in range(len(own))], dtype=torch.int64)
         corners = torch.cat([own.to(like) for own in boxes]) if len(boxes) else like.new_zeros(0, 4)
     picture, corners = picture.to(like.device), corners.detach().to(like)
     if len(corners) and not 0 <= int(picture.min()) <= int(picture.max()) < n:
-        raise InputError(f"boxes name pictures {int(picture.min())} to {int(picture.max())} of a batch of {n}")
+        raise InputError(f"boxes name images {int(picture.min())} to {int(picture.max())} of a batch of {n}")
     _check_finite(corners, "boxes")
     return picture, corners
 
@@ -142,7 +142,7 @@ def _bin_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_r
     left = start[:, None] + bin_size[:, None] * torch.arange(bins, dtype=start.dtype, device=start.device)
     per_bin = samples.clamp(min=1)[:, None, None]
     weights = left.new_zeros(*left.shape, length)
-    # Usually one pass; a box of many times the picture takes more, so that memory does not grow with it.
+    # Usually one pass; a box of many times the image takes more, so that memory does not grow with it.
     together = max(1, TILE // weights.numel())
     for first in range(0, most, together):
         index = torch.arange(first, min(first + together, most), dtype=start.dtype, device=start.device)
@@ -190,7 +190,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Args:
         boxes, scores, iou_threshold: as in :func:`nms`.
-        idxs: ``(N,)`` group of each box, such as its class or picture.
+        idxs: ``(N,)`` group of each box, such as its class or image.
 
     Returns:
         ``(kept,)`` int64 indices, highest score first over all groups.
@@ -356,7 +356,7 @@ class ResNetRegions(nn.Module):
         self.stride = self.multiple = 16
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """``(B, 3, H, W)`` normalised pictures to ``(B, C, H / 16, W / 16)``; whole pictures are regions too."""
+        """``(B, 3, H, W)`` normalised images to ``(B, C, H / 16, W / 16)``; whole images are regions too."""
         _check_size(images, self.multiple)
         visual, x = self.visual, images
         for conv, norm in ((visual.conv1, visual.bn1), (visual.conv2, visual.bn2), (visual.conv3, visual.bn3)):
@@ -364,7 +364,7 @@ class ResNetRegions(nn.Module):
         return visual.layer3(visual.layer2(visual.layer1(avg_pool2d(x, 2)))), None
 
     def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """``(N, D)`` embeddings of all boxes, in the order of the pictures; see :func:`region_embeddings`."""
+        """``(N, D)`` embeddings of all boxes, in the order of the images; see :func:`region_embeddings`."""
         bins = 2 * self.attnpool.grid
         return torch.cat(
             [
@@ -408,7 +408,7 @@ class ViTRegions(nn.Module):
         self.multiple = self.stride
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Normalised pictures to a map, and to what CLIP itself makes of them.
+        """Normalised images to a map, and to what CLIP itself makes of them.
 
         Args:
             images: ``(B, 3, H, W)``.
@@ -434,7 +434,7 @@ class ViTRegions(nn.Module):
         return hidden[:, 1:].transpose(1, 2).unflatten(2, grid), whole
 
     def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """``(N, D)`` embeddings of all boxes, in the order of the pictures; see :func:`region_embeddings`."""
+        """``(N, D)`` embeddings of all boxes, in the order of the images; see :func:`region_embeddings`."""
         # The projection is linear, so the mean of projected patches is the projected mean, which costs less.
         return self.visual_projection(_means(features, boxes, self.stride))
 
@@ -442,7 +442,7 @@ class ViTRegions(nn.Module):
 class StemRegions(nn.Module):
     """A small CLIP ViT behind a convolutional stem, whose cells of 8 pixels are averaged over boxes and projected.
 
-    The features are those that counters with ``stem="conv"`` read. A whole picture is a box around everything.
+    The features are those that counters with ``stem="conv"`` read. A whole image is a box around everything.
 
     Args:
         clip: gives the transformer, whose patch embedding is dropped.
@@ -462,12 +462,12 @@ class StemRegions(nn.Module):
         self.stride, self.multiple = self.vision.stride, self.vision.patch
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """``(B, 3, H, W)`` normalised pictures to ``(B, C, H / 8, W / 8)``."""
+        """``(B, 3, H, W)`` normalised images to ``(B, C, H / 8, W / 8)``."""
         _check_size(images, self.multiple)
         return self.vision(images), None
 
     def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """``(N, D)`` embeddings of all boxes, in the order of the pictures; see :func:`region_embeddings`."""
+        """``(N, D)`` embeddings of all boxes, in the order of the images; see :func:`region_embeddings`."""
         return self.visual_projection(_means(features, boxes, self.stride))
 
 
@@ -504,7 +504,7 @@ def region_encoder(
 def region_embeddings(encoder: RegionEncoder, images: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """Embeddings of boxes, to be compared with texts by their cosine.
 
-    What of a box lies outside its picture counts as the nearest cell, or as zeros from one cell beyond the edge on; a
+    What of a box lies outside its image counts as the nearest cell, or as zeros from one cell beyond the edge on; a
     box without area, or one that is inverted, has the embedding of an empty map. None of it is NaN.
 
     Args:
@@ -514,7 +514,7 @@ def region_embeddings(encoder: RegionEncoder, images: Tensor, boxes: Sequence[Te
         boxes: B tensors ``(N_i, 4)`` of x1, y1, x2, y2 in pixels, some of them empty.
 
     Returns:
-        ``(N, D)``, not normalised, in the order of pictures and boxes.
+        ``(N, D)``, not normalised, in the order of images and boxes.
 
     Raises:
         InputError: sizes that are no multiple, one list of boxes too many or too few, coordinates that are not finite.
@@ -525,15 +525,15 @@ def region_embeddings(encoder: RegionEncoder, images: Tensor, boxes: Sequence[Te
 def region_and_picture_embeddings(
     encoder: RegionEncoder, images: Tensor, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings of boxes and of whole pictures, from one pass over the pictures.
+    """Embeddings of boxes and of whole images, from one pass over the images.
 
     Args:
         encoder, images, boxes: as in :func:`region_embeddings`.
-        sizes: height and width of each picture without its padding. ``None`` takes the padding along, as the
+        sizes: height and width of each image without its padding. ``None`` takes the padding along, as the
             reference does. A class token has no extent, and sees the padding.
 
     Returns:
-        ``(N, D)`` of the boxes, and ``(B, D)`` of the pictures: the class token's, or that of a box around everything.
+        ``(N, D)`` of the boxes, and ``(B, D)`` of the images: the class token's, or that of a box around everything.
     """
     features, pictures = encoder(images)
     if pictures is None:
@@ -551,10 +551,10 @@ def _check_size(images: Tensor, multiple: int) -> None:
 
 
 def _indexed(boxes: Sequence[Tensor], features: Tensor) -> Tensor:
-    """``(N, 5)`` rows of picture index and corners."""
+    """``(N, 5)`` rows of image index and corners."""
     if len(boxes) != len(features) or any(own.ndim != 2 or own.shape[1] != 4 for own in boxes):
         shapes = [tuple(own.shape) for own in boxes]
-        raise InputError(f"boxes are {shapes} for {len(features)} pictures; expected one (N, 4) tensor for each")
+        raise InputError(f"boxes are {shapes} for {len(features)} images; expected one (N, 4) tensor for each")
 
     corners = torch.cat([own.to(features.device, torch.float32) for own in boxes])
     index = [i for i, own in enumerate(boxes) for _ in range(len(own))]

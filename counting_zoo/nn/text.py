@@ -215,7 +215,7 @@ class TextTower(nn.Module):
 
     @property
     def n_context(self) -> int:
-        """How many learnable context vectors there are."""
+        """Number of learnable context vectors."""
         return 0 if self.context is None else len(self.context)
 
     @property

@@ -150,7 +150,7 @@ class VisualPrompts(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Pixels to patch tokens by small convolutions, which learn shapes from few pictures.
+    """Pixels to patch tokens by small convolutions, which learn shapes from few images.
 
     Args:
         dim: token width.

@@ -104,7 +104,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def stored_settings(path: Path) -> dict[str, Any]:
-    """What an encoder that this package exported says of itself beside its weights; empty for any other file.
+    """Read the settings of an encoder that this package exported, beside its weights; empty for any other file.
 
     Raises:
         WeightsError: the file says so and cannot be read.

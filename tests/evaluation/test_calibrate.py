@@ -29,6 +29,7 @@ from counting_zoo.lightning_cli import _recipe
 from counting_zoo.loading import read_checkpoint
 from counting_zoo.metrics.intervals import IntervalCalibration, fit_intervals
 from counting_zoo.models.clip_ebc.heads import EBCOutput, ZIPOutput
+from counting_zoo.models.region_clip.network import RegionCLIPConfig
 
 BLACK = np.zeros((32, 40, 3), np.uint8)
 ONE = IntervalCalibration(0.9, "residual", (5.0,), (-0.1, -0.2), (0.3, 0.4), (100, 100), True)
@@ -226,7 +227,7 @@ def test_every_shipped_model_keeps_its_intervals(name: str, tmp_path: Path) -> N
 
 
 def test_a_new_threshold_drops_the_intervals_of_detections() -> None:
-    model = RegionCLIPCounter(tiny_models.clip_config(), threshold=0.4, width=8)
+    model = RegionCLIPCounter(tiny_models.clip_config(), threshold=0.4, network=RegionCLIPConfig(width=8))
     model.interval_calibration = ONE
     model._waiting = []
     model.log = model.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]

@@ -455,7 +455,9 @@ def test_the_small_clip_of_the_package() -> None:
     recipe = config("model/region_clip_counter_small.yaml").read_text(encoding="utf-8")
     settings = yaml.safe_load(recipe)["model"]["init_args"]
     del settings["optimizer"], settings["scheduler"]
-    model = RegionCLIPCounter(**settings, proposals="grid", score="softmax", negatives=[])
+    model = RegionCLIPCounter(
+        **RegionCLIPCounter.nested({**settings, "proposals": "grid", "score": "softmax", "negatives": []})
+    )
     model.eval()
     scenes = SyntheticScenes(preset="easy", sizes={"train": 1, "val": 1, "test": 12})
     names = scenes.class_names("test")

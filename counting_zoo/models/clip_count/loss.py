@@ -23,7 +23,7 @@ def positive_patches(
     truncate: float = 4.0,
     validate: bool = True,
 ) -> Tensor:
-    """Which patches of each picture hold an object of each class.
+    """Mark the patches of each image that hold an object of each class.
 
     Args:
         points, size, labels, num_classes, validate: as in :func:`~counting_zoo.ops.points_to_counts`.
@@ -100,16 +100,16 @@ def region_text(
 
     Args:
         features: ``(B, D, h, w)``.
-        points: B x ``(N_i, 2)`` x, y in pixels of a picture of ``size``.
+        points: B x ``(N_i, 2)`` x, y in pixels of an image of ``size``.
         targets: B x ``(N_i,)`` index of each object's class in ``text``.
         text: ``(C, D)``.
-        size: (H, W) of the picture.
+        size: (H, W) of the image.
         scale: of the cosine similarities.
-        cap: a class with more objects than this in one picture weighs as much as this many.
+        cap: a class with more objects than this in one image weighs as much as this many.
         total: divides the weighted sum, in place of the sum of :func:`region_weights`.
 
     Returns:
-        The weighted mean; 0 (with a gradient of 0) where no picture has an object.
+        The weighted mean; 0 (with a gradient of 0) where no image has an object.
     """
     counts = torch.tensor([len(p) for p in points], device=features.device)
     if int(counts.sum()) == 0:
@@ -130,12 +130,12 @@ def region_text(
 
 
 def region_weights(targets: list[Tensor], n_classes: int, cap: int = 12) -> Tensor:
-    """How much each object counts in :func:`region_text`.
+    """Compute the weight of each object in :func:`region_text`.
 
     Args:
         targets: B x ``(N_i,)`` classes of the objects.
         n_classes: how many classes there are.
-        cap: a class with more objects than this in one picture weighs as much as this many.
+        cap: a class with more objects than this in one image weighs as much as this many.
 
     Returns:
         ``(N,)`` weights, at most 1.

@@ -19,12 +19,11 @@ from counting_zoo.models.clip_count.loss import (
     region_text,
     region_weights,
 )
-from counting_zoo.models.clip_count.network import Activation, CLIPCountNet, CLIPCountOutput, Interaction, TextHead
+from counting_zoo.models.clip_count.network import CLIPCountConfig, CLIPCountNet, CLIPCountOutput, TextHead
 from counting_zoo.module import CountingModule
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, tokenizer_of
 from counting_zoo.nn.pretrained import PretrainedCLIP, clip_state, load_text, load_vision, read_pretrained
-from counting_zoo.nn.text import TextPool, TextTower, TokenizerLike
-from counting_zoo.nn.vision import PromptIndexing, Stem
+from counting_zoo.nn.text import TextTower, TokenizerLike
 from counting_zoo.nn.weights import read_checkpoint
 from counting_zoo.ops import points_to_density
 from counting_zoo.training import current_name, public_name
@@ -115,9 +114,7 @@ class CLIPCount(CountingModule):
         tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from the
             class names of its training data.
         prompt_template: ``{}`` is replaced by the name asked about; the same in training, test and prediction.
-        input_size, antialias, prompt_width, prompt_depth, prompt_indexing, n_context, text_pool, text_keys,
-            interaction, depth, heads, activation, density_scale, stem, train_vision, train_text:
-            see :class:`~counting_zoo.models.clip_count.network.CLIPCountNet`.
+        network: options of the network.
         contrast: ``patch`` is the paper's patch-text loss, ``region`` compares features at object centres with the
             texts of all training classes, ``none`` trains on density alone.
         contrast_epochs: epochs of contrast alone before density training begins. The reference's 20 are 21, because
@@ -131,9 +128,10 @@ class CLIPCount(CountingModule):
         splat: a point falls into one cell (``nearest``) or is shared by four (``bilinear``), for coarse grids.
         unique_points: count several points in one pixel once, as the reference does.
         density_mask: see :func:`~counting_zoo.models.clip_count.loss.density_mse`.
-        count_weight: weight of the absolute count error of a picture.
+        count_weight: weight of the absolute count error of an image.
     """
 
+    config_class: ClassVar[type | None] = CLIPCountConfig
     trains_on: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "labels"}),)
     asks_for: ClassVar[frozenset[str]] = frozenset({"names"})
     text_guided: ClassVar[bool] = True
@@ -147,22 +145,7 @@ class CLIPCount(CountingModule):
         tokenizer: str | None = None,
         prompt_template: str = "{}",
         window: int = 384,
-        input_size: int | None = None,
-        antialias: bool = True,
-        prompt_width: int = 20,
-        prompt_depth: int = 10,
-        prompt_indexing: PromptIndexing = "layer",
-        n_context: int = 2,
-        text_pool: TextPool = "eot",
-        text_keys: Literal["pooled", "tokens"] = "pooled",
-        interaction: Interaction = "hierarchical",
-        depth: int = 4,
-        heads: int = 8,
-        activation: Activation = "softplus",
-        density_scale: float = 60.0,
-        stem: Stem = "patch",
-        train_vision: bool = False,
-        train_text: bool = False,
+        network: CLIPCountConfig | None = None,
         contrast: Literal["patch", "region", "none"] = "patch",
         contrast_epochs: int = 20,
         contrast_weight: float = 1.0,
@@ -188,27 +171,8 @@ class CLIPCount(CountingModule):
         # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
         self.hparams["clip"] = clip_config(towers)
         self.hparams["tokenizer"] = None  # the checkpoint brings it along
-        self.network = CLIPCountNet(
-            towers,
-            window=window,
-            input_size=input_size,
-            antialias=antialias,
-            prompt_width=prompt_width,
-            prompt_depth=prompt_depth,
-            prompt_indexing=prompt_indexing,
-            n_context=n_context,
-            text_pool=text_pool,
-            text_keys=text_keys,
-            interaction=interaction,
-            depth=depth,
-            heads=heads,
-            activation=activation,
-            density_scale=density_scale,
-            stem=stem,
-            train_vision=train_vision,
-            train_text=train_text,
-            contrast_proj=contrast != "none",
-        )
+        config = self.network_config(network)
+        self.network = CLIPCountNet(towers, config, window=window, contrast_proj=contrast != "none")
         if tokenizer is not None or (isinstance(clip, str) and pretrained_encoder is None):
             self.set_tokenizer(tokenizer or str(clip))
         if pretrained_encoder is not None:
@@ -268,14 +232,14 @@ class CLIPCount(CountingModule):
 
     @property
     def contrasting(self) -> bool:
-        """Whether training is in its contrastive stage."""
+        """True while training is in its contrastive stage."""
         return self._trainer is not None and self.current_epoch < self.contrast_epochs
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         if not self.contrasting:
             return super().training_losses(batch)
         images = batch["image"]
-        assert isinstance(images, Tensor), "training pictures come as one tensor"
+        assert isinstance(images, Tensor), "training images come as one tensor"
         seen = self.network.embed(images, self._prompts(batch["queries"]))
         size = (images.shape[-2], images.shape[-1])
         return {"contrast": self.contrast_weight * self._contrast(seen.contrast, seen.text, batch, size)}
@@ -285,7 +249,9 @@ class CLIPCount(CountingModule):
         images = batch["image"]
         size = (int(images[0].shape[-2]), int(images[0].shape[-1]))
         target = self._target(batch, size, output.density.shape[-2:])
-        terms = {"density": density_mse(output.raw_density, target * self.network.density_scale, self.density_mask)}
+        terms = {
+            "density": density_mse(output.raw_density, target * self.network.config.density_scale, self.density_mask)
+        }
         if self.count_weight:
             error = output.counts - target.sum((-2, -1))
             terms["count"] = self.count_weight * error.abs().mean()
@@ -300,7 +266,7 @@ class CLIPCount(CountingModule):
         stride = size[0] // cells[0]
         if (cells[0] * stride, cells[1] * stride) != size:
             raise InputError(
-                f"training pictures of {size[0]} x {size[1]} pixels do not divide into {cells[0]} x {cells[1]} density "
+                f"training images of {size[0]} x {size[1]} pixels do not divide into {cells[0]} x {cells[1]} density "
                 f"cells; give data.augmentation a crop that is a multiple of {2 * self.cell} pixels, such as the "
                 f"model's window, {self.network.window}"
             )

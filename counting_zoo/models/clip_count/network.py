@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class InteractionBlock(nn.Module):
             plane = plane + gelu(self.conv(plane))
             grid = (2 * grid[0], 2 * grid[1])
             x = interpolate(plane, grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-        # The first self-attention sees no text: it runs once a picture, however many prompts are asked.
+        # The first self-attention sees no text: it runs once an image, however many prompts are asked.
         x = x + self.drop_path(self.self_attn(self.norm_self(x)))
         if x.shape[0] != b * k:
             x = x.repeat_interleave(k, 0)
@@ -194,7 +194,7 @@ class PlainDecoder(nn.Module):
 class TextHead(nn.Module):
     """Density at the encoder's grid from patches and how similar they are to each text.
 
-    Late fusion: a further prompt costs one small head, so training asks for several names in each picture.
+    Late fusion: a further prompt costs one small head, so training asks for several names in each image.
 
     Shape:
         patches and contrast features ``(B, D, h, w)``, text ``(B, K, D)`` -> logits ``(B, K, h, w)``.
@@ -307,7 +307,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass
 class Embeddings:
-    """What patches and prompts look like before they meet.
+    """Embeddings of patches and prompts before they interact.
 
     Args:
         patches: ``(B, D, gh, gw)`` features for the density.
@@ -341,12 +341,11 @@ class CLIPCountOutput(CountOutput):
     grid: tuple[int, int]
 
 
-class CLIPCountNet(nn.Module):
-    """Frozen CLIP with visual prompts and text context, patch-text interaction, and a density decoder.
+@dataclass(frozen=True)
+class CLIPCountConfig:
+    """Options of :class:`CLIPCountNet`.
 
     Args:
-        clip: both CLIP towers.
-        window: side of the square the model looks at, in pixels of the preprocessed picture.
         input_size: side that window is resized to for the vision transformer; its native size if ``None``.
         antialias: of that resize. The reference ran torchvision 0.11, which has none.
         prompt_width, prompt_depth, prompt_indexing: see :class:`~counting_zoo.nn.vision.DenseViT`.
@@ -361,10 +360,45 @@ class CLIPCountNet(nn.Module):
         density_scale: the network's output is divided by this; 60 in the reference.
         stem: see :class:`~counting_zoo.nn.vision.DenseViT`.
         train_vision, train_text: whether CLIP's own weights train.
+
+    Raises:
+        InputError: an option that is none of its choices.
+    """
+
+    input_size: int | None = None
+    antialias: bool = True
+    prompt_width: int = 20
+    prompt_depth: int = 10
+    prompt_indexing: PromptIndexing = "layer"
+    n_context: int = 2
+    text_pool: TextPool = "eot"
+    text_keys: Literal["pooled", "tokens"] = "pooled"
+    interaction: Interaction = "hierarchical"
+    depth: int = 4
+    heads: int = 8
+    activation: Activation = "softplus"
+    density_scale: float = 60.0
+    stem: Stem = "patch"
+    train_vision: bool = False
+    train_text: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("activation", get_args(Activation)), ("interaction", get_args(Interaction))):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+class CLIPCountNet(nn.Module):
+    """Frozen CLIP with visual prompts and text context, patch-text interaction, and a density decoder.
+
+    Args:
+        clip: both CLIP towers.
+        config: options.
+        window: side of the square the model sees, in pixels of the preprocessed image.
         contrast_proj: whether patches get a projection of their own for the contrastive loss.
 
     Shape:
-        pictures ``(B, 3, H, W)`` in [0, 1] and B x K prompts -> :class:`CLIPCountOutput` with density
+        images ``(B, 3, H, W)`` in [0, 1] and B x K prompts -> :class:`CLIPCountOutput` with density
         ``(B, K, H / cell, W / cell)``.
     """
 
@@ -372,44 +406,22 @@ class CLIPCountNet(nn.Module):
     std: Tensor
 
     def __init__(
-        self,
-        clip: CLIPModel,
-        *,
-        window: int = 384,
-        input_size: int | None = None,
-        antialias: bool = True,
-        prompt_width: int = 20,
-        prompt_depth: int = 10,
-        prompt_indexing: PromptIndexing = "layer",
-        n_context: int = 2,
-        text_pool: TextPool = "eot",
-        text_keys: Literal["pooled", "tokens"] = "pooled",
-        interaction: Interaction = "hierarchical",
-        depth: int = 4,
-        heads: int = 8,
-        activation: Activation = "softplus",
-        density_scale: float = 60.0,
-        stem: Stem = "patch",
-        train_vision: bool = False,
-        train_text: bool = False,
-        contrast_proj: bool = True,
+        self, clip: CLIPModel, config: CLIPCountConfig, *, window: int = 384, contrast_proj: bool = True
     ) -> None:
         super().__init__()
+        self.config, self.window = config, window
         self.vision = DenseViT(
             clip,
-            prompt_width=prompt_width,
-            prompt_depth=prompt_depth,
-            prompt_indexing=prompt_indexing,
-            stem=stem,
-            train=train_vision,
+            prompt_width=config.prompt_width,
+            prompt_depth=config.prompt_depth,
+            prompt_indexing=config.prompt_indexing,
+            stem=config.stem,
+            train=config.train_vision,
         )
-        self.text = TextTower(clip, n_context=n_context, pool=text_pool, train=train_text)
-        self.window, self.input_size = window, input_size or self.vision.native_size
+        self.text = TextTower(clip, n_context=config.n_context, pool=config.text_pool, train=config.train_text)
+        self.input_size = config.input_size or self.vision.native_size
         if self.input_size % self.vision.patch:
             raise InputError(f"input_size is {self.input_size}; expected a multiple of the patch, {self.vision.patch}")
-        if activation not in ("sigmoid", "relu", "softplus", "none"):
-            raise InputError(f"activation is {activation!r}; expected 'sigmoid', 'relu', 'softplus' or 'none'")
-        self.antialias, self.activation, self.density_scale = antialias, activation, density_scale
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1))
         dim = self.text.dim
@@ -418,27 +430,23 @@ class CLIPCountNet(nn.Module):
         self.contrast_proj = nn.Linear(self.vision.dim, dim) if contrast_proj else None
         self.interaction: nn.Module
         self.decoder: nn.Module
-        if interaction == "hierarchical":
-            self.interaction = HierarchicalInteraction(dim, heads, text_keys)
+        if config.interaction == "hierarchical":
+            self.interaction = HierarchicalInteraction(dim, config.heads, config.text_keys)
             self.decoder = HierarchicalDecoder(dim)
-        elif interaction in ("plain", "none"):
-            self.interaction = PlainInteraction(dim, heads, depth if interaction == "plain" else 0, text_keys)
+        elif config.interaction in ("plain", "none"):
+            depth = config.depth if config.interaction == "plain" else 0
+            self.interaction = PlainInteraction(dim, config.heads, depth, config.text_keys)
             self.decoder = PlainDecoder(dim)
-        elif interaction == "film":
-            self.interaction, self.decoder = nn.Identity(), FiLMHead(dim)
-        elif interaction == "similarity":
-            self.interaction, self.decoder = nn.Identity(), SimilarityHead(dim)
         else:
-            raise InputError(
-                f"interaction is {interaction!r}; expected 'hierarchical', 'plain', 'none', 'film' or 'similarity'"
-            )
-        if activation == "softplus" and not isinstance(self.decoder, TextHead):
+            self.interaction = nn.Identity()
+            self.decoder = FiLMHead(dim) if config.interaction == "film" else SimilarityHead(dim)
+        if config.activation == "softplus" and not isinstance(self.decoder, TextHead):
             # A fresh softplus would count over a thousand objects in an empty window.
             nn.init.constant_(self.decoder.get_parameter("out.bias"), -5.0)
 
     @property
     def cell(self) -> int:
-        """Pixels of the preprocessed picture along one side of a density cell."""
+        """Pixels of the preprocessed image along one side of a density cell."""
         if not isinstance(self.decoder, TextHead):
             return 1
         cells = self.input_size // self.vision.stride
@@ -455,7 +463,7 @@ class CLIPCountNet(nn.Module):
         size = self._input_shape(image.shape[-2], image.shape[-1])
         # An exported graph serves every size, so there the resize stays in even where it changes nothing.
         if torch.compiler.is_exporting() or size != (image.shape[-2], image.shape[-1]):
-            x = interpolate(x, size, mode="bilinear", align_corners=False, antialias=self.antialias)
+            x = interpolate(x, size, mode="bilinear", align_corners=False, antialias=self.config.antialias)
         features = self.vision((x - self.mean) / self.std)  # (B, C, gh, gw)
         flat = features.permute(0, 2, 3, 1)  # (B, gh, gw, C)
         k = len(classes[0])
@@ -468,7 +476,7 @@ class CLIPCountNet(nn.Module):
         )
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:
-        """The encoder's input for a picture: scaled as the window is, to the nearest multiple of the patch."""
+        """The encoder's input for an image: scaled as the window is, to the nearest multiple of the patch."""
         unit = self.window * self.vision.patch
         cells = [(2 * side * self.input_size + unit) // (2 * unit) for side in (height, width)]
         if not torch.compiler.is_exporting():
@@ -476,7 +484,7 @@ class CLIPCountNet(nn.Module):
         return cells[0] * self.vision.patch, cells[1] * self.vision.patch
 
     def count(self, embeddings: Embeddings, size: tuple[int, int]) -> CLIPCountOutput:
-        """Density of pictures of ``size`` (H, W) from their embeddings."""
+        """Density of images of ``size`` (H, W) from their embeddings."""
         patches, text = embeddings.patches, embeddings.text
         grid = (patches.shape[-2], patches.shape[-1])
         if isinstance(self.decoder, TextHead):
@@ -488,7 +496,7 @@ class CLIPCountNet(nn.Module):
             logits = interpolate(logits, size, mode="bilinear", align_corners=False)
         raw = self._activate(logits.float())
         return CLIPCountOutput(
-            density=raw / self.density_scale,
+            density=raw / self.config.density_scale,
             patch_embeds=patches.flatten(2).transpose(1, 2),
             contrast_embeds=embeddings.contrast.flatten(2).transpose(1, 2),
             text_embeds=text,
@@ -500,8 +508,8 @@ class CLIPCountNet(nn.Module):
         return self.count(self.embed(image, classes), (image.shape[-2], image.shape[-1]))
 
     def _activate(self, logits: Tensor) -> Tensor:
-        if self.activation == "sigmoid":
+        if self.config.activation == "sigmoid":
             return logits.sigmoid()
-        if self.activation == "relu":
+        if self.config.activation == "relu":
             return logits.relu()
-        return softplus(logits) if self.activation == "softplus" else logits
+        return softplus(logits) if self.config.activation == "softplus" else logits

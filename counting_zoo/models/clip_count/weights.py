@@ -13,7 +13,7 @@ from torch import Tensor
 from counting_zoo.errors import WeightsError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.models.clip_count.module import CLIPCount
-from counting_zoo.models.clip_count.network import position_table
+from counting_zoo.models.clip_count.network import CLIPCountConfig, position_table
 from counting_zoo.nn.clip import CLIPSource, build_clip, clip_config, load_openai_clip, openai_to_huggingface
 from counting_zoo.nn.text import TokenizerLike
 
@@ -64,7 +64,7 @@ def _key_map() -> dict[str, str | None]:
 _KEYS = _key_map()
 
 
-# The reference has no limit; a picture of 5 x 3000 pixels would become 1,800 windows. None of its data sets reaches it.
+# The reference has no limit; an image of 5 x 3000 pixels would become 1,800 windows. None of its data sets reaches it.
 MAX_LONG = 8192
 
 
@@ -170,22 +170,25 @@ def from_official(
     towers = _towers(frozen, clip, str(settings["backbone"]))
     module = CLIPCount(
         clip_config(towers),
+        network=CLIPCountConfig(
+            input_size=towers.config.vision_config.image_size,
+            antialias=False,
+            prompt_width=settings["vpt_width"] if settings["use_vpt"] else 0,
+            prompt_depth=settings["vpt_depth"] if settings["use_vpt"] else 0,
+            prompt_indexing="official",
+            n_context=settings["coop_width"] if settings["use_coop"] else 0,
+            text_pool="official",
+            interaction="hierarchical",
+            heads=int(settings["decoder_head"]),
+            activation="sigmoid",
+            density_scale=60.0,
+            train_vision=bool(settings["unfreeze_vit"]),
+        ),
         window=384,
-        input_size=towers.config.vision_config.image_size,
         stride=128,
         blend="official",
         pad="official",
         preprocess=Preprocess("short", 384, multiple=16, max_long=MAX_LONG),
-        antialias=False,
-        prompt_width=settings["vpt_width"] if settings["use_vpt"] else 0,
-        prompt_depth=settings["vpt_depth"] if settings["use_vpt"] else 0,
-        prompt_indexing="official",
-        n_context=settings["coop_width"] if settings["use_coop"] else 0,
-        text_pool="official",
-        interaction="hierarchical",
-        heads=int(settings["decoder_head"]),
-        activation="sigmoid",
-        density_scale=60.0,
         contrast="patch" if settings["use_contrast"] else "none",
         contrast_epochs=int(settings["contrast_pre_epoch"]) + 1,
         contrast_weight=float(settings["w_contrast"]),
@@ -194,7 +197,6 @@ def from_official(
         unique_points=True,
         density_mask="official",
         decay="all",
-        train_vision=bool(settings["unfreeze_vit"]),
     )
     network = module.network
     target = network.state_dict()

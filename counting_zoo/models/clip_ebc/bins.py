@@ -113,7 +113,7 @@ class Bins:
 
     @property
     def closed(self) -> bool:
-        """Whether the last bin has an upper end, beyond which counts fit no bin."""
+        """True where the last bin has an upper end, beyond which counts fit no bin."""
         return self.edges[-1][1] is not None
 
     def to_list(self) -> list[list[int | None]]:
@@ -174,21 +174,21 @@ def block_count_histogram(
     windows: Windows = "sliding",
     unique: bool = True,
 ) -> np.ndarray:
-    """How many blocks hold how many points, over all pictures.
+    """Histogram the numbers of points in blocks, over all images.
 
     Args:
-        points: ``(N_i, 2)`` x, y of each picture; what lies outside counts on the border, as in the reference.
-        sizes: (H, W) of each picture.
+        points: ``(N_i, 2)`` x, y of each image; what lies outside counts on the border, as in the reference.
+        sizes: (H, W) of each image.
         block: side of a block in pixels.
         windows: ``sliding`` looks at a block at every pixel, as the reference does, ``aligned`` at the grid of blocks
-            that training classifies (the last of which may reach beyond the picture).
+            that training classifies (the last of which may reach beyond the image).
         unique: several points on one pixel count once, as in the reference.
 
     Returns:
         ``(largest count + 1,)`` int64.
 
     Raises:
-        InputError: a block below one pixel, a picture without a size, points that are no x, y, or an unknown kind of
+        InputError: a block below one pixel, an image without a size, points that are no x, y, or an unknown kind of
             windows.
 
     Example:
@@ -200,14 +200,14 @@ def block_count_histogram(
     if windows not in ("sliding", "aligned"):
         raise InputError(f"windows is {windows!r}; expected 'sliding' or 'aligned'")
     if len(points) != len(sizes):
-        raise InputError(f"points of {len(points)} pictures came with {len(sizes)} sizes; expected one for each")
+        raise InputError(f"points of {len(points)} images came with {len(sizes)} sizes; expected one for each")
     total = np.zeros(1, np.int64)
     for i, (xy, size) in enumerate(zip(points, sizes, strict=True)):
         if size is None or min(size) < 1:
-            raise InputError(f"picture {i} has the size {size}; expected height and width in pixels")
+            raise InputError(f"image {i} has the size {size}; expected height and width in pixels")
         xy = np.asarray(xy)
         if xy.size and (xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy).all()):
-            raise InputError(f"points of picture {i}, of shape {xy.shape}: expected (N, 2) finite x, y in pixels")
+            raise InputError(f"points of image {i}, of shape {xy.shape}: expected (N, 2) finite x, y in pixels")
         weight = _pixels(xy, size, unique)
         own = _aligned(*weight, size, block) if windows == "aligned" else _sliding(*weight, size, block)
         if len(own) > len(total):

@@ -66,7 +66,7 @@ class Representatives(nn.Module):
 
     @property
     def known(self) -> bool:
-        """Whether they are set."""
+        """True once they are set."""
         if not self._known:
             self._known = bool(torch.isfinite(self.values).all())
         return self._known

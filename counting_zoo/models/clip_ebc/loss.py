@@ -26,7 +26,7 @@ LOWEST = -87.0  # below it, the exponential in float32 is denormal or zero, whic
 CHUNK = 2**22  # numbers of the largest tensor in the logarithmic domain: 16 MB
 
 
-PADDING = 1.5  # on the CPU, pictures share a batch while the fullest has at most this many times the points of another
+PADDING = 1.5  # on the CPU, images share a batch while the fullest has at most this many times the points of another
 
 
 def transport_loss(
@@ -39,7 +39,7 @@ def transport_loss(
     tolerance: float = 1e-9,
     log_domain: bool = False,
 ) -> Tensor:
-    """Transport term of DM-Count for each picture (Wang et al., "Distribution Matching for Crowd Counting", 2020).
+    """Transport term of DM-Count for each image (Wang et al., "Distribution Matching for Crowd Counting", 2020).
 
     Its gradient with respect to the density is :func:`transport_gradient`. Its value is the inner product of the two,
     which is zero up to rounding, whatever the density: what is left is the noise of a difference of large numbers.
@@ -50,12 +50,12 @@ def transport_loss(
         cell: side of a cell in pixels.
         epsilon: strength of the entropic regularisation, in squared pixels.
         iterations: of Sinkhorn, at most.
-        tolerance: a picture is done when the squared distance of its column marginal to the normalised density is at
+        tolerance: an image is done when the squared distance of its column marginal to the normalised density is at
             most this; looked at every ten iterations.
         log_domain: see :func:`transport_potentials`.
 
     Returns:
-        ``(B,)`` float32; a picture without points has 0, and a gradient of 0.
+        ``(B,)`` float32; an image without points has 0, and a gradient of 0.
 
     Raises:
         InputError: see :func:`transport_potentials`.
@@ -127,15 +127,15 @@ def transport_potentials(
         cell: side of a cell in pixels.
         epsilon: strength of the entropic regularisation, in squared pixels.
         iterations: at most.
-        tolerance: of the squared error of the column marginal, looked at every ten iterations, for each picture.
+        tolerance: of the squared error of the column marginal, looked at every ten iterations, for each image.
         log_domain: iterate on logarithms.
 
     Returns:
-        ``(B, h, w)`` float32 in squared pixels: 0 for pictures without points, and, with a warning, for those whose
+        ``(B, h, w)`` float32 in squared pixels: 0 for images without points, and, with a warning, for those whose
         density has no mass or is not finite.
 
     Raises:
-        InputError: a setting out of its range, or points and density of different numbers of pictures.
+        InputError: a setting out of its range, or points and density of different numbers of images.
 
     Example:
         >>> transport_potentials([torch.tensor([[4.0, 4.0]])], torch.ones(1, 1, 2), 8).round()
@@ -145,8 +145,8 @@ def transport_potentials(
         raise InputError(f"transport with {epsilon=}, {iterations=}, {cell=}; expected all of them above 0")
     if density.dim() != 3 or len(points) != len(density):
         raise InputError(
-            f"points of {len(points)} pictures for a density of shape {tuple(density.shape)}; "
-            "expected (B, h, w) and one tensor of points for each of the B pictures"
+            f"points of {len(points)} images for a density of shape {tuple(density.shape)}; "
+            "expected (B, h, w) and one tensor of points for each of the B images"
         )
     beta = [torch.zeros(density.shape[1:], device=density.device)] * len(points)
     solved = []
@@ -160,7 +160,7 @@ def transport_potentials(
             solved.append(usable)
     if solved and not bool(torch.cat(solved).all()):
         warnings.warn(
-            "the transport term left out pictures whose predicted density has no mass or is not finite; "
+            "the transport term left out images whose predicted density has no mass or is not finite; "
             "if this goes on, the model predicts zero everywhere or diverges",
             stacklevel=2,
         )
@@ -275,7 +275,7 @@ def _exp(exponents: Tensor) -> Tensor:
 
 
 def _solve(solver: Sinkhorn | LogSinkhorn, usable: Tensor, iterations: int, tolerance: float) -> Tensor:
-    """Iterate; the potential of each picture is that of the check which found it done, whatever its neighbours do."""
+    """Iterate; the potential of each image is that of the check which found it done, whatever its neighbours do."""
     running, beta = usable, torch.zeros_like(solver.mass)
     for iteration in range(1, iterations + 1):
         solver.step()
@@ -289,7 +289,7 @@ def _solve(solver: Sinkhorn | LogSinkhorn, usable: Tensor, iterations: int, tole
 
 
 def _groups(lengths: Sequence[int], together: bool) -> list[list[int]]:
-    """Pictures that share a batch: those with points, all of them or such that little is padded.
+    """Images that share a batch: those with points, all of them or such that little is padded.
 
     Example:
         >>> _groups([800, 0, 100, 120, 700], together=False)
@@ -414,7 +414,7 @@ def multiscale_mae(
 
 
 def count_error(density: Tensor, counts: Tensor) -> Tensor:
-    """Absolute error of the whole count, averaged over pictures.
+    """Absolute error of the whole count, averaged over images.
 
     Args:
         density: ``(B, 1, h, w)`` predicted.
@@ -427,7 +427,7 @@ OTReduction = Literal["mean", "sum"]
 
 
 def classification_loss(logits: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy of the bins, summed over blocks and averaged over pictures (paper, equation 7).
+    """Cross-entropy of the bins, summed over blocks and averaged over images (paper, equation 7).
 
     Args:
         logits: ``(B, n, h, w)``.
@@ -437,7 +437,7 @@ def classification_loss(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def block_mae(density: Tensor, counts: Tensor) -> Tensor:
-    """Absolute errors of the blocks, summed over blocks and averaged over pictures.
+    """Absolute errors of the blocks, summed over blocks and averaged over images.
 
     Args:
         density: ``(B, 1, h, w)`` predicted.
@@ -447,7 +447,7 @@ def block_mae(density: Tensor, counts: Tensor) -> Tensor:
 
 
 def block_mse(density: Tensor, counts: Tensor) -> Tensor:
-    """Squared errors of the blocks, summed over blocks and averaged over pictures.
+    """Squared errors of the blocks, summed over blocks and averaged over images.
 
     Args:
         density: ``(B, 1, h, w)`` predicted.
@@ -473,7 +473,7 @@ def dm_loss(
 ) -> dict[str, Tensor]:
     """Distribution matching: optimal transport, total variation and count (Wang et al., DM-Count, 2020).
 
-    With N the number of points of a picture, S the sum of its density, y its true and y' its predicted blocks::
+    With N the number of points of an image, S the sum of its density, y its true and y' its predicted blocks::
 
         count = |S - N|        tv = N * sum |y' / (S + 1e-8) - y / (N + 1e-8)|        ot: transport_loss
 
@@ -486,7 +486,7 @@ def dm_loss(
         ot_weight: of the transport term.
         tv_weight: of the total variation.
         count_weight: of the absolute error of the count.
-        ot_reduction: over pictures. ``sum`` is the reference's (losses/dm_loss.py), which makes the weight of the
+        ot_reduction: over images. ``sum`` is the reference's (losses/dm_loss.py), which makes the weight of the
             transport grow with the batch and the number of crops; the other terms are means.
         log_domain: solve the transport where float32 underflows, see
             :func:`~counting_zoo.models.clip_ebc.loss.transport_potentials`.

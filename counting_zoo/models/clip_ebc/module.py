@@ -63,7 +63,7 @@ ZIP_WEIGHTS = {"classification": 1.0, "nll": 1.0, "multiscale": 1.0}
 
 
 class BlockwiseCounter(CountingModule):
-    """What ``CLIPEBC`` and ``EBC`` share: everything but the network.
+    """Base of ``CLIPEBC`` and ``EBC``: everything but the network.
 
     Args:
         reduction: side of a block in pixels.
@@ -80,7 +80,7 @@ class BlockwiseCounter(CountingModule):
         count_loss: beside the classification: ``dm`` (DM-Count's transport, total variation and count), ``mae`` or
             ``mse`` of blocks, ``multiscale`` for absolute errors of 1, 2, 4 and 8 blocks a side, or ``none``.
         count_weight: its weight (lambda of the paper).
-        total_weight: weight of the absolute error of a picture's count, on top.
+        total_weight: weight of the absolute error of an image's count, on top.
         ot_reduction: ``mean`` of the transport term over the batch; the reference takes the ``sum``, so that its
             weight grows with the batch.
         log_domain: solve the transport with logarithms, where the reference's float32 underflows.
@@ -193,7 +193,7 @@ class BlockwiseCounter(CountingModule):
         size = (int(images[0].shape[-2]), int(images[0].shape[-1]))
         if size[0] % self.reduction or size[1] % self.reduction:
             raise InputError(
-                f"training pictures of {size[0]} x {size[1]} pixels do not divide into blocks of {self.reduction}; "
+                f"training images of {size[0]} x {size[1]} pixels do not divide into blocks of {self.reduction}; "
                 f"give data.augmentation a crop that is a multiple of {self.reduction}"
             )
         counts = points_to_counts(points, size, self.reduction, unique=self.unique_points)  # (B, 1, h, w)
@@ -257,7 +257,7 @@ class EBC(BlockwiseCounter):
         width: of the ``small`` encoder.
         activation: of ``head: regression``.
         density_scale: with ``head: regression``, the network gives so many times the count of a block.
-        normalization: whose mean and deviation pictures are normalised with.
+        normalization: whose mean and deviation images are normalised with.
         options: those of :class:`~counting_zoo.models.clip_ebc.module.BlockwiseCounter`.
     """
 
@@ -316,7 +316,7 @@ class CLIPEBC(BlockwiseCounter):
         prompt_init: range they are drawn from; ``official`` takes 3 * patch for 3 * patch ** 2.
         decoder: channels of the decoder's blocks; the reference's for that encoder if ``None``.
         decoder_block: ``basic``, ``bottleneck``, or by the encoder if ``None``.
-        normalization: whose mean and deviation pictures are normalised with.
+        normalization: whose mean and deviation images are normalised with.
         options: those of :class:`~counting_zoo.models.clip_ebc.module.BlockwiseCounter`; ``head: regression`` is
             :class:`EBC`'s alone.
     """

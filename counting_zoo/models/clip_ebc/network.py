@@ -36,7 +36,7 @@ def build_encoder(name: str | Mapping[str, Any], reduction: int, pretrained: str
     """An encoder with one feature vector for each block of ``reduction`` pixels.
 
     All of them have ``dim`` (channels), ``stride`` (the reduction) and ``multiple`` (sides of the input must be
-    multiples of it), and take normalised pictures.
+    multiples of it), and take normalised images.
 
     Args:
         name: ``vgg19`` (or 11, 13, 16; with ``_bn``) and ``vgg19_ae`` with DM-Count's decoder, ``csrnet`` and
@@ -172,7 +172,7 @@ def _conv(inside: int, out: int, batch_norm: bool, dilation: int = 1) -> list[nn
 
 
 def _to_blocks(features: Tensor, x: Tensor, reduction: int) -> Tensor:
-    """Features of a picture on its grid of blocks."""
+    """Features of an image on its grid of blocks."""
     size = (x.shape[-2] // reduction, x.shape[-1] // reduction)
     if not torch.compiler.is_exporting() and tuple(features.shape[-2:]) == size:
         return features
@@ -305,7 +305,7 @@ class Decoder(nn.Sequential):
 class BlockwiseNet(nn.Module):
     """Counts in blocks of ``reduction`` pixels (Ma et al., "CLIP-EBC", arXiv 2403.09281, section 3).
 
-    A picture whose sides are no multiples of what the encoder needs is padded with mean grey on the right and bottom,
+    An image whose sides are no multiples of what the encoder needs is padded with mean grey on the right and bottom,
     and the blocks beyond it are dropped; the reference loses the pixels instead.
 
     Args:
@@ -313,7 +313,7 @@ class BlockwiseNet(nn.Module):
         decoder: from the encoder's grid to the block grid.
         head: from features to :class:`~counting_zoo.types.CountOutput`.
         reduction: side of a block in pixels.
-        normalization: whose mean and deviation pictures are normalised with. The reference takes ImageNet's for its
+        normalization: whose mean and deviation images are normalised with. The reference takes ImageNet's for its
             CLIP encoders too (datasets/crowd.py:64), although those were trained with CLIP's.
 
     Shape:

@@ -53,7 +53,9 @@ _OFFICIAL: dict[str, Any] = {
 
 
 def settings_of_path(path: Path) -> dict[str, Any]:
-    """What the names of the reference's folders say: ``<data set>/<model>_<prompt>_<input>_<reduction>_<truncation>_
+    """Read the settings in the names of the reference's folders.
+
+    They are ``<data set>/<model>_<prompt>_<input>_<reduction>_<truncation>_
     <granularity>_<lambda>_<loss>/best_mae.pth`` (the ``<prompt>`` is there for CLIP models only).
 
     Example:

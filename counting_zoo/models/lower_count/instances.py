@@ -609,7 +609,7 @@ def traced_instances(
     with torch.no_grad():
         output = network(image).of(torch.tensor([columns], device=image.device))
     maps, raw = output.class_maps[0], output.raw_density[0]
-    peaks = find_peaks(maps[None], radius=network.radius, above_median=network.above_median)[0]
+    peaks = find_peaks(maps[None], radius=network.config.radius, above_median=network.config.above_median)[0]
     counts = None
     if by_count:
         counts = output.counts[0].round().clamp(min=0)

@@ -33,18 +33,18 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class LowerCountLoss:
-    """Which terms there are and how they are weighted.
+    """Terms of the loss and their weights.
 
     Args:
         limit: the highest count that is told apart; above it, only that it is above is used (4 in the paper).
         rank_target: what the count of classes above the limit should reach; ``limit + 1`` if ``None``.
         rank_weight: lambda of the paper; 0.1 in the reference.
-        spatial_norm: L_sp+ is a mean over the peaks of each class of a picture and then over those (``per_class``, as
+        spatial_norm: L_sp+ is a mean over the peaks of each class of an image and then over those (``per_class``, as
             in the paper), or over all peaks of the batch (``pooled``, as in the reference).
         negatives: share of the absent classes that L_sp- and L_MSE see, drawn anew in each step; all if ``None``. The
             reference takes 0.1 for COCO.
         negatives_share: with ``negatives``, absent classes that are present in at least this share of the batch's
-            pictures are always taken.
+            images are always taken.
     """
 
     limit: int = 4
@@ -126,10 +126,10 @@ class LowerCountLoss:
         return terms
 
     def kept_negatives(self, present_share: Tensor, drawn: Tensor) -> Tensor | None:
-        """Which absent classes of which pictures are taken in this step; ``None`` for all.
+        """Choose the absent classes of each image that take part in this step; ``None`` for all.
 
         Args:
-            present_share: ``(C,)`` share of the whole batch's pictures that a class is in.
+            present_share: ``(C,)`` share of the whole batch's images that a class is in.
             drawn: ``(B, C)`` uniform numbers in [0, 1), as from :func:`picture_uniform`.
         """
         if self.negatives is None:
@@ -138,7 +138,7 @@ class LowerCountLoss:
 
 
 def total_count_terms(total_map: Tensor, counts: Tensor, countable: Tensor, loss: LowerCountLoss) -> dict[str, Mean]:
-    """What a map of all objects is trained on: the sum of counts of pictures in which every present class is counted.
+    """Compute the loss of a map of all objects: on the total of images in which every present class is counted.
 
     Args:
         total_map: ``(B, 1, h, w)``, whose mean is the count of all objects.
@@ -162,7 +162,7 @@ def total_count_terms(total_map: Tensor, counts: Tensor, countable: Tensor, loss
 
 
 def picture_uniform(image_ids: Sequence[str], n: int, step: int) -> np.ndarray:
-    """Random numbers that depend on picture, class and step alone, and so are the same on any number of processes.
+    """Random numbers that depend on image, class and step alone, and so are the same on any number of processes.
 
     Args:
         image_ids: B ids.

@@ -17,11 +17,9 @@ from counting_zoo.metrics.counts import PointHits, reported_counts
 from counting_zoo.models.lower_count.instances import Instances, Retrieval, proposed_masks, traced_instances
 from counting_zoo.models.lower_count.loss import LowerCountLoss, Mean, SpatialNorm, picture_uniform, total_count_terms
 from counting_zoo.models.lower_count.network import (
-    BranchNorm,
-    DensityBranch,
+    LowerCountConfig,
     LowerCountNet,
     LowerCountOutput,
-    PeakGradient,
     build_encoder,
     find_peaks,
     highest_peaks,
@@ -50,19 +48,12 @@ class LowerCount(CountingModule):
         limit: the highest count that training tells apart; above it, only "more" is known.
         rank_target: what the count of a class above the limit should reach; ``limit + 1`` if ``None``.
         rank_weight: lambda of the paper.
-        spatial_norm: mean of L_sp+ for each class of a picture first (``per_class``, paper) or over all peaks at once
+        spatial_norm: mean of L_sp+ for each class of an image first (``per_class``, paper) or over all peaks at once
             (``pooled``, reference).
         negatives: share of absent classes that the density learns from, drawn anew in each step; all if ``None``.
         negatives_share: absent classes are always learnt from where this share of the batch has them.
         first_stage: epochs without the spatial losses.
-        hidden: channels of each branch; one and a half times the number of classes if ``None``.
-        radius: of a peak in cells.
-        above_median: leave out peaks below the median of their map.
-        peak_gradient: ``mean``, or the reference's ``sum``, which is 20 to 30 times as much.
-        gated: a class whose score is not above zero counts zero.
-        density_branch: ``own`` weights for each class, or ``modulated`` from those of the class branch, so that
-            classes without counts are counted too (after the abstract of T-PAMI 2020, whose code was never published).
-        branch_norm: ``batch`` norm at the head of each branch, as published, or ``none``, which suits small batches.
+        network: options of the network's branches and peaks.
         counted_classes: names whose counts are used; of the others only whether they are present. All if ``None``.
         round_counts: report whole numbers, halves to the even ones, as the reference does.
         clamp_counts: report no counts below zero.
@@ -74,6 +65,7 @@ class LowerCount(CountingModule):
         InputError: options that do not fit.
     """
 
+    config_class: ClassVar[type | None] = LowerCountConfig
     trains_on: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"counts"}),)
     asks_for: ClassVar[frozenset[str]] = frozenset({"names"})
     network: LowerCountNet
@@ -93,13 +85,7 @@ class LowerCount(CountingModule):
         negatives: float | None = None,
         negatives_share: float = 0.3,
         first_stage: int = 20,
-        hidden: int | None = None,
-        radius: int = 1,
-        above_median: bool = True,
-        peak_gradient: PeakGradient = "mean",
-        gated: bool = True,
-        density_branch: DensityBranch = "own",
-        branch_norm: BranchNorm = "batch",
+        network: LowerCountConfig | None = None,
         counted_classes: list[str] | None = None,
         round_counts: bool = False,
         clamp_counts: bool = False,
@@ -110,12 +96,9 @@ class LowerCount(CountingModule):
         rule = Preprocess("warp", 448) if preprocess is None else Preprocess.of(preprocess)
         super().__init__(preprocess=rule, **options)
         self.hparams["preprocess"] = rule.to_dict()
-        for name, value, choices in (
-            ("spatial_norm", spatial_norm, get_args(SpatialNorm)),
-            ("peak_gradient", peak_gradient, get_args(PeakGradient)),
-        ):
-            if value not in choices:
-                raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        self.config = self.network_config(network)
+        if spatial_norm not in get_args(SpatialNorm):
+            raise InputError(f"spatial_norm is {spatial_norm!r}; expected one of {', '.join(get_args(SpatialNorm))}")
         if not isinstance(limit, int) or limit < 0:
             raise InputError(f"limit is {limit}; expected the highest count that is told apart, 4 in the paper")
         if negatives is not None and not 0 <= negatives <= 1:
@@ -128,7 +111,7 @@ class LowerCount(CountingModule):
         for name, names in (("classes", classes), ("counted_classes", counted_classes)):
             if isinstance(names, str):
                 raise InputError(f"{name} is {names!r}; expected a list of names, such as [{names}]")
-        if counted_classes is not None and density_branch == "own":
+        if counted_classes is not None and self.config.density_branch == "own":
             warnings.warn(
                 "counted_classes with density_branch 'own': nothing teaches the density of the other classes, and they "
                 "will count about 0; density_branch 'modulated' derives it from those that are counted",
@@ -145,15 +128,6 @@ class LowerCount(CountingModule):
         if (config := getattr(body, "config_dict", None)) is not None:
             self.hparams["encoder"] = config
         self._encoder: tuple[Any, ...] = (body,)  # until the classes are known; a tuple keeps it out of the state dict
-        self._net_options: dict[str, Any] = {
-            "hidden": hidden,
-            "radius": radius,
-            "above_median": above_median,
-            "peak_gradient": peak_gradient,
-            "gated": gated,
-            "density_branch": density_branch,
-            "branch_norm": branch_norm,
-        }
         self.reduction = reduction
         self.val_hits, self.test_hits = PointHits(), PointHits()
         self.classes: list[str] | None = None
@@ -170,7 +144,7 @@ class LowerCount(CountingModule):
         if self.default_classes is None:
             self.default_classes = self.hparams["default_classes"] = list(classes)
         self._column = {name: i for i, name in enumerate(classes)}
-        self.network = LowerCountNet(self._encoder[0], len(classes), **self._net_options)
+        self.network = LowerCountNet(self._encoder[0], len(classes), self.config)
         self._encoder = ()
 
     @property
@@ -221,7 +195,7 @@ class LowerCount(CountingModule):
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         """All of the model's classes, those that the data does not speak of as unknown."""
         images = batch["image"]
-        assert isinstance(images, Tensor), "training pictures come as one tensor"
+        assert isinstance(images, Tensor), "training images come as one tensor"
         assert self.classes is not None, "setup names them"
         given, rest = batch["counts"], len(self.classes)
         # Names that the model does not know are written to a column of their own, which is cut off.
@@ -243,7 +217,7 @@ class LowerCount(CountingModule):
         counted = torch.tensor([[n in wanted for n in query.names] for query in batch["queries"]], device=counts.device)
         spatial = self.current_epoch >= self.first_stage if self._trainer is not None else True
         net = self.network
-        peaks = find_peaks(output.class_maps, radius=net.radius, above_median=net.above_median)
+        peaks = find_peaks(output.class_maps, radius=net.config.radius, above_median=net.config.above_median)
         highest = highest_peaks(output.class_maps, peaks, counts.nan_to_num(0.0), limit=self.loss.limit)
         kept = self._kept(counts, batch["image_id"])
         if output.total_map is not None:
@@ -266,7 +240,7 @@ class LowerCount(CountingModule):
         return self.loss.kept_negatives(torch.stack(positive) / n, drawn)
 
     def _whole_batch(self, terms: dict[str, Mean]) -> dict[str, Tensor]:
-        """Means over the pictures of all processes, whose gradients DDP averages."""
+        """Means over the images of all processes, whose gradients DDP averages."""
         n = torch.stack([term.n.float() for term in terms.values()])
         total = self._summed(n)
         world = self.trainer.world_size if self._distributed() else 1
@@ -310,9 +284,9 @@ class LowerCount(CountingModule):
     def _points(
         self, output: LowerCountOutput, size: tuple[int, int], extent: tuple[float, float] | None
     ) -> list[Tensor]:
-        """K tensors ``(N_k, 2)`` of x, y in a picture of ``size``: the highest peaks, as many as were counted."""
+        """K tensors ``(N_k, 2)`` of x, y in an image of ``size``: the highest peaks, as many as were counted."""
         maps, net = output.class_maps[0].float(), self.network
-        peaks = find_peaks(maps[None], radius=net.radius, above_median=net.above_median)[0]
+        peaks = find_peaks(maps[None], radius=net.config.radius, above_median=net.config.above_median)[0]
         cells = extent or maps.shape[-2:]
         scale = maps.new_tensor([size[1] / cells[1], size[0] / cells[0]])
         edge = maps.new_tensor([size[1], size[0]])
@@ -353,15 +327,15 @@ class LowerCount(CountingModule):
         by_count: bool = True,
         together: int = 1,
     ) -> Instances:
-        """A mask for each object of one picture, from the peaks of the class maps (section 3.4 of the paper).
+        """A mask for each object of one image, from the peaks of the class maps (section 3.4 of the paper).
 
         About half a second for each peak of a ResNet-50 at 448 x 448 on one core.
 
         Args:
             picture: as for :meth:`count`.
             names: of which classes; all of the model's if ``None``.
-            proposals: what the masks are chosen from: ``(N, H, W)`` bool in the pixels of the picture, a file or folder
-                of proposals, or ``None`` for those found in the picture itself
+            proposals: what the masks are chosen from: ``(N, H, W)`` bool in the pixels of the image, a file or folder
+                of proposals, or ``None`` for those found in the image itself
                 (:func:`~counting_zoo.models.lower_count.proposals.segment_proposals`).
             retrieval: weights and limits; all proposals are looked at if ``None``.
             by_count: as many instances of a class as it is counted; otherwise every peak above the thresholds of
@@ -369,10 +343,10 @@ class LowerCount(CountingModule):
             together: peaks that are traced back at once.
 
         Returns:
-            Masks in the pixels of the picture given; labels index ``names``.
+            Masks in the pixels of the image given; labels index ``names``.
 
         Raises:
-            InputError: an unknown name, no picture, or proposals that do not fit it.
+            InputError: an unknown name, no image, or proposals that do not fit it.
         """
         stored, image_id = as_image(picture)
         asked = [names] if isinstance(names, str) else list(names or self.default_classes or [])
@@ -388,7 +362,7 @@ class LowerCount(CountingModule):
         by_count: bool = True,
         together: int = 1,
     ) -> Instances:
-        """:meth:`instances` of a picture that is preprocessed: ``(3, h, w)`` uint8, with ``(N, H, W)`` bool masks."""
+        """:meth:`instances` of an image that is preprocessed: ``(3, h, w)`` uint8, with ``(N, H, W)`` bool masks."""
         rule = retrieval or Retrieval(max_proposals=None)
         training = self.training
         self.eval()

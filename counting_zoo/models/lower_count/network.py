@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def build_encoder(
     """An encoder with one feature vector for each cell of ``reduction`` pixels.
 
     All of them have ``dim`` (channels), ``stride`` (the reduction) and ``multiple`` (sides of the input must be
-    multiples of it), and take normalised pictures.
+    multiples of it), and take normalised images.
 
     Args:
         name: ``small``, ``resnet50`` (18, 34, 101, 152), ``auto:`` with a hub name or folder, or a config mapping with
@@ -217,14 +217,11 @@ class LowerCountOutput(CountOutput):
         )
 
 
-class LowerCountNet(nn.Module):
-    """Cholakkal et al., "Object Counting and Instance Segmentation with Image-level Supervision", CVPR 2019.
-
-    A picture whose sides are no multiples of what the encoder needs is padded with mean grey on the right and bottom.
+@dataclass(frozen=True)
+class LowerCountConfig:
+    """Options of :class:`LowerCountNet`.
 
     Args:
-        encoder: has ``dim`` (channels), ``stride`` (pixels of a cell) and ``multiple`` (which sides must be of).
-        n_classes: C.
         hidden: channels P of each branch; one and a half times C if ``None``, as in the reference.
         radius: of a peak, in cells.
         above_median: leave out peaks below the median of their map.
@@ -234,6 +231,40 @@ class LowerCountNet(nn.Module):
             (:class:`ModulatedDensity`).
         branch_norm: ``batch`` norm at the head of each branch, as published, or ``none``.
 
+    Raises:
+        InputError: an option that is none of its choices, or no radius.
+    """
+
+    hidden: int | None = None
+    radius: int = 1
+    above_median: bool = True
+    peak_gradient: PeakGradient = "mean"
+    gated: bool = True
+    density_branch: DensityBranch = "own"
+    branch_norm: BranchNorm = "batch"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("peak_gradient", get_args(PeakGradient)),
+            ("density_branch", get_args(DensityBranch)),
+            ("branch_norm", get_args(BranchNorm)),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+        if self.radius < 1:
+            raise InputError(f"radius is {self.radius}; a peak is the highest of the cells around it, so at least 1")
+
+
+class LowerCountNet(nn.Module):
+    """Cholakkal et al., "Object Counting and Instance Segmentation with Image-level Supervision", CVPR 2019.
+
+    An image whose sides are no multiples of what the encoder needs is padded with mean grey on the right and bottom.
+
+    Args:
+        encoder: has ``dim`` (channels), ``stride`` (pixels of a cell) and ``multiple`` (which sides must be of).
+        n_classes: C.
+        config: options of its branches and peaks.
+
     Shape:
         ``(B, 3, H, W)`` in [0, 1] -> maps ``(B, C, ceil(H / stride), ceil(W / stride))``.
     """
@@ -241,49 +272,30 @@ class LowerCountNet(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        n_classes: int,
-        *,
-        hidden: int | None = None,
-        radius: int = 1,
-        above_median: bool = True,
-        peak_gradient: PeakGradient = "mean",
-        gated: bool = True,
-        density_branch: DensityBranch = "own",
-        branch_norm: BranchNorm = "batch",
-    ) -> None:
+    def __init__(self, encoder: nn.Module, n_classes: int, config: LowerCountConfig) -> None:
         super().__init__()
         if n_classes < 1:
             raise InputError("Lower-Count counts a fixed list of classes, and this list is empty")
-        if density_branch not in ("own", "modulated"):
-            raise InputError(f"density_branch is {density_branch!r}; expected 'own' or 'modulated'")
-        if branch_norm not in ("batch", "none"):
-            raise InputError(f"branch_norm is {branch_norm!r}; expected 'batch' or 'none'")
-        if radius < 1:
-            raise InputError(f"radius is {radius}; a peak is the highest of the cells around it, so at least 1")
-        width = max(1, round(1.5 * n_classes)) if hidden is None else hidden
+        self.config = config
+        width = max(1, round(1.5 * n_classes)) if config.hidden is None else config.hidden
         self.encoder = encoder
         self.stride = int(encoder.stride)  # type: ignore[arg-type]
         self.multiple = math.lcm(int(encoder.multiple), self.stride)  # type: ignore[arg-type]
-        self.radius, self.above_median = radius, above_median
-        self.peak_gradient, self.gated = peak_gradient, gated
         self.neck = nn.Conv2d(int(encoder.dim), 2 * width, 1)  # type: ignore[arg-type]
-        self.class_branch = _branch(width, n_classes, branch_norm)
-        if density_branch == "own":
-            self.density_branch: nn.Module = _branch(width, n_classes, branch_norm)
+        self.class_branch = _branch(width, n_classes, config.branch_norm)
+        if config.density_branch == "own":
+            self.density_branch: nn.Module = _branch(width, n_classes, config.branch_norm)
         else:
-            self.density_branch = ModulatedDensity(width, branch_norm)
+            self.density_branch = ModulatedDensity(width, config.branch_norm)
         for name, values in zip(("mean", "std"), STATISTICS["imagenet"], strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
 
     def normalised(self, image: Tensor) -> Tensor:
-        """A picture in [0, 1] as the encoder takes it."""
+        """An image in [0, 1] as the encoder takes it."""
         return (image - self.mean) / self.std
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, P, h, w)`` inputs of the class branch and of the density branch, of a normalised picture."""
+        """``(B, P, h, w)`` inputs of the class branch and of the density branch, of a normalised image."""
         rows, columns = -(-x.shape[-2] // self.stride), -(-x.shape[-1] // self.stride)
         down, right = -x.shape[-2] % self.multiple, -x.shape[-1] % self.multiple
         # An exported graph serves every size, so there the padding stays in even where it adds nothing.
@@ -293,7 +305,7 @@ class LowerCountNet(nn.Module):
         return first, second
 
     def class_maps(self, x: Tensor) -> Tensor:
-        """``(B, C, h, w)`` M alone of a normalised picture, to be traced back to its pixels."""
+        """``(B, C, h, w)`` M alone of a normalised image, to be traced back to its pixels."""
         return self.class_branch(self.features(x)[0])
 
     def forward(self, image: Tensor) -> LowerCountOutput:
@@ -304,10 +316,10 @@ class LowerCountNet(nn.Module):
         else:
             raw, total = self.density_branch(second), None
         raw = full_precision(raw)
-        peaks = find_peaks(class_maps, radius=self.radius, above_median=self.above_median)
-        scores = peak_scores(class_maps, peaks, gradient=self.peak_gradient)
+        peaks = find_peaks(class_maps, radius=self.config.radius, above_median=self.config.above_median)
+        scores = peak_scores(class_maps, peaks, gradient=self.config.peak_gradient)
         density = raw / (raw.shape[-2] * raw.shape[-1])
-        if self.gated:
+        if self.config.gated:
             density = density * (scores > 0)[..., None, None]
         return LowerCountOutput(density, class_maps, raw, scores, None if total is None else full_precision(total))
 

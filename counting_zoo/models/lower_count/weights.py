@@ -11,6 +11,7 @@ from torch import Tensor
 from counting_zoo.class_lists import COCO_CLASSES, VOC_CLASSES
 from counting_zoo.errors import WeightsError
 from counting_zoo.models.lower_count.module import LowerCount
+from counting_zoo.models.lower_count.network import LowerCountConfig
 from counting_zoo.nn.backbones import resnet_to_transformers
 from counting_zoo.nn.weights import load_tensors
 
@@ -54,10 +55,9 @@ def from_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Low
     module = LowerCount(
         name,
         classes=classes,
-        hidden=width,
         limit=int(config.get("tl", 4)),
         spatial_norm="pooled",
-        peak_gradient="sum",
+        network=LowerCountConfig(hidden=width, peak_gradient="sum"),
         round_counts=True,
         decay="all",
     )

@@ -327,7 +327,7 @@ def concept_pool(
 
 
 def spelling(name: str) -> str:
-    """What names have in common that are the same but for case, underscores and spaces.
+    """Normalise the case, underscores and spaces of a name.
 
     Example:
         >>> spelling("Traffic_light ")

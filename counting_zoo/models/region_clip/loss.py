@@ -59,7 +59,7 @@ def pseudo_labels(probabilities: Tensor, threshold: float = 0.1, *, fallback: Fa
         threshold: at least 0. What is sure depends on how many concepts compete for it.
         fallback: what to keep where no region of the batch passes. ``none`` nothing, so that the batch teaches only by
             its captions; ``official`` everything (modeling/meta_arch/clip_rcnn.py:655), the wrong labels of the
-            hardest pictures among it.
+            hardest images among it.
 
     Raises:
         InputError: shapes that do not fit, a threshold or fallback out of range.
@@ -86,7 +86,7 @@ def pseudo_labels(probabilities: Tensor, threshold: float = 0.1, *, fallback: Fa
 
 @torch.no_grad()
 def label_statistics(pseudo: PseudoLabels, regions: Tensor, concepts: Tensor) -> dict[str, Tensor]:
-    """What to watch while training: few kept regions or concepts teach little, and agreement should rise.
+    """Compute statistics to watch while training: few kept regions or concepts teach little, agreement should rise.
 
     Args:
         pseudo: labels of the teacher.
@@ -191,15 +191,15 @@ def size_loss(log_sizes: Tensor, boxes: Sequence[Tensor], cell: int, unit: float
 
 
 def typical_sides(points: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Width and height that objects of a picture have, where only some or none have a box.
+    """Width and height that objects of an image have, where only some or none have a box.
 
     The mean of the boxes; without any, both are the median distance of a point to its nearest neighbour, between 8
-    pixels and a quarter of the picture's shorter side, which is also taken for a single point.
+    pixels and a quarter of the image's shorter side, which is also taken for a single point.
 
     Args:
         points: ``(N, 2)`` of the objects.
         boxes: ``(E, 4)`` of some of them.
-        size: (H, W) of the picture.
+        size: (H, W) of the image.
 
     Returns:
         ``(2,)`` float32 pixels.
@@ -235,7 +235,7 @@ def object_sides(points: Tensor, labels: Tensor, boxes: Tensor, box_labels: Tens
         labels: ``(N,)`` their names.
         boxes: ``(E, 4)`` of some of them.
         box_labels: ``(E,)`` the names of those.
-        size: (H, W) of the picture.
+        size: (H, W) of the image.
 
     Returns:
         ``(N, 2)`` float32 pixels.
@@ -248,7 +248,7 @@ def object_sides(points: Tensor, labels: Tensor, boxes: Tensor, box_labels: Tens
     """
     everywhere = typical_sides(points, boxes, size)
     sides = everywhere.expand(len(points), 2).clone()
-    for name in labels.unique().tolist():  # the few names that a picture is asked about
+    for name in labels.unique().tolist():  # the few names that an image is asked about
         mine, own = labels == name, boxes[box_labels == name].float()
         own = own[(own[:, 2:] > own[:, :2]).all(1)]
         if not len(own):
@@ -286,14 +286,14 @@ def region_examples(
     n_regions: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes of one picture that names are trained on: around objects, and beside all of those asked about.
+    """Boxes of one image that names are trained on: around objects, and beside all of those asked about.
 
     Args:
         points: ``(N, 2)`` of the objects asked about.
         labels: ``(N,)`` which of the names asked about they are.
         columns: ``(K,)`` which of all names those are.
         sides: ``(N, 2)`` width and height of each.
-        size: (H, W) of the picture.
+        size: (H, W) of the image.
         n_names: of all names.
         n_regions: boxes of either kind at most.
         generator: which objects and which places beside them are drawn.
@@ -307,7 +307,7 @@ def region_examples(
     places = torch.rand(2 * n_regions, 2, generator=generator).to(device) * points.new_tensor([size[1], size[0]])
     growth = 0.5 + torch.rand(2 * n_regions, 1, generator=generator).to(device)
     alike = torch.randint(max(1, len(points)), (2 * n_regions,), generator=generator).to(device)
-    # As large as objects of the picture are, or without any an eighth of it.
+    # As large as objects of the image are, or without any an eighth of it.
     models = sides[alike] if len(points) else sides.new_tensor([size[1] / 8, size[0] / 8]).expand(2 * n_regions, 2)
     beside = around(places, models * growth)
     beside = beside[away_from(beside, points)][:n_regions]
@@ -343,7 +343,7 @@ def text_logits(features: Tensor, texts: Tensor, temperature: float = 0.01) -> T
     """Cosines over a temperature, in float32 also under autocast.
 
     Args:
-        features: ``(N, D)`` of regions or pictures, of any length; a zero vector has cosine 0 with everything.
+        features: ``(N, D)`` of regions or images, of any length; a zero vector has cosine 0 with everything.
         texts: ``(M, D)`` of concepts or captions, of any length.
         temperature: what cosines are divided by; above 0.
 
@@ -440,21 +440,21 @@ def image_text_loss(
     captions: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE of pictures and their captions (CLIP, arXiv 2103.00020).
+    """Symmetric InfoNCE of images and their captions (CLIP, arXiv 2103.00020).
 
     Args:
-        images: ``(B, D)`` features of pictures.
-        texts: ``(B, D)`` features of one caption for each picture.
+        images: ``(B, D)`` features of images.
+        texts: ``(B, D)`` features of one caption for each image.
         temperature: of the cosines.
-        captions: ``(B,)`` int64, equal where captions are the same sentence, which then is a positive of all pictures
+        captions: ``(B,)`` int64, equal where captions are the same sentence, which then is a positive of all images
             that have it. ``None`` takes every other caption for a negative, as CLIP and the reference do.
-        kept: ``(B,)`` bool, false for padding and for pictures without a caption; ``None`` keeps all.
+        kept: ``(B,)`` bool, false for padding and for images without a caption; ``None`` keeps all.
 
     Returns:
-        A scalar; 0 for a single picture.
+        A scalar; 0 for a single image.
     """
     if len(images) != len(texts):
-        raise InputError(f"{len(images)} pictures and {len(texts)} captions; expected one caption for each picture")
+        raise InputError(f"{len(images)} images and {len(texts)} captions; expected one caption for each image")
     logits = text_logits(images, texts, temperature)
     if captions is None:
         captions = torch.arange(len(images), device=images.device)
@@ -492,7 +492,7 @@ def pretraining_losses(
         regions, probabilities, labels, kept, concepts: as in :func:`region_text_loss` and :func:`distillation_loss`.
         images, texts, captions: as in :func:`image_text_loss`.
         temperature: of all cosines.
-        gather: what sees the batch of every process. ``image_text`` only pictures and captions, as the reference
+        gather: what sees the batch of every process. ``image_text`` only images and captions, as the reference
             does, so that the other concepts of a region are those of its own process; ``all`` the regions too, which
             gives two processes the losses and gradients of one; ``none`` nothing.
         all_gather: puts the tensors of every process behind each other along the first dimension. It has to pass

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from counting_zoo.geometry import boxes_inside
 from counting_zoo.images import as_image
 from counting_zoo.metrics.counts import ImageRows
 from counting_zoo.models.region_clip.concepts import (
-    Ensemble,
-    TemplateSet,
-    Wording,
     concepts_from_classes,
     embed_concepts,
     region_prompts,
@@ -38,11 +35,9 @@ from counting_zoo.models.region_clip.network import (
     CELL,
     GRID,
     UNIT,
-    Assign,
+    RegionCLIPConfig,
     RegionCLIPNet,
     RegionOutput,
-    Score,
-    Suppression,
     above,
     best_threshold,
     counts_at,
@@ -56,16 +51,15 @@ from counting_zoo.models.region_clip.proposals import ProposalSource, Proposed, 
 from counting_zoo.module import CountingModule
 from counting_zoo.nn.clip import CLIPSource, build_towers, tokenizer_of, towers_config
 from counting_zoo.nn.pretrained import load_text, load_vision, read_pretrained
-from counting_zoo.nn.regions import DenseMode, region_encoder
-from counting_zoo.nn.text import TextPool, TextTower, TokenizerLike
-from counting_zoo.nn.vision import Stem
+from counting_zoo.nn.regions import region_encoder
+from counting_zoo.nn.text import TextTower, TokenizerLike
 from counting_zoo.prediction import Prediction
 from counting_zoo.types import Batch, CountOutput, Query
 
 
 @dataclass(frozen=True)
 class ClassifiedRegions:
-    """What each of N boxes shows.
+    """Probabilities of the names for each of N boxes.
 
     Attributes:
         names: the K names that were asked about.
@@ -86,17 +80,17 @@ THRESHOLDS = torch.arange(1, 100) / 100
 
 
 class ThresholdErrors(ImageRows):
-    """Absolute errors of every picture at every threshold."""
+    """Absolute errors of every image at every threshold."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(("error",), **options)
 
     def update(self, image_id: str, counts: Tensor, target: Tensor) -> None:
-        """Add ``(T, K)`` counts of one picture and its ``(K,)`` true ones."""
+        """Add ``(T, K)`` counts of one image and its ``(K,)`` true ones."""
         self.append([image_id], error=(counts - target).abs().sum(1)[None])
 
     def compute(self) -> float | None:
-        """The threshold of the least mean error; ``None`` without a picture."""
+        """The threshold of the least mean error; ``None`` without an image."""
         errors = self.rows()["error"].reshape(-1, len(THRESHOLDS), 1)
         return best_threshold(errors, errors.new_zeros(len(errors), 1), THRESHOLDS.to(errors)) if len(errors) else None
 
@@ -104,7 +98,7 @@ class ThresholdErrors(ImageRows):
 class RegionCLIPCounter(CountingModule):
     """Counts what it detects: proposals, their embeddings, texts, suppression (after Zhong et al., arXiv 2112.09106).
 
-    Each object counted has a box, and a name that is not in the picture has none. The heads that propose and score are
+    Each object counted has a box, and a name that is not in the image has none. The heads that propose and score are
     the zoo's own: RegionCLIP's detector caps its boxes at 100 or 300 and takes every region for a single name's object.
 
     Args:
@@ -114,35 +108,17 @@ class RegionCLIPCounter(CountingModule):
             CLIP, in place of ``clip``'s weights.
         tokenizer: folder or hub name; where ``clip`` has one if ``None``. A random-weight CLIP makes its own from the
             class names of its training data.
-        stem, dense, freeze_at: see :func:`~counting_zoo.nn.regions.region_encoder`.
-        train_vision, train_text: whether CLIP's own weights train.
-        text_pool: where texts are read; see :class:`~counting_zoo.nn.text.TextTower`.
-        templates, wording, ensemble: see :func:`~counting_zoo.models.region_clip.concepts.embed_concepts`.
-        proposals: where boxes come from: trained ``peaks``, a ``grid`` (which needs no training, and whose boxes are
-            seldom right), a ``.json`` or ``.csv`` file of boxes, or a detector (``owlv2:`` or ``detr:`` and a folder or
-            hub name).
-        missing_proposals: a picture that the file of boxes does not name is an ``error``, or has no boxes (``empty``).
-        peak_floor: heat above which a local maximum proposes a box; there is no limit to their number.
-        tile_depth: how often a picture is cut into 2 x 2 magnified tiles while proposals are at their limit.
-        score: ``sigmoid`` of a trained scale and bias; ``softmax`` over the names asked about and ``negatives``, for a
-            CLIP that was not trained to count (zero-shot); ``official`` as the reference, see
-            :func:`~counting_zoo.models.region_clip.network.text_probabilities`.
-        scale, bias: of the cosines, at the beginning of training.
-        temperature: of the cosines of ``softmax`` and ``official``.
-        negatives: names that compete in ``softmax``; COCO's classes if ``None``. Those asked about are left out.
-        fusion: what a box scores: what its ``region`` says, or with the proposal's own score (``geometric``).
+        network: options of proposals, texts and scores.
         threshold: score above which a box counts, until it is calibrated; 0.5 if ``None``. Given to a checkpoint that
             was made without it, it takes the place of the calibrated one.
         calibrate: choose the threshold of the least validation error in each validation.
-        iou_threshold: overlap above which the lower of two boxes of one name goes.
-        suppression, assign: see :func:`~counting_zoo.models.region_clip.network.detect`.
         boxes: what training learns sizes from: ``all`` boxes where the data has them, or only its ``examples``.
         heat_weight, size_weight, text_weight: of the three losses; 0 gives a term no gradient.
-        n_regions: objects of a picture, and as many boxes beside them, whose texts are trained in a step, at most.
-        width: channels of the head that finds peaks.
+        n_regions: objects of an image, and as many boxes beside them, whose texts are trained in a step, at most.
         options: those of :class:`~counting_zoo.module.CountingModule`, without windows.
     """
 
+    config_class: ClassVar[type | None] = RegionCLIPConfig
     trains_on: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"points", "labels"}),)
     asks_for: ClassVar[frozenset[str]] = frozenset({"names"})
     accepts: ClassVar[frozenset[str]] = frozenset({"negatives"})
@@ -155,83 +131,44 @@ class RegionCLIPCounter(CountingModule):
         *,
         pretrained_encoder: str | None = None,
         tokenizer: str | None = None,
-        stem: Stem = "patch",
-        dense: DenseMode = "patch",
-        freeze_at: int = 2,
-        train_vision: bool = False,
-        train_text: bool = False,
-        text_pool: TextPool = "eot",
-        templates: TemplateSet | list[str] = "photo",
-        wording: Wording = "corrected",
-        ensemble: Ensemble = "normalised",
-        proposals: str = "peaks",
-        missing_proposals: Literal["error", "empty"] = "error",
-        peak_floor: float = 0.1,
-        tile_depth: int = 1,
-        score: Score = "sigmoid",
-        scale: float = 14.0,
-        bias: float = -7.0,
-        temperature: float = 0.01,
-        negatives: list[str] | None = None,
-        fusion: Literal["region", "geometric"] = "region",
+        network: RegionCLIPConfig | None = None,
         threshold: float | None = None,
         calibrate: bool = True,
-        iou_threshold: float = 0.5,
-        suppression: Suppression = "hard",
-        assign: Assign = "each",
         boxes: Literal["all", "examples"] = "all",
         heat_weight: float = 1.0,
         size_weight: float = 0.1,
         text_weight: float = 1.0,
         n_regions: int = 64,
-        width: int = 64,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if self.window is not None:
             raise InputError(
-                f"window is {self.window}; a detector sees whole pictures, and cuts them itself where "
+                f"window is {self.window}; a detector sees whole images, and cuts them itself where "
                 "its proposals are at their limit (tile_depth)"
             )
         first = 0.5 if threshold is None else threshold
-        for name, value in (("iou_threshold", iou_threshold), ("peak_floor", peak_floor), ("threshold", first)):
-            if not 0 <= value <= 1:
-                raise InputError(f"{name} is {value}; expected 0 to 1")
-        if n_regions < 1 or tile_depth < 0 or not scale > 0:
-            raise InputError(
-                f"n_regions is {n_regions}, tile_depth {tile_depth} and scale {scale}; expected at least "
-                "1, at least 0 and above 0"
-            )
-        for name, choice, choices in (
-            ("missing_proposals", missing_proposals, ("error", "empty")),
-            ("boxes", boxes, ("all", "examples")),
-            ("score", score, get_args(Score)),
-            ("fusion", fusion, ("region", "geometric")),
-            ("suppression", suppression, get_args(Suppression)),
-            ("assign", assign, get_args(Assign)),
-        ):
-            if choice not in choices:
-                raise InputError(f"{name} is {choice!r}; expected one of {', '.join(map(repr, choices))}")
-        if proposals == "random":
-            raise InputError(
-                "proposals are 'random', which suits pretraining; expected 'peaks', 'grid', a file of "
-                "boxes, or a detector ('owlv2:' or 'detr:' and a folder or hub name)"
-            )
+        if not 0 <= first <= 1:
+            raise InputError(f"threshold is {threshold}; expected 0 to 1")
+        if n_regions < 1:
+            raise InputError(f"n_regions is {n_regions}; expected at least 1")
+        if boxes not in ("all", "examples"):
+            raise InputError(f"boxes is {boxes!r}; expected 'all' or 'examples'")
+        self.config = config = self.network_config(network)
         weights = {"heat": heat_weight, "size": size_weight, "text": text_weight}
         if not all(0 <= weight < math.inf for weight in weights.values()) or not text_weight + heat_weight:
             raise InputError(
                 f"weights of the losses are {weights}; expected finite numbers of at least 0, and that of "
                 "texts or heat above it"
             )
-        region_prompts("a name", templates, wording)  # refuses what is no template or wording
         towers = build_towers(clip)
         # The checkpoint rebuilds the shapes from this and takes the weights from its own state.
         self.hparams.update(clip=towers_config(towers), tokenizer=None, pretrained_encoder=None)
-        text = TextTower(towers, n_context=0, pool=text_pool, train=train_text)
-        encoder = region_encoder(towers, stem=stem, dense=dense, freeze_at=freeze_at)
-        if not train_vision:
+        text = TextTower(towers, n_context=0, pool=config.text_pool, train=config.train_text)
+        encoder = region_encoder(towers, stem=config.stem, dense=config.dense, freeze_at=config.freeze_at)
+        if not config.train_vision:
             encoder.requires_grad_(False)
-        self.network = RegionCLIPNet(encoder, text, peaks=proposals == "peaks", scale=scale, bias=bias, width=width)
+        self.network = RegionCLIPNet(encoder, text, config)
         given = tokenizer if tokenizer is not None or pretrained_encoder else tokenizer_of(clip)
         if given is not None:
             self.set_tokenizer(given)
@@ -239,13 +176,7 @@ class RegionCLIPCounter(CountingModule):
             source = read_pretrained(pretrained_encoder)
             load_vision(encoder, source)
             load_text(text, source, tokenizer_of(clip))
-        self.train_vision, self.train_text = train_vision, train_text
-        self.templates, self.wording, self.ensemble = templates, wording, ensemble
-        self.proposals, self.missing_proposals = proposals, missing_proposals
-        self.peak_floor, self.tile_depth = peak_floor, tile_depth
-        self.score, self.temperature, self.fusion = score, temperature, fusion
-        self.negatives = list(COCO_CLASSES) if negatives is None else negatives
-        self.iou_threshold, self.suppression, self.assign = iou_threshold, suppression, assign
+        self.negatives = list(COCO_CLASSES) if config.negatives is None else config.negatives
         self.weights = weights
         self.boxes, self.n_regions = boxes, n_regions
         self.embedded: dict[str, Tensor] = {}  # of names, while texts do not train
@@ -256,16 +187,16 @@ class RegionCLIPCounter(CountingModule):
         self._calibrating = False
         self._waiting: list[tuple[Any, ...]] | None = None
         # Another source is made when it is needed: a checkpoint is loaded where its file of boxes is not.
-        self._source: ProposalSource | None = self.peaks if proposals == "peaks" else None
+        self._source: ProposalSource | None = self.peaks if config.proposals == "peaks" else None
         self.train(self.training)
 
     # -- detection -----------------------------------------------------------------------------------------------------
 
     @property
     def source(self) -> ProposalSource:
-        """What proposes boxes."""
+        """The source of proposals."""
         if self._source is None:
-            self._source = proposal_source(self.proposals, missing=self.missing_proposals)
+            self._source = proposal_source(self.config.proposals, missing=self.config.missing_proposals)
         return self._source
 
     @source.setter
@@ -274,17 +205,20 @@ class RegionCLIPCounter(CountingModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        assert self.source is not None  # what is wrong with it is said before the first picture
+        assert self.source is not None  # what is wrong with it is said before the first image
 
     def set_tokenizer(self, source: TokenizerLike) -> None:
         super().set_tokenizer(source)
         self.embedded = {}
 
     def train(self, mode: bool = True) -> RegionCLIPCounter:
-        if self.train_text and mode != self.training:
+        if self.config.train_text and mode != self.training:
             self.embedded = {}
         super().train(mode)
-        for part, trains in ((self.network.encoder, self.train_vision), (self.network.text, self.train_text)):
+        for part, trains in (
+            (self.network.encoder, self.config.train_vision),
+            (self.network.text, self.config.train_text),
+        ):
             if not trains:
                 part.eval()
         return self
@@ -301,19 +235,19 @@ class RegionCLIPCounter(CountingModule):
         """``(K, D)`` embeddings of names through the templates, of any length; remembered while texts do not train."""
         if any(not name.strip() for name in names):
             raise InputError(f"an empty name in {list(names)[:5]}; name what is to be counted")
-        options: Any = {"wording": self.wording, "ensemble": self.ensemble}
-        if self.training and self.train_text:
-            return trained_concepts(self.network.text, names, self.templates, **options)
+        options: Any = {"wording": self.config.wording, "ensemble": self.config.ensemble}
+        if self.training and self.config.train_text:
+            return trained_concepts(self.network.text, names, self.config.templates, **options)
         # Name by name: two of them may have the same prompts, which a pool must not.
         for name in [name for name in dict.fromkeys(names) if name not in self.embedded]:
             # What is kept must not depend on the precision of the run that happened to be first.
             with torch.autocast(self.device.type, enabled=False):
-                found = embed_concepts(self.network.text, [name], self.templates, **options)
+                found = embed_concepts(self.network.text, [name], self.config.templates, **options)
             self.embedded[name] = found[0].clone()
         return torch.stack([self.embedded[name] for name in names])
 
     def prompts_of(self, name: str) -> list[str]:
-        return region_prompts(name, self.templates, self.wording)
+        return region_prompts(name, self.config.templates, self.config.wording)
 
     @property
     def text_tower(self) -> TextTower:
@@ -370,36 +304,38 @@ class RegionCLIPCounter(CountingModule):
         x = self.network.normalised(image[None])
         features = self.network.encoder(x)[0]
         if self.network.head is not None:
-            found = self.network.proposed(features, x, [size], self.peak_floor)[0]
+            found = self.network.proposed(features, x, [size], self.config.peak_floor)[0]
         else:
             found = self.source([image], [image_id], None if stored is None else [stored])[0]
-        if found.saturated and self.tile_depth:
+        if found.saturated and self.config.tile_depth:
             step = 0 if self.network.head is None else CELL
-            found = tiled(self.source, [image], [image_id], first=[found], depth=self.tile_depth, step=step)[0]
+            found = tiled(self.source, [image], [image_id], first=[found], depth=self.config.tile_depth, step=step)[0]
         probabilities = self._probabilities(features, found.boxes.to(image.device), query.names, query.negatives)
-        scores = fuse(probabilities, found.scores.to(image.device), self.fusion)
+        scores = fuse(probabilities, found.scores.to(image.device), self.config.fusion)
         kept = detect(
             found.boxes.to(image.device),
             scores,
             size=size,
             threshold=self.floor,
-            iou_threshold=self.iou_threshold,
-            suppression=self.suppression,
-            assign=self.assign,
+            iou_threshold=self.config.iou_threshold,
+            suppression=self.config.suppression,
+            assign=self.config.assign,
         )
         return detected(kept.boxes, kept.scores, kept.labels, size, len(query.names), found.saturated)
 
     def peaks(
         self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[Proposed]:
-        """Peaks of pictures of any size; those of one size together."""
+        """Peaks of images of any size; those of one size together."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, image in enumerate(images):
             by_size.setdefault((int(image.shape[-2]), int(image.shape[-1])), []).append(i)
         found: dict[int, Proposed] = {}
         for size, places in by_size.items():
             x = self.network.normalised(torch.stack([images[i] for i in places]))
-            proposed = self.network.proposed(self.network.encoder(x)[0], x, [size] * len(places), self.peak_floor)
+            proposed = self.network.proposed(
+                self.network.encoder(x)[0], x, [size] * len(places), self.config.peak_floor
+            )
             found |= dict(zip(places, proposed, strict=True))
         return [found[i] for i in range(len(images))]
 
@@ -411,28 +347,30 @@ class RegionCLIPCounter(CountingModule):
             return features.new_zeros(0, len(names), dtype=torch.float32)
         regions = self.network.encoder.pool(features, [boxes])
         texts = self.embed_names(names)
-        if self.score == "sigmoid":
+        if self.config.score == "sigmoid":
             scale, bias = self.network.log_scale.exp(), self.network.bias
             return text_probabilities(regions, texts, score="sigmoid", scale=scale, bias=bias)
         negatives = None
-        if self.score == "softmax":
+        if self.config.score == "softmax":
             others = concepts_from_classes(names, against or self.negatives)[len(concepts_from_classes(names, ())) :]
             negatives = self.embed_names(others) if others else None
-        return text_probabilities(regions, texts, score=self.score, temperature=self.temperature, negatives=negatives)
+        return text_probabilities(
+            regions, texts, score=self.config.score, temperature=self.config.temperature, negatives=negatives
+        )
 
     def classify_regions(self, picture: Any, boxes: Any, prompts: str | Sequence[str]) -> ClassifiedRegions:
-        """What given boxes of a picture show, by the whole picture's features (not by crops).
+        """Classify given boxes of an image, by the whole image's features (not by crops).
 
         Args:
             picture: a path, PIL image, ``(H, W[, C])`` array or ``(3, H, W)`` tensor.
-            boxes: ``(N, 4)`` x1, y1, x2, y2 in its pixels; what is outside the picture is clipped.
+            boxes: ``(N, 4)`` x1, y1, x2, y2 in its pixels; what is outside the image is clipped.
             prompts: K names.
 
         Returns:
             Probabilities of ``(N, K)``, as ``score`` makes them.
 
         Raises:
-            InputError: a box without area in the picture, coordinates that are not finite, or no name.
+            InputError: a box without area in the image, coordinates that are not finite, or no name.
         """
         image, _ = as_image(picture)
         size, names = (image.shape[1], image.shape[2]), [prompts] if isinstance(prompts, str) else list(prompts)
@@ -484,7 +422,7 @@ class RegionCLIPCounter(CountingModule):
     def on_validation_epoch_start(self) -> None:
         self._set_threshold()
         self.threshold_errors.reset()  # of one that was interrupted
-        # The few pictures of a sanity check decide nothing.
+        # The few images of a sanity check decide nothing.
         self._waiting = [] if self.calibrate and not self.trainer.sanity_checking else None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -516,7 +454,7 @@ class RegionCLIPCounter(CountingModule):
     def on_validation_epoch_end(self) -> None:
         if self._waiting is not None:
             with warnings.catch_warnings():
-                # A rank without pictures computes too, or the others would wait for it for ever.
+                # A rank without images computes too, or the others would wait for it for ever.
                 warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
                 found = self.threshold_errors.compute()
             self.threshold_errors.reset()
@@ -540,8 +478,10 @@ class RegionCLIPCounter(CountingModule):
     # -- training -------------------------------------------------------------------------------------------------
 
     def read_facts(self, datamodule: Any) -> None:
-        if self.score != "sigmoid":
-            raise InputError(f"score is {self.score!r}, which trains nothing; set model.score to 'sigmoid' to train")
+        if self.config.score != "sigmoid":
+            raise InputError(
+                f"score is {self.config.score!r}, which trains nothing; set model.score to 'sigmoid' to train"
+            )
         super().read_facts(datamodule)
 
     def losses(self, output: CountOutput, batch: Batch) -> dict[str, Tensor]:
@@ -564,7 +504,7 @@ class RegionCLIPCounter(CountingModule):
         return {name: self.weights[name] * term for name, term in terms.items()}
 
     def _known_boxes(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
-        """``(E, 4)`` boxes of objects of a picture, all or a few examples, and ``(E,)`` which name each has."""
+        """``(E, 4)`` boxes of objects of an image, all or a few examples, and ``(E,)`` which name each has."""
         if self.boxes == "all" and "boxes" in batch and "box_labels" in batch:
             return batch["boxes"][i], batch["box_labels"][i]
         points = batch["points"][i]

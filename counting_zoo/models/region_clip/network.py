@@ -6,18 +6,19 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
 from counting_zoo.errors import InputError
+from counting_zoo.models.region_clip.concepts import Ensemble, TemplateSet, Wording, region_prompts
 from counting_zoo.models.region_clip.loss import text_logits
 from counting_zoo.models.region_clip.proposals import Proposed, kept_inside
-from counting_zoo.nn.regions import RegionEncoder, ResNetRegions, StemRegions, batched_nms, soft_nms
-from counting_zoo.nn.text import TextTower
-from counting_zoo.nn.vision import STATISTICS, ResidualBlock
+from counting_zoo.nn.regions import DenseMode, RegionEncoder, ResNetRegions, StemRegions, batched_nms, soft_nms
+from counting_zoo.nn.text import TextPool, TextTower
+from counting_zoo.nn.vision import STATISTICS, ResidualBlock, Stem
 from counting_zoo.ops import local_peaks, points_to_counts
 from counting_zoo.types import CountOutput
 
@@ -43,10 +44,10 @@ MOST_GROWTH = math.log(1000 / 16)
 
 @dataclass(frozen=True)
 class Detections:
-    """M boxes of one picture, highest score first.
+    """M boxes of one image, highest score first.
 
     Attributes:
-        boxes: ``(M, 4)`` float32 x1, y1, x2, y2 inside the picture.
+        boxes: ``(M, 4)`` float32 x1, y1, x2, y2 inside the image.
         scores: ``(M,)`` float32.
         labels: ``(M,)`` int64, which of the K names.
         source: ``(M,)`` int64, which of the N proposals.
@@ -68,7 +69,7 @@ def text_probabilities(
     temperature: float = 0.01,
     negatives: Tensor | None = None,
 ) -> Tensor:
-    """How probable each name is for each region.
+    """Compute the probability of each name for each region.
 
     ``sigmoid``: ``1 / (1 + exp(-(scale * cosine + bias)))``, each name on its own; for a trained scale and bias.
     ``softmax``: the share among all names and negatives at a temperature; for CLIP as it comes, whose cosines are only
@@ -83,7 +84,7 @@ def text_probabilities(
         scale: of the cosines; for ``sigmoid``, which needs it.
         bias: added to the scaled cosines; for ``sigmoid``, which needs it.
         temperature: what cosines are divided by; for the other two.
-        negatives: ``(M, D)`` embeddings of what else may be in the picture; competes in the other two.
+        negatives: ``(M, D)`` embeddings of what else may be in the image; competes in the other two.
 
     Returns:
         ``(N, K)`` float32, also under autocast.
@@ -124,7 +125,7 @@ def text_probabilities(
     if sum(len(other) for other in competitors) < 2:
         raise InputError(
             "score 'softmax' over one name: with nothing to compete with, every region would be that object; give "
-            "negatives (what else is in such pictures, in words), ask about several names, or use a trained 'sigmoid'"
+            "negatives (what else is in such images, in words), ask about several names, or use a trained 'sigmoid'"
         )
     if negatives is not None:
         _check_finite(negatives, "negatives")
@@ -194,9 +195,9 @@ def detect(
     what a lower one does: :func:`counts_at` counts for all of them at once (without a limit).
 
     Args:
-        boxes: ``(N, 4)`` proposals, x1, y1, x2, y2 in pixels of the picture.
+        boxes: ``(N, 4)`` proposals, x1, y1, x2, y2 in pixels of the image.
         scores: ``(N, K)`` of each name, see :func:`fuse`.
-        size: (H, W) of the picture, to which boxes are clipped behind the suppression: what is left of two neighbours
+        size: (H, W) of the image, to which boxes are clipped behind the suppression: what is left of two neighbours
             at the border overlaps more than they do. Those without area in it are left out, and warned about
             unless they were regressed: nothing would suppress them.
         threshold: at least 0. Scores above it are reported; the reference's is 0.001 on COCO and 0.02 on LVIS.
@@ -236,7 +237,7 @@ def detect(
     inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
     if deltas is None and not bool(inside.all()):
         warnings.warn(
-            f"{int((~inside).sum())} of {len(boxes)} boxes have no area in the picture of {size[0]} x {size[1]} pixels "
+            f"{int((~inside).sum())} of {len(boxes)} boxes have no area in the image of {size[0]} x {size[1]} pixels "
             "(height x width) and are left out; give x1, y1, x2, y2 in its pixels",
             stacklevel=3,  # past no_grad's wrapper, where the caller is
         )
@@ -256,10 +257,10 @@ def detect(
 
 
 def counts_at(scores: Tensor, labels: Tensor, n_names: int, thresholds: Tensor) -> Tensor:
-    """How many detections of each name lie above each threshold.
+    """Count the detections of each name above each threshold.
 
     Args:
-        scores: ``(M,)`` of the detections of one picture, found with the lowest of the thresholds.
+        scores: ``(M,)`` of the detections of one image, found with the lowest of the thresholds.
         labels: ``(M,)`` int64, which of the names.
         n_names: K.
         thresholds: ``(T,)``; compared in the type of the scores, as :func:`detect` does.
@@ -289,18 +290,18 @@ def counts_at(scores: Tensor, labels: Tensor, n_names: int, thresholds: Tensor) 
 
 
 def best_threshold(counts: Tensor, targets: Tensor, thresholds: Tensor) -> float:
-    """The threshold of the least mean absolute error over pictures and names.
+    """The threshold of the least mean absolute error over images and names.
 
     Several may be as good: often all between the scores of objects and those of everything else. Then it is the middle
     of the longest run of them (of the first such run, and the lower of two in the middle), far from either.
 
     Args:
-        counts: ``(P, T, K)`` of P pictures, see :func:`counts_at`.
+        counts: ``(P, T, K)`` of P images, see :func:`counts_at`.
         targets: ``(P, K)`` true counts.
         thresholds: ``(T,)`` ascending.
 
     Raises:
-        InputError: shapes that do not fit, no picture, name or threshold, values that are not finite, thresholds that
+        InputError: shapes that do not fit, no image, name or threshold, values that are not finite, thresholds that
             do not ascend.
 
     Example:
@@ -317,8 +318,8 @@ def best_threshold(counts: Tensor, targets: Tensor, thresholds: Tensor) -> float
         )
     if not counts.numel():
         raise InputError(
-            f"counts are {tuple(counts.shape)} of (pictures, thresholds, names); a threshold is chosen on at least one "
-            "of each: validate on pictures with counts"
+            f"counts are {tuple(counts.shape)} of (images, thresholds, names); a threshold is chosen on at least one "
+            "of each: validate on images with counts"
         )
     for name, values in (("counts", counts), ("targets", targets), ("thresholds", thresholds)):
         _check_finite(values, name)
@@ -351,7 +352,7 @@ def _check_options(threshold: float, suppression: str, assign: str, limit: int |
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected at least 1, or none to report all")
     if min(size) < 1:
-        raise InputError(f"size is {size}; expected (height, width) of the picture in pixels")
+        raise InputError(f"size is {size}; expected (height, width) of the image in pixels")
 
 
 def _check_shapes(boxes: Tensor, scores: Tensor, deltas: Tensor | None) -> None:
@@ -389,15 +390,15 @@ UNIT = 16.0
 
 
 FULL = 1 / 16
-"""Part of the cells that are peaks from which on a picture is saturated: objects then lie some four cells apart."""
+"""Part of the cells that are peaks from which on an image is saturated: objects then lie some four cells apart."""
 
 
 @dataclass
 class RegionOutput(CountOutput):
-    """Detections of B pictures, as a density of their centres too.
+    """Detections of B images, as a density of their centres too.
 
     Args:
-        boxes: B x ``(M, 4)`` x1, y1, x2, y2 in pixels of the picture, highest score first.
+        boxes: B x ``(M, 4)`` x1, y1, x2, y2 in pixels of the image, highest score first.
         scores: B x ``(M,)``.
         labels: B x ``(M,)`` int64, which of the K names.
         saturated: B, whether proposals were at their limit also in the smallest tiles.
@@ -418,21 +419,21 @@ class RegionOutput(CountOutput):
 def detected(
     boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int], n_names: int, saturated: bool
 ) -> RegionOutput:
-    """The output of one picture of ``size`` (H, W), with a density of the centres of its boxes."""
+    """The output of one image of ``size`` (H, W), with a density of the centres of its boxes."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     density = points_to_counts([centres], size, GRID, labels=[labels], num_classes=n_names)
     return RegionOutput(density, [boxes], [scores], [labels], [saturated])
 
 
 def above(output: RegionOutput, threshold: float, size: tuple[int, int]) -> RegionOutput:
-    """The detections of one picture that score higher."""
+    """The detections of one image that score higher."""
     kept = output.scores[0] > threshold
     (boxes,), (scores,), (labels,) = output.boxes, output.scores, output.labels
     return detected(boxes[kept], scores[kept], labels[kept], size, output.density.shape[1], output.saturated[0])
 
 
 def joined(outputs: Sequence[RegionOutput]) -> RegionOutput:
-    """Outputs of pictures of one size as one."""
+    """Outputs of images of one size as one."""
     lists: dict[str, Any] = {
         name: [value for output in outputs for value in getattr(output, name)]
         for name in ("boxes", "scores", "labels", "saturated")
@@ -441,9 +442,9 @@ def joined(outputs: Sequence[RegionOutput]) -> RegionOutput:
 
 
 class PeakHead(nn.Module):
-    """Where centres of objects are and how large these are, at a stride of 4 (as in CenterNet, arXiv 1904.07850).
+    """Head for centres and sizes of objects, at a stride of 4 (as in CenterNet, arXiv 1904.07850).
 
-    The encoder's features are enlarged to that stride and joined with a few convolutions of the picture itself, since
+    The encoder's features are enlarged to that stride and joined with a few convolutions of the image itself, since
     objects may be smaller than a cell of the encoder.
 
     Args:
@@ -471,38 +472,111 @@ class PeakHead(nn.Module):
         return found[:, :1], found[:, 1:]
 
 
+@dataclass(frozen=True)
+class RegionCLIPConfig:
+    """Options of proposals, texts and scores of a counter by detection.
+
+    Args:
+        stem, dense, freeze_at: see :func:`~counting_zoo.nn.regions.region_encoder`.
+        train_vision, train_text: whether CLIP's own weights train.
+        text_pool: where texts are read; see :class:`~counting_zoo.nn.text.TextTower`.
+        templates, wording, ensemble: see :func:`~counting_zoo.models.region_clip.concepts.embed_concepts`.
+        proposals: where boxes come from: trained ``peaks``, a ``grid`` (which needs no training, and whose boxes are
+            seldom right), a ``.json`` or ``.csv`` file of boxes, or a detector (``owlv2:`` or ``detr:`` and a folder or
+            hub name).
+        missing_proposals: an image that the file of boxes does not name is an ``error``, or has no boxes (``empty``).
+        peak_floor: heat above which a local maximum proposes a box; there is no limit to their number.
+        tile_depth: how often an image is cut into 2 x 2 magnified tiles while proposals are at their limit.
+        score: ``sigmoid`` of a trained scale and bias; ``softmax`` over the names asked about and ``negatives``, for a
+            CLIP that was not trained to count (zero-shot); ``official`` as the reference, see
+            :func:`~counting_zoo.models.region_clip.network.text_probabilities`.
+        scale, bias: of the cosines, at the beginning of training.
+        temperature: of the cosines of ``softmax`` and ``official``.
+        negatives: names that compete in ``softmax``; COCO's classes if ``None``. Those asked about are left out.
+        fusion: what a box scores: what its ``region`` says, or with the proposal's own score (``geometric``).
+        iou_threshold: overlap above which the lower of two boxes of one name goes.
+        suppression, assign: see :func:`~counting_zoo.models.region_clip.network.detect`.
+        width: channels of the head that finds peaks.
+
+    Raises:
+        InputError: an option outside its range or choices.
+    """
+
+    stem: Stem = "patch"
+    dense: DenseMode = "patch"
+    freeze_at: int = 2
+    train_vision: bool = False
+    train_text: bool = False
+    text_pool: TextPool = "eot"
+    templates: TemplateSet | list[str] = "photo"
+    wording: Wording = "corrected"
+    ensemble: Ensemble = "normalised"
+    proposals: str = "peaks"
+    missing_proposals: Literal["error", "empty"] = "error"
+    peak_floor: float = 0.1
+    tile_depth: int = 1
+    score: Score = "sigmoid"
+    scale: float = 14.0
+    bias: float = -7.0
+    temperature: float = 0.01
+    negatives: list[str] | None = None
+    fusion: Literal["region", "geometric"] = "region"
+    iou_threshold: float = 0.5
+    suppression: Suppression = "hard"
+    assign: Assign = "each"
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("iou_threshold", "peak_floor"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise InputError(f"{name} is {value}; expected 0 to 1")
+        if self.tile_depth < 0 or not self.scale > 0:
+            raise InputError(f"tile_depth is {self.tile_depth} and scale {self.scale}; expected at least 0 and above 0")
+        for name, choices in (
+            ("missing_proposals", ("error", "empty")),
+            ("score", get_args(Score)),
+            ("fusion", ("region", "geometric")),
+            ("suppression", get_args(Suppression)),
+            ("assign", get_args(Assign)),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+        if self.proposals == "random":
+            raise InputError(
+                "proposals are 'random', which suits pretraining; expected 'peaks', 'grid', a file of "
+                "boxes, or a detector ('owlv2:' or 'detr:' and a folder or hub name)"
+            )
+        region_prompts("a name", self.templates, self.wording)  # refuses what is no template or wording
+
+
 class RegionCLIPNet(nn.Module):
     """A region encoder, texts, and between them a scale and a bias; peaks where they are to propose.
 
     Args:
         encoder: of regions.
         text: its texts.
-        peaks: whether there is a :class:`PeakHead`.
-        scale, bias: what cosines are multiplied by, and what is added to that, at the beginning of training.
-        width: channels of the head.
+        config: options; there is a :class:`PeakHead` where its ``proposals`` are ``peaks``.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, encoder: RegionEncoder, text: TextTower, *, peaks: bool, scale: float, bias: float, width: int = 64
-    ) -> None:
+    def __init__(self, encoder: RegionEncoder, text: TextTower, config: RegionCLIPConfig) -> None:
         super().__init__()
         self.encoder, self.text = encoder, text
-        self.head = PeakHead(_channels(encoder), width) if peaks else None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        self.head = PeakHead(_channels(encoder), config.width) if config.proposals == "peaks" else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+        self.bias = nn.Parameter(torch.tensor(float(config.bias)))
         for name, values in zip(("mean", "std"), STATISTICS["clip"], strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
 
     @property
     def multiple(self) -> int:
-        """What sides of the input are padded to multiples of."""
+        """Pixels that sides of the input are padded to multiples of."""
         return math.lcm(self.encoder.multiple, CELL)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """``(B, 3, H', W')`` normalised pictures with zeros on the right and at the bottom, up to whole cells."""
+        """``(B, 3, H', W')`` normalised images with zeros on the right and at the bottom, up to whole cells."""
         x = images if images.is_floating_point() else images.float() / 255
         height, width = x.shape[-2:]
         return pad((x - self.mean) / self.std, (0, -width % self.multiple, 0, -height % self.multiple))
@@ -516,7 +590,7 @@ class RegionCLIPNet(nn.Module):
         Args:
             features: of the encoder.
             images: normalised, as the encoder saw them.
-            sizes: (H, W) of the pictures without padding.
+            sizes: (H, W) of the images without padding.
             floor: heat above which a local maximum is a peak; there is no limit to their number.
 
         Raises:
@@ -526,7 +600,7 @@ class RegionCLIPNet(nn.Module):
         heat, log_sizes = self.head(features, images)
         if not bool(heat.isfinite().all()):
             raise InputError(
-                "the heat of peaks is not finite: look at the weights, the pictures, and the precision of the run"
+                "the heat of peaks is not finite: look at the weights, the images, and the precision of the run"
             )
         sides = UNIT * log_sizes.clamp(-4, 4).exp()
         lowest = float(torch.tensor(floor, dtype=torch.float64).logit())

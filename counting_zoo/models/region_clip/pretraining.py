@@ -1,4 +1,4 @@
-"""RegionCLIP's pretraining: a CLIP learns to match regions, instead of whole pictures, with texts."""
+"""RegionCLIP's pretraining: a CLIP learns to match regions, instead of whole images, with texts."""
 
 from __future__ import annotations
 
@@ -64,17 +64,17 @@ from counting_zoo.types import Batch
 def named_shares(
     regions: Tensor, pictures: Tensor, texts: Tensor, labels: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """What of each picture is nearest to its own name, by cosine.
+    """Compute the share of each image's regions that are nearest to their own name, by cosine.
 
     Args:
-        regions: ``(N, D)`` in the order of pictures.
-        pictures: ``(B, D)`` of whole pictures.
+        regions: ``(N, D)`` in the order of images.
+        pictures: ``(B, D)`` of whole images.
         texts: ``(C, D)`` of all names.
         labels: B tensors ``(N_i,)`` int64, the names of its regions.
 
     Returns:
-        Of each of the B pictures the share of its regions that are given their name, and whether the picture is given
-        the name of one of them, as scalars float32. Those of a picture without regions are NaN and 0.
+        Of each of the B images the share of its regions that are given their name, and whether the image is given
+        the name of one of them, as scalars float32. Those of an image without regions are NaN and 0.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ def named_shares(
 
 
 class RegionAccuracy(ImageRows):
-    """:func:`named_shares`, as the mean over pictures that have named regions."""
+    """:func:`named_shares`, as the mean over images that have named regions."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(("region", "whole"), **options)
@@ -100,14 +100,14 @@ class RegionAccuracy(ImageRows):
     def update(
         self, image_ids: Sequence[str], regions: Tensor, pictures: Tensor, texts: Tensor, labels: Sequence[Tensor]
     ) -> None:
-        """Add B pictures by their names; the others are as in :func:`named_shares`."""
+        """Add B images by their names; the others are as in :func:`named_shares`."""
         shares = named_shares(regions, pictures, texts, labels)
         for image_id, own, (region, whole) in zip(image_ids, labels, shares, strict=True):
             if len(own):
                 self.append([image_id], region=region.reshape(1, 1), whole=whole.reshape(1, 1))
 
     def compute(self) -> dict[str, float]:
-        """``region_accuracy, picture_accuracy``; nothing where no picture has named regions."""
+        """``region_accuracy, picture_accuracy``; nothing where no image has named regions."""
         rows = self.rows()
         if not len(rows["image_key"]):
             return {}
@@ -209,21 +209,21 @@ def check_settings(
 
 
 CAPTIONS = 5
-"""Captions of a picture that one is drawn from at most, as in the reference."""
+"""Captions of an image that one is drawn from at most, as in the reference."""
 
 
 def picture_generators(image_ids: Sequence[str]) -> list[torch.Generator]:
-    """A generator for each picture, seeded by its name: what it draws depends on no other picture, batch or process."""
+    """A generator for each image, seeded by its name: what it draws depends on no other image, batch or process."""
     return [torch.Generator().manual_seed(zlib.crc32(image_id.encode())) for image_id in image_ids]
 
 
 def padded_pictures(
     images: Tensor | Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int
 ) -> tuple[Tensor, list[Size]]:
-    """Normalised pictures with zeros on the right and at the bottom.
+    """Normalised images with zeros on the right and at the bottom.
 
     Args:
-        images: B pictures ``(3, H_i, W_i)`` in [0, 1] or uint8.
+        images: B images ``(3, H_i, W_i)`` in [0, 1] or uint8.
         mean, std: ``(3, 1, 1)``.
         multiple: of which the padded sides are one.
 
@@ -240,11 +240,11 @@ def padded_pictures(
 
 
 def drawn_rows(boxes: Sequence[Tensor], n: int, generators: Sequence[torch.Generator]) -> list[Tensor]:
-    """Which boxes of each picture are taken: at most ``n``, drawn at random, in random order.
+    """Draw at most ``n`` boxes of each image, in random order.
 
     Args:
         boxes: B tensors ``(N_i, 4)``.
-        n: of each picture.
+        n: of each image.
         generators: B, which may be one and the same.
 
     Returns:
@@ -257,10 +257,10 @@ def drawn_rows(boxes: Sequence[Tensor], n: int, generators: Sequence[torch.Gener
 
 
 def parted_rows(rows: Tensor, boxes: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of boxes, and of more boxes that came behind those of the same picture.
+    """Rows of boxes, and of more boxes that came behind those of the same image.
 
     Args:
-        rows: ``(N + M, D)``, of each picture first ``boxes``, then ``more``.
+        rows: ``(N + M, D)``, of each image first ``boxes``, then ``more``.
         boxes, more: B tensors each, N and M in all.
 
     Returns:
@@ -292,15 +292,15 @@ def named_labels(names: Sequence[str], pool: Sequence[str], device: torch.device
 
 
 def drawn_captions(batch: Batch, template: str, generators: Sequence[torch.Generator]) -> list[str]:
-    """One caption for each picture: one of its first :data:`CAPTIONS`, or the names in it.
+    """One caption for each image: one of its first :data:`CAPTIONS`, or the names in it.
 
     Args:
         batch: with ``captions``, ``present`` or ``classes``.
-        template: the caption of a picture without captions; ``{}`` becomes the names that are in it.
+        template: the caption of an image without captions; ``{}`` becomes the names that are in it.
         generators: B, which may be one and the same.
 
     Raises:
-        InputError: a picture with neither caption nor name.
+        InputError: an image with neither caption nor name.
     """
     chosen = []
     for i, (image_id, generator) in enumerate(zip(batch["image_id"], generators, strict=True)):
@@ -312,7 +312,7 @@ def drawn_captions(batch: Batch, template: str, generators: Sequence[torch.Gener
         else:
             raise InputError(
                 f"{image_id} has neither a caption nor a name of anything in it; leave it out of the "
-                "training pictures, or give it a caption"
+                "training images, or give it a caption"
             )
     return chosen
 
@@ -353,9 +353,9 @@ log = logging.getLogger(__name__)
 class RegionCLIPPretraining(TrainingModule):
     """Region-text pretraining (Zhong et al., "RegionCLIP", CVPR 2022, arXiv 2112.09106).
 
-    A student embeds regions of a picture; a teacher, which is the student as it was before, says which concept of a
+    A student embeds regions of an image; a teacher, which is the student as it was before, says which concept of a
     pool each of them shows. The student is drawn to the concept, to the teacher's opinion of all concepts, and whole
-    pictures to their captions. What comes out is :meth:`export`: a CLIP that counters start from.
+    images to their captions. What comes out is :meth:`export`: a CLIP that counters start from.
 
     Args:
         clip: CLIP weights: hub name, folder, file, or a config mapping for random weights. Its image tower is a vision
@@ -379,8 +379,8 @@ class RegionCLIPPretraining(TrainingModule):
         cache: folder in which embeddings of the pool are kept between runs; ``None`` calculates them anew.
         regions: where boxes come from: ``random``, the data's own ``boxes``, a file of boxes, or a detector of
             transformers (``owlv2:`` or ``detr:`` and a folder or hub name).
-        missing_regions: a picture that the file of boxes does not name is an ``error``, or has no boxes (``empty``).
-        n_regions: boxes of each picture, drawn at random where there are more.
+        missing_regions: an image that the file of boxes does not name is an ``error``, or has no boxes (``empty``).
+        n_regions: boxes of each image, drawn at random where there are more.
         labels: what says which concept a region shows: the ``teacher``, or the names of the data's own ``boxes``,
             which needs no teacher.
         threshold: the teacher's probability above which its label is believed; it depends on the size of the pool.
@@ -388,14 +388,14 @@ class RegionCLIPPretraining(TrainingModule):
             :func:`~counting_zoo.models.region_clip.loss.pseudo_labels`.
         temperature: of all cosines.
         weights: of ``region_text``, ``distillation`` and ``image_text``; 1 each. A term of weight 0 is not calculated.
-        gather: what sees the pictures of every process; see
+        gather: what sees the images of every process; see
             :func:`~counting_zoo.models.region_clip.loss.pretraining_losses`.
-        picture_box: what a ResNet, or a ``conv`` stem, takes for a whole picture: the ``picture``, or as the reference
-            the ``canvas``, with the padding that a larger picture of the batch brings. A class token sees the canvas.
-        caption_template: the caption of a picture without captions; ``{}`` becomes the names that are in it.
+        picture_box: what a ResNet, or a ``conv`` stem, takes for a whole image: the ``picture``, or as the reference
+            the ``canvas``, with the padding that a larger image of the batch brings. A class token sees the canvas.
+        caption_template: the caption of an image without captions; ``{}`` becomes the names that are in it.
         same_caption: equal captions in a batch are positives of each other (``positive``), or negatives as in the
             reference (``negative``).
-        preprocess: geometry of whole pictures before the model sees them.
+        preprocess: geometry of whole images before the model sees them.
         training: those of :class:`~counting_zoo.training.TrainingModule`.
     """
 
@@ -587,7 +587,7 @@ class RegionCLIPPretraining(TrainingModule):
             self.make_tokenizer([*captions, *prompts, self.caption_template])
         if isinstance(self._source, FileProposals) and datamodule.augmentation is not None:
             raise InputError(
-                f"regions are those of the file {self.regions!r}, which do not move along when pictures are flipped or "
+                f"regions are those of the file {self.regions!r}, which do not move along when images are flipped or "
                 "cropped; set data.augmentation to null, or regions to 'random'"
             )
 
@@ -611,10 +611,10 @@ class RegionCLIPPretraining(TrainingModule):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor | Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The student's embeddings of boxes ``(N, D)`` and of whole pictures ``(B, D)``, not normalised.
+        """The student's embeddings of boxes ``(N, D)`` and of whole images ``(B, D)``, not normalised.
 
         Args:
-            image: B pictures ``(3, H_i, W_i)`` in [0, 1] or uint8, of any sizes.
+            image: B images ``(3, H_i, W_i)`` in [0, 1] or uint8, of any sizes.
             boxes: B tensors ``(N_i, 4)`` of x1, y1, x2, y2 in pixels.
         """
         images, sizes = self._padded(image)
@@ -633,9 +633,9 @@ class RegionCLIPPretraining(TrainingModule):
         generators: Sequence[torch.Generator],
         more: Sequence[Tensor] | None = None,
     ) -> PretrainingStep:
-        """One pass of the student over a batch: its losses, and embeddings of ``more`` boxes of each picture.
+        """One pass of the student over a batch: its losses, and embeddings of ``more`` boxes of each image.
 
-        What is drawn for a picture is drawn from its generator: boxes of all pictures first, then captions.
+        What is drawn for an image is drawn from its generator: boxes of all images first, then captions.
         """
         images, sizes = self._padded(batch["image"])
         boxes, names = self._boxes(batch, sizes, generators)
@@ -676,7 +676,7 @@ class RegionCLIPPretraining(TrainingModule):
     def _boxes(
         self, batch: Batch, sizes: list[Size], generators: Sequence[torch.Generator]
     ) -> tuple[list[Tensor], list[str]]:
-        """At most ``n_regions`` boxes of each picture, and where they are the data's own the name of each."""
+        """At most ``n_regions`` boxes of each image, and where they are the data's own the name of each."""
         if self.regions == "random":
             each = zip(sizes, generators, strict=True)
             return [random_boxes(size, self.n_regions, own).to(self.device) for size, own in each], []
@@ -699,7 +699,7 @@ class RegionCLIPPretraining(TrainingModule):
 
     @torch.no_grad()
     def _taught(self, teacher: RegionEncoder, images: Tensor, boxes: list[Tensor], concepts: Tensor) -> PseudoLabels:
-        """What the teacher says about boxes; without any it is not asked."""
+        """Label boxes by the teacher; without any it is not asked."""
         if not any(len(own) for own in boxes):
             return pseudo_labels(concepts.new_zeros(0, len(concepts)), self.threshold, fallback=self.fallback)
         features = teacher.pool(teacher(images)[0], boxes)
@@ -726,7 +726,7 @@ class RegionCLIPPretraining(TrainingModule):
             self._warned = True
             log.warning(
                 "the kept regions of a batch show fewer than two concepts, so its region-text loss is 0; if it goes on "
-                "(train/distinct_concepts), lower threshold, or give concepts that are in the pictures"
+                "(train/distinct_concepts), lower threshold, or give concepts that are in the images"
             )
         return found.terms
 
@@ -744,7 +744,7 @@ class RegionCLIPPretraining(TrainingModule):
         pool = names if self.labels == "boxes" else self.concepts
         step = self._step(batch, pool, picture_generators(image_ids), more)
         found = step.terms | step.statistics | {"loss": torch.stack(list(step.terms.values())).sum()}
-        # A picture that evens out the processes counts twice here, and once in the accuracies.
+        # An image that evens out the processes counts twice here, and once in the accuracies.
         found = {f"val/{name}": value.float() for name, value in found.items()}
         self.log_dict(found, batch_size=len(image_ids), sync_dist=True)
         if named:
@@ -754,7 +754,7 @@ class RegionCLIPPretraining(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         with warnings.catch_warnings():
-            # A rank without pictures computes too, or the others would wait for it for ever.
+            # A rank without images computes too, or the others would wait for it for ever.
             warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
             scores = self.accuracy.compute()
         self.log_dict({f"val/{name}": value for name, value in scores.items()})

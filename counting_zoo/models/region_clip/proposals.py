@@ -32,10 +32,10 @@ GRID_SIZES = tuple(12 * 2 ** (k / 2) for k in range(9))
 
 @dataclass(frozen=True)
 class Proposed:
-    """The boxes of one picture.
+    """The boxes of one image.
 
     Attributes:
-        boxes: ``(N, 4)`` float32 x1, y1, x2, y2 in pixels of the picture given, with some area inside it. Those that
+        boxes: ``(N, 4)`` float32 x1, y1, x2, y2 in pixels of the image given, with some area inside it. Those that
             somebody annotated may reach over its border.
         scores: ``(N,)`` float32 objectness in [0, 1].
         saturated: whether the source was at its limit, so that more objects may be there.
@@ -47,47 +47,47 @@ class Proposed:
 
 
 class ProposalSource(Protocol):
-    """What proposes boxes: a network, a file or a grid."""
+    """Source of proposals: a network, a file or a grid."""
 
     def __call__(
         self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None
     ) -> list[Proposed]:
-        """Boxes of each picture, on the device of that picture.
+        """Boxes of each image, on the device of that image.
 
         Args:
-            images: B pictures ``(3, H_i, W_i)``, uint8 or float in [0, 1], on any device, never normalised.
+            images: B images ``(3, H_i, W_i)``, uint8 or float in [0, 1], on any device, never normalised.
             image_ids: B names.
-            sizes: B ``(H, W)`` of the pictures as they are stored, where ``images`` were resized. Only
+            sizes: B ``(H, W)`` of the images as they are stored, where ``images`` were resized. Only
                 :class:`~counting_zoo.models.region_clip.proposals.FileProposals` needs them.
 
         Raises:
-            InputError: pictures, names and sizes that do not fit each other, or are not what is said above.
+            InputError: images, names and sizes that do not fit each other, or are not what is said above.
         """
         ...
 
 
 def check_pictures(images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None) -> None:
-    """What a source may rely on.
+    """Check what a source may rely on.
 
     Raises:
-        InputError: as many names (and sizes) as pictures are not there, or a picture is no ``(3, H, W)`` with pixels.
+        InputError: as many names (and sizes) as images are not there, or an image is no ``(3, H, W)`` with pixels.
     """
     if len(images) != len(image_ids) or (sizes is not None and len(sizes) != len(images)):
         given = "none" if sizes is None else len(sizes)
         raise InputError(
-            f"{len(images)} pictures came with {len(image_ids)} image_ids and {given} sizes; expected one each"
+            f"{len(images)} images came with {len(image_ids)} image_ids and {given} sizes; expected one each"
         )
     for image, name in zip(images, image_ids, strict=True):
         right = image.dtype == torch.uint8 or image.is_floating_point()
         if image.ndim != 3 or len(image) != 3 or not image.numel() or not right:
             raise InputError(
-                f"{name}: the picture is {image.dtype} {tuple(image.shape)}; expected uint8, or float in [0, 1], of "
+                f"{name}: the image is {image.dtype} {tuple(image.shape)}; expected uint8, or float in [0, 1], of "
                 "the shape (3, H, W)"
             )
 
 
 def kept_inside(boxes: Tensor, scores: Tensor, size: Size, saturated: bool = False, *, clip: bool = True) -> Proposed:
-    """Boxes clipped to their picture, without those of which nothing is left.
+    """Boxes clipped to their image, without those of which nothing is left.
 
     Args:
         boxes: ``(N, 4)`` x1, y1, x2, y2.
@@ -114,15 +114,15 @@ def random_boxes(size: Size, n: int, generator: torch.Generator, *, grid: int = 
     """Boxes whose corners lie anywhere on a grid: the two ends of each side are a uniform draw among all that fit.
 
     The reference draws one set for the batch, on the padded canvas (modeling/meta_arch/clip_rcnn.py,
-    ``create_rand_boxes``); these are of one picture. Where it has no room for two cells of the grid, or boxes, along an
+    ``create_rand_boxes``); these are of one image. Where it has no room for two cells of the grid, or boxes, along an
     axis, corners are whole pixels there.
 
     Args:
-        size: ``(H, W)`` of the picture, without padding.
+        size: ``(H, W)`` of the image, without padding.
         n: how many.
         generator: decides about all of it.
         grid: pixels between neighbouring lines.
-        min_side: pixels that a side has at least, or all of a picture that has fewer.
+        min_side: pixels that a side has at least, or all of an image that has fewer.
 
     Returns:
         ``(n, 4)`` float32 x1, y1, x2, y2 on the device of the generator; none is empty.
@@ -158,8 +158,8 @@ class GridProposals:
     """Boxes of some sizes and ratios at regular places, all with the score 1: what is left without any weights.
 
     A size is the square root of a box's area. Places of a shape are ``step`` of its sides apart or closer, the first
-    and last touch the border, and a side longer than the picture becomes the picture's. The defaults find nine of ten
-    boxes of FSC-147 (at an overlap of 0.5), with some thirty thousand for each picture.
+    and last touch the border, and a side longer than the image becomes the image's. The defaults find nine of ten
+    boxes of FSC-147 (at an overlap of 0.5), with some thirty thousand for each image.
 
     Args:
         sizes: in pixels.
@@ -198,7 +198,7 @@ class GridProposals:
 
 @lru_cache(maxsize=8)
 def _grid(height: int, width: int, sizes: tuple[float, ...], ratios: tuple[float, ...], step: float) -> Tensor:
-    """``(N, 4)``, small boxes first, row by row. A picture smaller than boxes has only one of those that it cuts."""
+    """``(N, 4)``, small boxes first, row by row. An image smaller than boxes has only one of those that it cuts."""
     sides = [(size * math.sqrt(ratio), size / math.sqrt(ratio)) for size in sizes for ratio in ratios]
     # Rounded, so that shapes that are the same come once.
     shapes = dict.fromkeys((min(round(high, 4), height), min(round(wide, 4), width)) for high, wide in sides)
@@ -228,13 +228,13 @@ CUT = 0.01
 
 @dataclass
 class _Region:
-    """A part of a picture: where it is, what was found in it as a whole, and the parts it was cut into.
+    """A part of an image: where it is, what was found in it as a whole, and the parts it was cut into.
 
     Attributes:
         picture: its index.
         corner: x, y of the first pixel.
         size: ``(H, W)``.
-        found: in pixels of the whole picture.
+        found: in pixels of the whole image.
         middle: x, y of the lines between the cores of the tiles.
         tiles: none, or upper left, upper right, lower left, lower right.
     """
@@ -262,30 +262,30 @@ def tiled(
     overlap: float = 0.2,
     step: float = 0.0,
 ) -> list[Proposed]:
-    """Ask a source about pictures, and again about the tiles of those in which it is at its limit.
+    """Ask a source about images, and again about the tiles of those in which it is at its limit.
 
-    A picture whose proposals are saturated is cut into 2 x 2 tiles that overlap, each is magnified to the size of the
-    picture, and what saturates is cut again. All tiles of one level go through the source together. Every object is
+    An image whose proposals are saturated is cut into 2 x 2 tiles that overlap, each is magnified to the size of the
+    image, and what saturates is cut again. All tiles of one level go through the source together. Every object is
     told by one tile, the one whose core (a quarter) has its centre, or by the look at the whole:
 
-    - A box that ends at a border of its tile within the picture is of an object that is cut there, and goes; the
+    - A box that ends at a border of its tile within the image is of an object that is cut there, and goes; the
       overlap shows it whole to the tile that its centre is in, as long as it is smaller than the overlap.
     - Larger objects, which fit in no tile, are those found in the whole.
     - Boxes of two tiles near the line between their cores that overlap by :data:`SAME` or more, or whose centres are
       closer than the source tells places apart, are one object, whose centre the two looks may see on two sides.
 
-    A source that says of no picture that it is saturated, such as a file, is asked once.
+    A source that says of no image that it is saturated, such as a file, is asked once.
 
     Args:
         source: what proposes.
         images, image_ids, sizes: as in :class:`~counting_zoo.models.region_clip.proposals.ProposalSource`.
-        first: what the source said of the pictures as a whole, where that is known.
-        depth: how often a picture is cut at most; 0 never.
+        first: what the source said of the images as a whole, where that is known.
+        depth: how often an image is cut at most; 0 never.
         overlap: of neighbouring tiles, as part of what is cut.
-        step: pixels of a picture it is given between the places that the source tells apart.
+        step: pixels of an image it is given between the places that the source tells apart.
 
     Returns:
-        One for each picture, in its pixels; ``saturated`` where a tile of the last level is.
+        One for each image, in its pixels; ``saturated`` where a tile of the last level is.
 
     Raises:
         InputError: ``depth`` or ``step`` below 0, ``overlap`` outside [0, 0.9], or what the source refuses.
@@ -311,7 +311,7 @@ def tiled(
 
 
 def _look(region: _Region, image: Tensor) -> Tensor:
-    """The region's pixels, as many as the whole picture has."""
+    """The region's pixels, as many as the whole image has."""
     height, width = image.shape[-2:]
     (x, y), (right, bottom) = region.corner, region.ends
     return resize_image(image[:, y:bottom, x:right], (height, width), antialias=False)
@@ -341,7 +341,7 @@ def _cut(region: _Region, overlap: float) -> list[_Region]:
 
 
 def _joined(region: _Region, step: float) -> Proposed:
-    """What was found in a region, each object once, in pixels of the whole picture, as ``step`` is."""
+    """Join the proposals of a region, each object once, in pixels of the whole image, as ``step`` is."""
     assert region.found is not None
     if not region.tiles:
         return region.found
@@ -447,20 +447,20 @@ class _Boxes:
 
 
 class FileProposals:
-    """The boxes that a file has for each picture, such as a detector's output or somebody's annotation.
+    """The boxes that a file has for each image, such as a detector's output or somebody's annotation.
 
     An image is looked up by its name as :class:`~counting_zoo.data.tables.ImageNames` does; in results without names
     also by the number in a file name of COCO. More than one match is an error.
 
-    Boxes are in pixels of the picture as it is stored. They are scaled by the size that the file states, else by
-    ``sizes`` of a call, else taken to be of the picture given. Boxes may reach over its border; of those
-    without area in it the first picture's are warned about.
+    Boxes are in pixels of the image as it is stored. They are scaled by the size that the file states, else by
+    ``sizes`` of a call, else taken to be of the image given. Boxes may reach over its border; of those
+    without area in it the first image's are warned about.
 
     Args:
         path: one of :data:`FORMATS`. Crowd regions of an annotation are left out, with a warning. A row of a table
-            without coordinates says that its picture has no boxes. Without scores all are 1.
-        missing: a picture that the file does not name is an ``error``, or has no boxes (``empty``): results do not name
-            pictures in which nothing was found.
+            without coordinates says that its image has no boxes. Without scores all are 1.
+        missing: an image that the file does not name is an ``error``, or has no boxes (``empty``): results do not name
+            images in which nothing was found.
 
     Raises:
         InputError: the file cannot be read, or an entry is not what it should be; names its index, or line.
@@ -497,8 +497,8 @@ class FileProposals:
         if len(found.boxes) < len(rows):
             self._warn(
                 "empty",
-                f"{len(rows) - len(found.boxes)} of the {len(rows)} boxes of {image_id} have no area in the picture "
-                "and are left out; other pictures are not reported",
+                f"{len(rows) - len(found.boxes)} of the {len(rows)} boxes of {image_id} have no area in the image "
+                "and are left out; other images are not reported",
             )
         return Proposed(found.boxes.to(image.device), found.scores.to(image.device), False)
 
@@ -507,11 +507,11 @@ class FileProposals:
         stated = self._file.sizes.get(key) if key is not None else None
         if stated is None:
             return given if stored is None else (int(stored[0]), int(stored[1]))
-        # A smaller copy of the picture is right, one that is turned is not.
+        # A smaller copy of the image is right, one that is turned is not.
         if stored is not None and abs(stated[0] * stored[1] - stated[1] * stored[0]) > 2 * max(*stated, *stored):
             raise InputError(
-                f"proposals {self.path}: {key} is {stated[0]} x {stated[1]} (height x width), but the picture "
-                f"{image_id} {stored[0]} x {stored[1]}, which has other proportions; expected proposals of this picture"
+                f"proposals {self.path}: {key} is {stated[0]} x {stated[1]} (height x width), but the image "
+                f"{image_id} {stored[0]} x {stored[1]}, which has other proportions; expected proposals of this image"
             )
         return stated
 
@@ -559,7 +559,7 @@ def _check_scores(scores: np.ndarray, where: Callable[[int], str]) -> None:
 
 
 class _Detector:
-    """A frozen detector with its own preprocessing; what is found in a picture does not depend on others with it."""
+    """A frozen detector with its own preprocessing; what is found in an image does not depend on others with it."""
 
     def __init__(self, loaded: tuple[Any, Any], threshold: float, saturation: float, together: int) -> None:
         self.model, self.processor = loaded
@@ -580,7 +580,7 @@ class _Detector:
     def _batches(
         self, images: Sequence[Tensor], image_ids: Sequence[str]
     ) -> Iterator[tuple[dict[str, Tensor], list[Size], torch.device]]:
-        """Neighbouring pictures that come out of the preprocessing alike: none is padded for another's sake."""
+        """Neighbouring images that come out of the preprocessing alike: none is padded for another's sake."""
         inputs = (
             (self._preprocessed(image, name), (int(image.shape[-2]), int(image.shape[-1])), image.device)
             for image, name in zip(images, image_ids, strict=True)
@@ -627,7 +627,7 @@ class _Detector:
         return passed > 0 and passed >= self.saturation * len(scores)
 
     def _scaled(self, boxes: Tensor, scores: Tensor, scale: Size, size: Size, saturated: bool) -> Proposed:
-        """What passes the threshold; ``scale`` is the height and width that 1 stands for."""
+        """Keep what passes the threshold; ``scale`` is the height and width that 1 stands for."""
         passed = scores > self.threshold
         centre, extent = boxes[passed].double().split(2, 1)
         corners = torch.cat([centre - extent / 2, centre + extent / 2], 1)
@@ -644,18 +644,18 @@ def _stacked(
 class Owlv2Proposals(_Detector):
     """OWLv2's boxes and objectness (Minderer et al., NeurIPS 2023), which need no text: one box for each patch.
 
-    The model sees a square, the picture with black on its right or below; boxes whose centre lies in the black are none
-    of the picture. Saturated means that at least the part ``saturation`` of the picture's own patches passes the
+    The model sees a square, the image with black on its right or below; boxes whose centre lies in the black are none
+    of the image. Saturated means that at least the part ``saturation`` of the image's own patches passes the
     threshold: with one box each, there may be objects that share a patch.
 
     Args:
         source: folder written by ``save_pretrained``, or hub name (``google/owlv2-base-patch16-ensemble``).
         threshold: of the objectness.
         saturation: see above.
-        together: pictures that go through the model at once.
+        together: images that go through the model at once.
 
     Raises:
-        InputError: a number out of range, or pictures of a call that are none.
+        InputError: a number out of range, or images of a call that are none.
         WeightsError: nothing is found there, the hub cannot be reached, or weights are missing.
     """
 
@@ -701,10 +701,10 @@ class DetrProposals(_Detector):
             (``PekingU/rtdetr_v2_r18vd``).
         threshold: of the probability.
         saturation: see above.
-        together: pictures that go through the model at once.
+        together: images that go through the model at once.
 
     Raises:
-        InputError: a number out of range, or pictures of a call that are none.
+        InputError: a number out of range, or images of a call that are none.
         WeightsError: nothing is found there, the hub cannot be reached, weights are missing, or the model needs timm or
             torchvision.
     """
@@ -784,7 +784,7 @@ def _load(source: str, load: Callable[[str, bool], tuple[Any, dict[str, Any]]]) 
 def _processor(place: str, local_only: bool) -> Any:
     from transformers import AutoImageProcessor
 
-    # Pillow's, so that pictures are the same whether or not torchvision is there.
+    # Pillow's, so that images are the same whether or not torchvision is there.
     return AutoImageProcessor.from_pretrained(
         place, local_files_only=local_only, trust_remote_code=False, backend="pil"
     )
@@ -795,7 +795,7 @@ def proposal_source(name: str, *, missing: Literal["error", "empty"] = "error") 
 
     Args:
         name: ``grid``, a ``.json`` or ``.csv`` file, or ``owlv2:`` or ``detr:`` and a folder or hub name.
-        missing: what to do about a picture that a file does not name; see
+        missing: what to do about an image that a file does not name; see
             :class:`~counting_zoo.models.region_clip.proposals.FileProposals`.
 
     Raises:

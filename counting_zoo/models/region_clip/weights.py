@@ -97,9 +97,9 @@ def from_official(
 ) -> RegionCLIPCounter:
     """The zoo's RegionCLIPCounter with the reference's image tower, which counts without training (zero-shot).
 
-    Pictures are resized, prompts written and embedded as in the reference. What it lacks for counting is the zoo's:
+    Images are resized, prompts written and embedded as in the reference. What it lacks for counting is the zoo's:
     other names compete with those asked about, and there is no limit on detections. Boxes are the caller's to give
-    (``proposals``). Without, they come from a grid: over a hundred thousand of them in a picture, and each goes through
+    (``proposals``). Without, they come from a grid: over a hundred thousand of them in an image, and each goes through
     the last stage of the ResNet, which for a ResNet-50 is 1.6 GMAC or some 30 ms on one core. The first count also
     embeds each name in 81 sentences, which ``templates`` shortens.
 
@@ -135,7 +135,7 @@ def from_official(
     with warnings.catch_warnings():
         # Its hyper-parameters keep the towers' config instead.
         warnings.filterwarnings("ignore", message="Attribute 'clip' is an instance of `nn.Module`")
-        module = RegionCLIPCounter(towers, **options)  # type: ignore[arg-type]
+        module = RegionCLIPCounter(towers, **RegionCLIPCounter.nested(options))  # type: ignore[arg-type]
     if tokenizer is None:
         tokenizer = (None if in_file else tokenizer_of(clip)) or _TOKENIZER
     module.set_tokenizer(tokenizer)
@@ -147,7 +147,7 @@ def _settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     given = {key: value for key, value in _flat(config) if value is not None}
     if "proposals" not in given:
         warnings.warn(
-            "no proposals are given, so boxes come from a grid, over a hundred thousand in a picture, which takes an "
+            "no proposals are given, so boxes come from a grid, over a hundred thousand in an image, which takes an "
             "hour on one core; give boxes of a detector, config={'proposals': 'boxes.json'} or 'owlv2:...'",
             stacklevel=4,
         )

@@ -70,7 +70,7 @@ def test_density_of_eight_heads(output: CLIPCountOutput, golden: dict[str, Any])
 
 
 def test_density_of_four_heads_as_the_checkpoint_says(published: CLIPCount, golden: dict[str, Any]) -> None:
-    assert published.hparams["heads"] == 4
+    assert published.hparams["network"]["heads"] == 4
     set_heads(published, 4)
     with torch.inference_mode():
         found = published(random_pictures(0, 2, 384), ask([text] for text in golden["texts"].tolist()))

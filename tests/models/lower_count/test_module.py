@@ -45,7 +45,7 @@ SMALL: dict[str, Any] = {
 
 def counter(seed: int = 0, **options: Any) -> LowerCount:
     torch.manual_seed(seed)
-    return LowerCount(**{**SMALL, "classes": NAMES, **options}).eval()
+    return LowerCount(**LowerCount.nested({**SMALL, "classes": NAMES, **options})).eval()
 
 
 def pictures(n: int = 2, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
@@ -635,7 +635,7 @@ class Epochs(L.Callback):
 
 def test_the_spatial_losses_begin_with_their_epoch(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, epochs = Watched(**{**SMALL, "first_stage": 2}), Epochs()
+    model, epochs = Watched(**Watched.nested({**SMALL, "first_stage": 2})), Epochs()
     run = trainer(tmp_path, max_epochs=4, callbacks=[epochs])
     run.fit(model, Baskets(NAMES))
     first, both = {"class", "count", "rank"}, {"class", "count", "rank", "absent", "present"}
@@ -727,10 +727,10 @@ def test_a_class_of_which_only_presence_is_known_is_counted_too() -> None:
     """Four colours are counted; of the fifth, pictures only say that it is there."""
     torch.manual_seed(0)
     model = LowerCount(
-        **{**SMALL, "width": 8, "preprocess": {"resize": "none"}},
+        **LowerCount.nested(
+            {**SMALL, "width": 8, "preprocess": {"resize": "none"}, "hidden": 24, "density_branch": "modulated"}
+        ),
         classes=list(COLOURS),
-        hidden=24,
-        density_branch="modulated",
         counted_classes=["red", "green", "blue", "yellow"],
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from counting_zoo.errors import InputError, WeightsError
 from counting_zoo.models.lower_count import network as encoders
 from counting_zoo.models.lower_count.network import (
     RESNETS,
+    LowerCountConfig,
     LowerCountNet,
     LowerCountOutput,
     ModulatedDensity,
@@ -67,7 +69,7 @@ def randomised(module: Any, seed: int = 0) -> Any:
 
 def small(n_classes: int = 3, seed: int = 0, **options: Any) -> LowerCountNet:
     torch.manual_seed(seed)
-    return LowerCountNet(SmallEncoder(8, 4), n_classes, **options)
+    return LowerCountNet(SmallEncoder(8, 4), n_classes, LowerCountConfig(**options))
 
 
 # -- torchvision's ResNets --------------------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ def test_every_weight_gets_a_gradient_in_both_stages(kind: str, density_branch: 
         width=4,
         reduction=8,
         classes=["a", "b"],
-        density_branch=density_branch,
+        network=LowerCountConfig(density_branch=density_branch),
         first_stage=first_stage,
     ).train()
     model._trainer = type("Epoch", (), {"current_epoch": 0, "global_step": 0, "world_size": 1})()
@@ -329,14 +331,14 @@ def by_hand(net: LowerCountNet, image: Tensor) -> LowerCountOutput:
             ]
             scores[i, c] = torch.stack(peaks).mean()
     density = maps[1] / maps[1][0, 0].numel()
-    density = density * (scores > 0)[..., None, None] if net.gated else density
+    density = density * (scores > 0)[..., None, None] if net.config.gated else density
     return LowerCountOutput(density, maps[0], maps[1], scores)
 
 
 @pytest.mark.parametrize("options", [{}, {"gated": False}, {"branch_norm": "none"}, {"hidden": 7}], ids=str)
 def test_against_the_formulas(options: dict[str, Any]) -> None:
     torch.manual_seed(3)
-    net = randomised(LowerCountNet(Cells(8, 16), 4, **options))
+    net = randomised(LowerCountNet(Cells(8, 16), 4, LowerCountConfig(**options)))
     image = torch.rand(2, 3, 44, 61)
     with torch.no_grad():
         found, expected = net(image), by_hand(net, image)
@@ -351,7 +353,7 @@ def test_classes_that_are_not_there_count_nothing() -> None:
     image = torch.rand(3, 3, 64, 64)
     with torch.no_grad():
         gated = net(image)
-        net.gated = False
+        net.config = replace(net.config, gated=False)
         open_ = net(image)
     present = gated.class_scores > 0
     assert present.any()
@@ -369,7 +371,7 @@ def test_classes_that_are_not_there_count_nothing() -> None:
 def test_every_size_gives_every_cell_and_loses_no_pixel(height: int, width: int, kind: tuple[int, int]) -> None:
     stride, multiple = kind
     torch.manual_seed(0)
-    net = LowerCountNet(Cells(stride, multiple), 2, branch_norm="none", gated=False, hidden=8).eval()
+    net = LowerCountNet(Cells(stride, multiple), 2, LowerCountConfig(branch_norm="none", gated=False, hidden=8)).eval()
     image = torch.rand(1, 3, height, width)
     with torch.no_grad():
         found = net(image)
@@ -381,7 +383,7 @@ def test_every_size_gives_every_cell_and_loses_no_pixel(height: int, width: int,
 
 def test_padding_is_mean_grey() -> None:
     torch.manual_seed(0)
-    net = LowerCountNet(Cells(8, 16), 2, branch_norm="none").eval()
+    net = LowerCountNet(Cells(8, 16), 2, LowerCountConfig(branch_norm="none")).eval()
     image = net.mean.expand(1, 3, 20, 12)
     with torch.no_grad():
         maps = net.class_maps(net.normalised(image))

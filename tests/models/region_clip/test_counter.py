@@ -32,7 +32,7 @@ from counting_zoo.data.dataset import collate
 from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import CheckpointError, InputError, SupervisionError
 from counting_zoo.models.region_clip.module import THRESHOLDS
-from counting_zoo.models.region_clip.network import RegionOutput
+from counting_zoo.models.region_clip.network import RegionCLIPConfig, RegionOutput
 from counting_zoo.nn.clip import random_clip
 from counting_zoo.nn.text import word_tokenizer
 from counting_zoo.types import Batch
@@ -49,7 +49,7 @@ def counter(seed: int = 0, **options: Any) -> RegionCLIPCounter:
     """Small, with random weights, which knows NAMES."""
     torch.manual_seed(seed)
     small: dict[str, Any] = {"clip": tiny.clip_config(), "templates": ["{}"], "width": 8, "n_regions": 6}
-    model = RegionCLIPCounter(**{**small, **options})
+    model = RegionCLIPCounter(**RegionCLIPCounter.nested({**small, **options}))
     model.set_tokenizer(word_tokenizer([*NAMES, "stones"], 320))
     return model.eval()
 
@@ -530,7 +530,12 @@ def test_given_boxes_are_classified_through_predict(photos: Path) -> None:
     content["annotations"] += [first, {**first, "bbox": [side + 0.25 for side in first["bbox"]]}]
     (photos / "boxes.json").write_text(json.dumps(content))
     save(counter(), "model.ckpt")
-    words = ["--model.proposals=boxes.json", "--model.threshold=0", "--model.iou_threshold=1", "--model.assign=best"]
+    words = [
+        "--model.network.proposals=boxes.json",
+        "--model.threshold=0",
+        "--model.network.iou_threshold=1",
+        "--model.network.assign=best",
+    ]
     asked = "--data.classes=[figs, dates, plums]"
     assert tiny.run("predict", *folder_words(photos, asked, *words), "--ckpt_path=model.ckpt") == 0
     written = rows(photos / "predictions" / "boxes.csv")
@@ -558,7 +563,7 @@ def test_another_source_beside_a_checkpoint(photos: Path) -> None:
     assert load("model.ckpt").threshold == pytest.approx(0.9)
     other = load("model.ckpt", proposals="boxes.json", threshold=0.0, iou_threshold=1.0)
     assert float(one(other.count(photos / "data" / "images" / "0.png", "figs")).counts[0]) == 3
-    words = ["--model.proposals=boxes.json", "--model.threshold=0", "--model.iou_threshold=1"]
+    words = ["--model.network.proposals=boxes.json", "--model.threshold=0", "--model.network.iou_threshold=1"]
     names = "--data.classes=[figs]"
     assert tiny.run("predict", *folder_words(photos, names), "--ckpt_path=model.ckpt", *words) == 0
     assert [float(row["predicted"]) for row in rows(photos / "predictions" / "counts.csv")] == [3, 5, 2]
@@ -577,7 +582,7 @@ def test_a_detector_of_transformers(folders: dict[str, Path], tmp_path: Path) ->
     assert all((boxes >= 0).all() and (boxes <= torch.tensor([60, 40, 60, 40])).all() for boxes in found.boxes)
     assert not [key for key in model.state_dict() if "source" in key]  # its weights are its own
     again = load(save(counter(proposals=source), tmp_path / "detr.ckpt"))
-    assert again.proposals == source
+    assert again.config.proposals == source
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (33, 47), (48, 64)])
@@ -946,7 +951,9 @@ def test_encoders_pretrained_on_regions(kind: str, tmp_path: Path) -> None:
     pretraining = RegionCLIPPretraining(clip, templates=["{}"], **own)
     pretraining.text.set_tokenizer(word_tokenizer([*NAMES, "stones"], 320))
     file = pretraining.export(tmp_path / "clip.safetensors")
-    model = RegionCLIPCounter(clip, pretrained_encoder=str(file), templates=["{}"], width=8, **own).eval()
+    model = RegionCLIPCounter(
+        clip, pretrained_encoder=str(file), **RegionCLIPCounter.nested({"templates": ["{}"], "width": 8, **own})
+    ).eval()
     mine = model.network.encoder.state_dict()
     assert all(torch.equal(value, mine[key]) for key, value in pretraining.encoder.state_dict().items())
     picture, boxes = torch.rand(3, 48, 64), [[0, 0, 20, 20], [20, 9, 60, 40]]
@@ -973,12 +980,12 @@ def test_zero_shot_without_a_checkpoint(photos: Path) -> None:
     words = [
         "--model=RegionCLIPCounter",
         "--model.clip=clip",
-        "--model.score=softmax",
-        "--model.dense=value",
-        "--model.proposals=boxes.json",
+        "--model.network.score=softmax",
+        "--model.network.dense=value",
+        "--model.network.proposals=boxes.json",
         "--model.threshold=0",
-        "--model.assign=best",
-        "--model.negatives=[stones]",
+        "--model.network.assign=best",
+        "--model.network.negatives=[stones]",
     ]
     names = "--data.classes=[figs, dates]"
     assert tiny.run("predict", *folder_words(photos, names), *words) == 0
@@ -1027,7 +1034,7 @@ def test_on_a_gpu(kind: str, tmp_path: Path) -> None:
 
 def test_random_weights_say_so(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = RegionCLIPCounter(tiny.clip_config(), templates=["{}"], width=8)
+    model = RegionCLIPCounter(tiny.clip_config(), network=RegionCLIPConfig(templates=["{}"], width=8))
     with pytest.raises(InputError, match="tokenizer"):
         model.count(torch.rand(3, 48, 64), "figs") if model.network.head is None else model.embed_names(["figs"])
     with pytest.warns(UserWarning, match="RegionCLIPCounter"):

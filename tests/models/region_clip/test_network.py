@@ -293,7 +293,7 @@ class Drawn(nn.Module):
 @pytest.fixture(scope="module")
 def net() -> RegionCLIPNet:
     torch.manual_seed(0)
-    return RegionCLIPCounter(**tiny.SHRUNK["region_clip_counter_small"]).network
+    return RegionCLIPCounter(**RegionCLIPCounter.nested(tiny.SHRUNK["region_clip_counter_small"])).network
 
 
 def peaks(

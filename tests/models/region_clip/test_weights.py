@@ -177,8 +177,12 @@ def test_a_file_that_has_lost_its_statistics_is_warned_about(released: State) ->
 
 def test_zero_shot_as_the_reference_but_for_what_counting_needs(released: State) -> None:
     model = counter(released)
-    assert (model.score, model.proposals, model.temperature) == ("softmax", "grid", 0.01)
-    assert (model.templates, model.wording, model.ensemble) == ("region_clip", "official", "official")
+    assert (model.config.score, model.config.proposals, model.config.temperature) == ("softmax", "grid", 0.01)
+    assert (model.config.templates, model.config.wording, model.config.ensemble) == (
+        "region_clip",
+        "official",
+        "official",
+    )
     found = model.classify_regions(torch.rand(3, 60, 80), [[0, 0, 30, 30], [10, 10, 80, 60]], ["a_b", "c, d"])
     assert found.probabilities.shape == (2, 2)
     assert bool((found.probabilities.sum(1) < 1).all())  # names of other things compete
@@ -232,7 +236,7 @@ def test_convert(
     assert "wrote" in capsys.readouterr().out
     model = load(tmp_path / "zoo.ckpt")
     assert isinstance(model, RegionCLIPCounter)
-    assert (model.iou_threshold, model.proposals) == (0.3, "grid")
+    assert (model.config.iou_threshold, model.config.proposals) == (0.3, "grid")
     assert relative(region_features(model, golden), golden["region_feats"]) < 1e-4
 
 
@@ -400,9 +404,14 @@ def test_settings_of_the_reference_and_of_the_counter(released: State) -> None:
     }
     model = counter(released, nested | {"assign": "best"})
     assert float(model.threshold) == pytest.approx(0.02)
-    assert (model.iou_threshold, model.suppression, model.temperature, model.assign) == (0.4, "soft", 0.02, "best")
+    assert (model.config.iou_threshold, model.config.suppression, model.config.temperature, model.config.assign) == (
+        0.4,
+        "soft",
+        0.02,
+        "best",
+    )
     assert model.preprocess == Preprocess("short", 400, max_long=600, interpolation="bicubic", rounding="nearest")
-    assert counter(released, {"MODEL.ROI_HEADS.SOFT_NMS_ENABLED": False}).suppression == "hard"
+    assert counter(released, {"MODEL.ROI_HEADS.SOFT_NMS_ENABLED": False}).config.suppression == "hard"
     assert counter(released, {"threshold": 0.3, **nested}).threshold == pytest.approx(0.3)  # ours win
     with pytest.warns(UserWarning, match="colour"):
         counter(released, {"SOLVER": {"IMS_PER_BATCH": 16}, "colour": 3})
@@ -411,7 +420,7 @@ def test_settings_of_the_reference_and_of_the_counter(released: State) -> None:
 def test_without_proposals_there_is_a_grid_and_a_warning(released: State) -> None:
     with pytest.warns(UserWarning, match="proposals"):
         model = load_official("region_clip", released, {"transformer_heads": 2}, tokenizer=tokenize)
-    assert model.proposals == "grid"  # type: ignore[attr-defined]
+    assert model.config.proposals == "grid"  # type: ignore[attr-defined]
 
 
 def test_heads_that_do_not_divide_the_width(released: State) -> None:
