@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from counting_zoo.config_safety import ALLOW_FLAG, restrict_imports, take_allowed_packages
@@ -14,6 +15,7 @@ from counting_zoo.errors import InputError, plain_message
 from counting_zoo.version import __version__
 
 RUNS = ("fit", "validate", "test", "predict")
+ON_DATA = ("describe", "pack", "audit", "benchmark", "calibrate")
 
 
 HELP = f"""\
@@ -67,10 +69,13 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"counting-zoo {__version__}")
         return 0
     command, rest = arguments[0], arguments[1:]
-    commands: dict[str, Callable[[list[str]], int]] = {"describe": _describe, "pack": _pack, "convert": _convert}
-    commands |= {"quickstart": _quickstart, "export": _export, "export-encoder": _export_encoder}
-    commands |= {"benchmark": _benchmark, "audit": _audit, "calibrate": _calibrate}
-    commands |= {name: lambda words, name=name: _run(name, words) for name in RUNS}  # type: ignore[misc]
+    commands: dict[str, Callable[[list[str]], int]] = {
+        **{name: partial(_lightning, name) for name in (*RUNS, *ON_DATA)},
+        "convert": _convert,
+        "export": _export,
+        "export-encoder": _export_encoder,
+        "quickstart": _quickstart,
+    }
     if command not in commands:
         close = difflib.get_close_matches(command, commands, 1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(sorted(commands))}"
@@ -95,58 +100,21 @@ def _foreseen(error: BaseException | None) -> InputError | FloatingPointError | 
     return error
 
 
-def _run(command: str, arguments: list[str]) -> int:
-    arguments, extra = take_allowed_packages(arguments)
-    restrict_imports(extra)
-    from counting_zoo.lightning_cli import run
+def _lightning(command: str, arguments: list[str]) -> int:
+    """Run a command that builds models or data, with the packages whose classes its configurations may name."""
+    arguments, allowed = take_allowed_packages(arguments)
+    restrict_imports(allowed)
+    from counting_zoo import lightning_cli
 
-    return run(command, arguments)
+    if command in RUNS:
+        return lightning_cli.run(command, arguments)
+    return getattr(lightning_cli, f"run_{command}")(arguments, allowed)
 
 
 def _quickstart(arguments: list[str]) -> int:
     from counting_zoo.quickstart import run
 
     return run(arguments, main)
-
-
-def _describe(arguments: list[str]) -> int:
-    arguments, extra = take_allowed_packages(arguments)
-    restrict_imports(extra)
-    from counting_zoo.lightning_cli import run_describe
-
-    return run_describe(arguments)
-
-
-def _pack(arguments: list[str]) -> int:
-    arguments, extra = take_allowed_packages(arguments)
-    restrict_imports(extra)
-    from counting_zoo.lightning_cli import run_pack
-
-    return run_pack(arguments)
-
-
-def _audit(arguments: list[str]) -> int:
-    arguments, extra = take_allowed_packages(arguments)
-    restrict_imports(extra)
-    from counting_zoo.lightning_cli import run_audit
-
-    return run_audit(arguments, extra)
-
-
-def _benchmark(arguments: list[str]) -> int:
-    arguments, extra = take_allowed_packages(arguments)
-    restrict_imports(extra)
-    from counting_zoo.lightning_cli import run_benchmark
-
-    return run_benchmark(arguments, extra)
-
-
-def _calibrate(arguments: list[str]) -> int:
-    arguments, extra = take_allowed_packages(arguments)
-    restrict_imports(extra)
-    from counting_zoo.lightning_cli import run_calibrate
-
-    return run_calibrate(arguments, extra)
 
 
 def _convert(arguments: list[str]) -> int:

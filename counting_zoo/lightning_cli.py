@@ -40,7 +40,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def run_describe(arguments: Sequence[str]) -> int:
+def run_describe(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     """``counting-zoo describe``: what a data set holds; the exit code, 2 if no split can be read."""
     from counting_zoo.data.describe import describe, print_description
 
@@ -52,7 +52,7 @@ def run_describe(arguments: Sequence[str]) -> int:
     return 2 if all(isinstance(value, InputError) for value in found.values()) else 0
 
 
-def run_pack(arguments: Sequence[str]) -> int:
+def run_pack(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     """``counting-zoo pack``: one data module into one HDF5 file; the exit code."""
     from counting_zoo.data.pack import pack
 

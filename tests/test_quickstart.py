@@ -36,7 +36,7 @@ def test_quickstart_leaves_model_report_and_counts(
 def test_what_no_quickstart_wrote_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, kind: str
 ) -> None:
-    monkeypatch.setattr("counting_zoo.cli._run", lambda *words: pytest.fail("it trains"))
+    monkeypatch.setattr("counting_zoo.cli._lightning", lambda *words: pytest.fail("it trains"))
     ours, theirs, own = tmp_path / ("train" if name != "train" else "photos"), tmp_path / name, tmp_path / "own"
     renew(ours)
     if kind == "folder":
