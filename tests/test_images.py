@@ -197,7 +197,7 @@ def test_png_with_a_flipped_bit_raises() -> None:
     ("data", "said"),
     [
         (b"", "empty"),
-        (b"hello, I am a text file", "not a picture"),
+        (b"hello, I am a text file", "hello"),
         (b"GIF89a" + bytes(50), "GIF"),
         (b"\0\0\0\x20ftypheic" + bytes(50), "HEIF"),
         (b"\xff\xd8\xff", "truncated"),
