@@ -21,7 +21,7 @@ from pathlib import Path
 from counting_zoo import SyntheticScenes
 from counting_zoo.cli import main
 from counting_zoo.nn.pretrained import SMALL, small_file
-from counting_zoo.quickstart import bfloat16_instructions, config
+from counting_zoo.quickstart import config
 
 COLUMNS = {
     "test/mae": "MAE",
@@ -93,7 +93,7 @@ def run(start: str, source: str | None, seed: int, options: argparse.Namespace) 
             "--trainer.check_val_every_n_epoch",
             str(options.epochs),
             "--trainer.precision",
-            "bf16-mixed" if bfloat16_instructions() else "32-true",
+            "bf16-mixed",
             *options.more,
         ]
     )

@@ -26,6 +26,7 @@ from counting_zoo.config_safety import CURE
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.module import CountingModule
+from counting_zoo.ops import usable_precision
 from counting_zoo.quickstart import config_or_path
 from counting_zoo.training import TrainingModule, current_name
 
@@ -264,8 +265,13 @@ class CountingCLI(LightningCLI):
         """Lightning's own reading of the checkpoint, by which it overrides the command line: not wanted here."""
 
     def before_instantiate_classes(self) -> None:
-        """Leave TensorBoard out where it is not installed; the YAML files name it beside the CSV logger."""
+        """Fit the trainer's settings to this machine: its instructions, and whether TensorBoard is installed."""
         config = self.config[self.config.subcommand]
+        asked = str(config.get("trainer.precision"))
+        precision = usable_precision(asked, str(config.get("trainer.accelerator")))
+        if precision != asked:
+            log.warning("this processor has no bfloat16 instructions: computing in %s, not %s", precision, asked)
+            config["trainer.precision"] = precision
         loggers = config.get("trainer.logger")
         if isinstance(loggers, list) and importlib.util.find_spec("tensorboard") is None:
             kept = [entry for entry in loggers if not str(entry.get("class_path", "")).endswith("TensorBoardLogger")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,25 @@ def full_precision(x: Tensor) -> Tensor:
 def exact_dtype(device: torch.device) -> torch.dtype:
     """float64, in which counts are summed and compared, or float32 on devices that lack it (Apple's MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def bfloat16_instructions() -> bool:
+    """Tell if this processor multiplies bfloat16 matrices itself; elsewhere they are slower than float32 ones."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any("bf16" in str(name) and value for name, value in capabilities.items())
+
+
+def usable_precision(precision: str, accelerator: str) -> str:
+    """Choose 32-true instead of bf16-mixed where a processor without bfloat16 instructions computes.
+
+    One convolution took 27 times as long there.
+
+    Args:
+        precision: as a trainer is asked for it.
+        accelerator: as a trainer is asked for it; ``auto`` is the processor where there is nothing faster.
+    """
+    on_processor = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    return "32-true" if precision == "bf16-mixed" and on_processor and not bfloat16_instructions() else precision
 
 
 def points_to_counts(

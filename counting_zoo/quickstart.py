@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from counting_zoo.errors import InputError
 
@@ -33,6 +32,7 @@ def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
     options = parser.parse_args(arguments)
 
     from counting_zoo.data.synthetic import SyntheticScenes
+    from counting_zoo.ops import bfloat16_instructions
 
     out: Path = options.out
     for name in ("train", "test", "photos", "predictions"):
@@ -81,8 +81,6 @@ def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
             str(options.seed),
             "--trainer.max_epochs",
             str(epochs),
-            "--trainer.precision",
-            "bf16-mixed" if fast else "32-true",
             "--trainer.check_val_every_n_epoch",
             "1" if epochs % 2 else "2",
         ],  # the last epoch is always validated
@@ -187,11 +185,3 @@ def config_or_path(name: str) -> str:
         with contextlib.suppress(InputError):
             return str(config(f"{folder}/{match[2]}.yaml"))
     return name
-
-
-def bfloat16_instructions() -> bool:
-    """Tell if this processor multiplies bfloat16 matrices itself; elsewhere they are slower than float32 ones."""
-    import torch
-
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any("bf16" in str(name) and value for name, value in capabilities.items())

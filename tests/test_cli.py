@@ -148,6 +148,13 @@ def test_fit_resumes(checkpoint: Path) -> None:
     assert cli.model.layers[0].out_channels == 3
 
 
+def test_a_processor_without_bfloat16_instructions_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["fit", *MODEL, *DATA, *TRAINER, "--trainer.precision", "bf16-mixed", "--trainer.fast_dev_run", "true"]
+    for capabilities, expected in (({"avx512_bf16": True}, "bf16-mixed"), ({"avx512_bf16": False}, "32-true")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert run(*words).trainer.precision == expected
+
+
 def test_test_writes_a_table_and_a_report(checkpoint: Path) -> None:
     assert main(["test", *ALLOW, *DATA, *TRAINER, "--ckpt_path", str(checkpoint), "--report.pictures", "2"]) == 0
     folder = Path("runs/test/version_0")

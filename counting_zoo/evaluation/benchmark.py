@@ -34,6 +34,7 @@ from counting_zoo.loading import load, model_sha256
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.statistics import JOIN
 from counting_zoo.module import CountingModule
+from counting_zoo.ops import usable_precision
 from counting_zoo.queries import known_names
 from counting_zoo.version import __version__
 
@@ -189,7 +190,10 @@ def _fabric(accelerator: str, devices: int, precision: Precision) -> L.Fabric:
     """The devices, with a process on each; an :class:`InputError` where there are none such."""
     try:
         fabric = L.Fabric(
-            accelerator=accelerator, devices=devices, precision=precision, strategy="ddp" if devices > 1 else "auto"
+            accelerator=accelerator,
+            devices=devices,
+            precision=usable_precision(precision, accelerator),  # type: ignore[arg-type]
+            strategy="ddp" if devices > 1 else "auto",
         )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise InputError(f"accelerator {accelerator!r} with {devices} devices cannot be used: {error}") from error
