@@ -36,31 +36,31 @@ class PredictionWriter(L.Callback):
 
     Args:
         dir: the folder; files of an earlier run in it are replaced.
-        pictures: draw overlays.
+        images: draw overlays.
         densities: write density maps.
-        max_pictures: how many images to draw at most, the first of the data; ``None`` for all.
+        max_images: how many images to draw at most, the first of the data; ``None`` for all.
         fail_on_error: raise at the very end, after everything is written, if an image could not be read.
     """
 
     def __init__(
         self,
         dir: str = "predictions",
-        pictures: bool = True,
+        images: bool = True,
         densities: bool = True,
-        max_pictures: int | None = 1000,
+        max_images: int | None = 1000,
         fail_on_error: bool = False,
     ) -> None:
-        if max_pictures is not None and max_pictures < 0:
-            raise InputError(f"predictions.max_pictures is {max_pictures}; expected at least 0, or null for all")
+        if max_images is not None and max_images < 0:
+            raise InputError(f"predictions.max_images is {max_images}; expected at least 0, or null for all")
         self.dir = Path(dir).expanduser()
-        self.pictures = pictures
+        self.images = images
         self.densities = densities
-        self.max_pictures = max_pictures
+        self.max_images = max_images
         self.fail_on_error = fail_on_error
         self._part: PartWriter | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        limit = self.max_pictures if self.pictures else 0
+        limit = self.max_images if self.images else 0
         self._part = PartWriter(self.dir, trainer.global_rank, densities=self.densities, max_pictures=limit)
 
     def on_predict_batch_end(
@@ -84,7 +84,7 @@ class PredictionWriter(L.Callback):
         self._part.close()
         self._part = None
         trainer.strategy.barrier("predictions written")
-        done = merge_parts(self.dir, trainer.world_size, self.max_pictures) if trainer.is_global_zero else None
+        done = merge_parts(self.dir, trainer.world_size, self.max_images) if trainer.is_global_zero else None
         done = trainer.strategy.broadcast(done)
         assert done is not None  # the first process has made it
         if trainer.is_global_zero:
@@ -101,7 +101,7 @@ class PredictionWriter(L.Callback):
             self._part = None
 
 
-class DensityPictures(L.Callback):
+class DensityImages(L.Callback):
     """Draws the first validation images, always the same ones, to see where the model counts.
 
     They go to TensorBoard where that logs images, and else into ``pictures/`` of the log folder. The first process
@@ -109,17 +109,17 @@ class DensityPictures(L.Callback):
 
     Args:
         every_n_epochs: how often.
-        max_pictures: how many.
+        max_images: how many.
     """
 
-    def __init__(self, every_n_epochs: int = 1, max_pictures: int = 4) -> None:
-        if every_n_epochs < 1 or max_pictures < 0:
+    def __init__(self, every_n_epochs: int = 1, max_images: int = 4) -> None:
+        if every_n_epochs < 1 or max_images < 0:
             raise InputError(
-                f"DensityPictures: every_n_epochs={every_n_epochs}, max_pictures={max_pictures}; "
+                f"DensityImages: every_n_epochs={every_n_epochs}, max_images={max_images}; "
                 "expected at least 1 and at least 0"
             )
         self.every_n_epochs = every_n_epochs
-        self.max_pictures = max_pictures
+        self.max_images = max_images
         self._drawn = 0
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -137,7 +137,7 @@ class DensityPictures(L.Callback):
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs:
             return
         assert isinstance(pl_module, CountingModule)
-        for i in range(min(self.max_pictures - self._drawn, len(batch["image_id"]))):
+        for i in range(min(self.max_images - self._drawn, len(batch["image_id"]))):
             prediction = count_again(pl_module, batch, i)
             name = prediction.names[0]
             tag = f"val_pictures/{self._drawn:02d}"
@@ -151,17 +151,17 @@ class TestReport(L.Callback):
     And ``test_classes.csv``, the error of each class with its interval, where all images ask about the same names.
 
     Args:
-        pictures: how many images the report shows, spread evenly over the test data; each costs one more
+        images: how many images the report shows, spread evenly over the test data; each costs one more
             prediction, and for text-guided models the report shows the same image asked about an absent name.
         title: of the report; model and data if ``None``.
     """
 
     __test__ = False  # not a test class, whatever its name says to pytest
 
-    def __init__(self, pictures: int = 8, title: str | None = None) -> None:
-        if pictures < 0:
-            raise InputError(f"report.images is {pictures}; expected at least 0")
-        self.pictures = pictures
+    def __init__(self, images: int = 8, title: str | None = None) -> None:
+        if images < 0:
+            raise InputError(f"report.images is {images}; expected at least 0")
+        self.images = images
         self.title = title
         self._names: dict[str, list[str]] = {}
         self._shown: list[Drawing] = []
@@ -171,7 +171,7 @@ class TestReport(L.Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._names, self._shown, self._table = {}, [], CountTable()
         n_batches = int(trainer.num_test_batches[0]) if np.isfinite(trainer.num_test_batches[0]) else 1
-        chosen = np.linspace(0, n_batches - 1, self.pictures).round().astype(int).tolist() if n_batches else []
+        chosen = np.linspace(0, n_batches - 1, self.images).round().astype(int).tolist() if n_batches else []
         self._batches = {batch: chosen.count(batch) for batch in chosen}
 
     def on_test_batch_end(

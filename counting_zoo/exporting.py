@@ -85,10 +85,10 @@ def _write(model: CountingModule, path: Path, asked: list[str]) -> None:
     one = _OneNameList(model, asked)
     side = max(model.window or 0, 2 * UNIT)
     side += -side % UNIT
-    picture = torch.rand(1, 3, side, side + UNIT, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 3, side, side + UNIT, generator=torch.Generator().manual_seed(0))
     sides = {axis: UNIT * torch.export.Dim(name, min=1, max=256) for axis, name in ((2, "rows"), (3, "columns"))}
     with torch.no_grad():
-        output = model(picture, [Query(tuple(asked))])
+        output = model(image, [Query(tuple(asked))])
     if hasattr(output, "boxes"):
         raise InputError(
             f"{type(model).__name__} counts boxes, of which there are more or fewer in each image; a graph has a "
@@ -96,11 +96,11 @@ def _write(model: CountingModule, path: Path, asked: list[str]) -> None:
         )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about what the exporters do inside
-        program = torch.export.export(one, (picture,), dynamic_shapes={"image": sides}, strict=False)
+        program = torch.export.export(one, (image,), dynamic_shapes={"image": sides}, strict=False)
         with replacing(path) as temporary:
             write, run = (_write_pt2, _run_pt2) if path.suffix == ".pt2" else (_write_onnx, _run_onnx)
             write(program, temporary, json.dumps(_recipe(model, asked), indent=1))
-            found, expected = run(temporary, picture), output.density
+            found, expected = run(temporary, image), output.density
             if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
                 worst = float((found - expected).abs().max())
                 raise InputError(f"the graph's density differs from the model's by up to {worst:g}: nothing is written")
@@ -129,9 +129,9 @@ def _write_pt2(program: Any, path: Path, recipe: str) -> None:
     torch.export.save(program, path, extra_files={RECIPE: recipe})
 
 
-def _run_pt2(path: Path, picture: Tensor) -> Tensor:
+def _run_pt2(path: Path, image: Tensor) -> Tensor:
     with path.open("rb") as file:
-        return torch.export.load(io.BytesIO(file.read())).module()(picture)
+        return torch.export.load(io.BytesIO(file.read())).module()(image)
 
 
 def _write_onnx(program: Any, path: Path, recipe: str) -> None:
@@ -156,8 +156,8 @@ def _write_onnx(program: Any, path: Path, recipe: str) -> None:
     onnx.save(graph, path)
 
 
-def _run_onnx(path: Path, picture: Tensor) -> Tensor:
+def _run_onnx(path: Path, image: Tensor) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["density"], {"image": picture.numpy()})[0])
+    return torch.from_numpy(session.run(["density"], {"image": image.numpy()})[0])

@@ -197,7 +197,7 @@ class _Parser(LightningArgumentParser):
     def parse_args(  # type: ignore[override]  # jsonargparse differs from argparse here too
         self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
     ) -> Any:
-        return super().parse_args(None if args is None else _with_shipped_configs(args), *others, **kwargs)
+        return super().parse_args(None if args is None else _current_words(args), *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         refused = "not allowed, denied by" in f"{message} {ex}"
@@ -284,15 +284,24 @@ class CountingCLI(LightningCLI):
         self.trainer.predict(model, **{**kwargs, "return_predictions": False})
 
 
-def _with_shipped_configs(args: Sequence[str]) -> list[str]:
-    """Replace the names of shipped configurations behind ``--config`` by their files."""
-    words = list(args)
-    for i, word in enumerate(words):
+#: Options under the names of the first edition, which command lines may still give.
+EARLIER_OPTIONS = {
+    "--predictions.pictures": "--predictions.images",
+    "--predictions.max_pictures": "--predictions.max_images",
+    "--report.pictures": "--report.images",
+}
+
+
+def _current_words(args: Sequence[str]) -> list[str]:
+    """Replace the names of shipped configurations behind ``--config`` by their files, and earlier names of options."""
+    words: list[str] = []
+    for word in args:
         flag, equals, value = word.partition("=")
-        if equals and flag in ("--config", "-c"):
-            words[i] = f"{flag}={config_or_path(value)}"
-        elif i and words[i - 1] in ("--config", "-c"):
-            words[i] = config_or_path(word)
+        if flag in ("--config", "-c") and equals:
+            value = config_or_path(value)
+        elif words and words[-1] in ("--config", "-c"):
+            flag, equals, value = config_or_path(word), "", ""
+        words.append(f"{EARLIER_OPTIONS.get(flag, flag)}{equals}{value}")
     return words
 
 

@@ -267,7 +267,7 @@ def resize_density(density: Tensor, size: Size, extent: tuple[float, float] | No
 def _flatten(
     points: Sequence[Tensor], size: Size, labels: Sequence[Tensor] | None, num_classes: int, validate: bool
 ) -> tuple[Tensor, Tensor]:
-    """All points of a batch as ``(N, 2)``, and the plane ``picture * K + class`` each of them falls on."""
+    """All points of a batch as ``(N, 2)``, and the plane ``image * K + class`` each of them falls on."""
     if labels is None and num_classes > 1:
         raise InputError(f"points of {num_classes} classes came without labels; give one class index for each point")
     lengths = [len(p) for p in points]
@@ -276,22 +276,22 @@ def _flatten(
     if not points:
         return torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)
     xy = torch.cat([p.reshape(-1, 2) for p in points]).float()
-    picture = torch.repeat_interleave(torch.tensor(lengths)).to(xy.device)
-    kind = torch.cat(list(labels)).long() if labels is not None else torch.zeros_like(picture)
+    image = torch.repeat_interleave(torch.tensor(lengths)).to(xy.device)
+    kind = torch.cat(list(labels)).long() if labels is not None else torch.zeros_like(image)
     if validate:
         inside = ((xy >= 0) & (xy <= xy.new_tensor([size[1], size[0]]))).all(1)
         known = (kind >= 0) & (kind < num_classes)
         if not bool((inside & known).all()):
-            _explain(xy, picture, kind, inside, known, size, num_classes)
-    return xy, picture * num_classes + kind.clamp(0, num_classes - 1)
+            _explain(xy, image, kind, inside, known, size, num_classes)
+    return xy, image * num_classes + kind.clamp(0, num_classes - 1)
 
 
 def _explain(
-    xy: Tensor, picture: Tensor, kind: Tensor, inside: Tensor, known: Tensor, size: Size, num_classes: int
+    xy: Tensor, image: Tensor, kind: Tensor, inside: Tensor, known: Tensor, size: Size, num_classes: int
 ) -> None:
     """Raise the error that names the first point which does not fit."""
     n = int((~(inside & known)).nonzero()[0])
-    where = f"point {n - int((picture < picture[n]).sum())} of image {int(picture[n])} in the batch"
+    where = f"point {n - int((image < image[n]).sum())} of image {int(image[n])} in the batch"
     if not inside[n]:
         raise InputError(
             f"{where} lies at x={float(xy[n, 0]):g}, y={float(xy[n, 1]):g}, outside the image of width {size[1]} "

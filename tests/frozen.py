@@ -406,7 +406,7 @@ def predicted(checkpoint: Path, source: tuple[str, ...], place: Path) -> dict[st
     out = place / "predictions"
     shutil.rmtree(out, ignore_errors=True)
     flags = [
-        "--predictions.pictures=false",
+        "--predictions.images=false",
         "--predictions.densities=false",
         f"--predictions.dir={out}",
         "--ckpt_path",
@@ -425,7 +425,7 @@ def predicted(checkpoint: Path, source: tuple[str, ...], place: Path) -> dict[st
 def tested(checkpoint: Path, source: tuple[str, ...], place: Path) -> dict[str, Any]:
     """The counts that the command ``test`` writes."""
     logger = [{"class_path": "CSVLogger", "init_args": {"save_dir": str(place), "name": "", "version": "tested"}}]
-    run("test", *tiny.trainer(callbacks=[], logger=logger), *source, "--ckpt_path", checkpoint, "--report.pictures=0")
+    run("test", *tiny.trainer(callbacks=[], logger=logger), *source, "--ckpt_path", checkpoint, "--report.images=0")
     return read_counts(place / "tested" / "test_counts.csv")
 
 

@@ -19,7 +19,7 @@ from pages import Page
 from tiny_zoo import TinyCounter, TinyPictures
 
 from counting_zoo import VOCCounts
-from counting_zoo.callbacks import DensityPictures, PredictionWriter, TestReport
+from counting_zoo.callbacks import DensityImages, PredictionWriter, TestReport
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.evaluation.predictions import BOX_COLUMNS, COUNT_COLUMNS, PartWriter, merge_parts
 from counting_zoo.io import safe_cell, write_table
@@ -103,14 +103,14 @@ def test_a_broken_picture_costs_one_logged_error(
         predict(tmp_path, model, writer={"fail_on_error": True})
 
 
-@pytest.mark.parametrize("max_pictures", [None, 3])
+@pytest.mark.parametrize("max_images", [None, 3])
 def test_files_do_not_depend_on_the_number_of_processes(
-    tmp_path: Path, model: TinyCounter, max_pictures: int | None
+    tmp_path: Path, model: TinyCounter, max_images: int | None
 ) -> None:
     for ranks in (1, 2):
-        predict(tmp_path / str(ranks), model, ranks, {"max_pictures": max_pictures})
+        predict(tmp_path / str(ranks), model, ranks, {"max_images": max_images})
     one, two = (files_of(tmp_path / str(ranks)) for ranks in (1, 2))
-    assert len([name for name in one if name.startswith("pictures/")]) == 2 * (max_pictures or 5)
+    assert len([name for name in one if name.startswith("pictures/")]) == 2 * (max_images or 5)
     assert one.keys() == two.keys()
     for name in one:
         assert one[name] == two[name], name
@@ -140,11 +140,11 @@ def test_boxes_of_a_model_are_written_and_drawn(tmp_path: Path) -> None:
 
 
 def test_options_leave_files_out(tmp_path: Path, model: TinyCounter) -> None:
-    predict(tmp_path, model, writer={"pictures": False, "densities": False})
+    predict(tmp_path, model, writer={"images": False, "densities": False})
     assert sorted(files_of(tmp_path)) == ["counts.csv", "errors.csv", "points.csv"]
     assert {(row["overlay"], row["density"]) for row in table(tmp_path / "counts.csv")} == {("", "")}
-    with pytest.raises(InputError, match="max_pictures"):
-        PredictionWriter(max_pictures=-1)
+    with pytest.raises(InputError, match="max_images"):
+        PredictionWriter(max_images=-1)
 
 
 def prediction(image_id: str, count: float = 1.0) -> Prediction:
@@ -291,7 +291,7 @@ def test_numbers_survive_the_table(value: float) -> None:
 def test_density_pictures_are_capped_and_written_where_the_logger_takes_none(
     tmp_path: Path, model: TinyCounter
 ) -> None:
-    callback = DensityPictures(every_n_epochs=2, max_pictures=3)
+    callback = DensityImages(every_n_epochs=2, max_images=3)
     logger = CSVLogger(tmp_path)
     made = trainer(
         tmp_path,
@@ -314,7 +314,7 @@ def test_density_pictures_go_to_tensorboard(tmp_path: Path, model: TinyCounter) 
     logger = TensorBoardLogger(tmp_path)
     made = trainer(
         tmp_path,
-        DensityPictures(max_pictures=2),
+        DensityImages(max_images=2),
         logger=[CSVLogger(tmp_path), logger],
         max_epochs=1,
         log_every_n_steps=1,
@@ -330,7 +330,7 @@ def test_density_pictures_go_to_tensorboard(tmp_path: Path, model: TinyCounter) 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_report_of_a_test(tmp_path: Path, model: TinyCounter, ranks: int) -> None:
     strategy = "ddp_fork" if ranks > 1 else "auto"
-    made = trainer(tmp_path, TestReport(pictures=3), devices=ranks, strategy=strategy, use_distributed_sampler=False)
+    made = trainer(tmp_path, TestReport(images=3), devices=ranks, strategy=strategy, use_distributed_sampler=False)
     made.test(model, TinyPictures(), verbose=False)
     rows = table(tmp_path / "test_counts.csv")
     assert [row["image"] for row in rows] == [f"test/{i:02d} ü.png" for i in range(5)]
@@ -345,7 +345,7 @@ def test_the_report_of_a_test(tmp_path: Path, model: TinyCounter, ranks: int) ->
 def test_the_protocol_of_the_data_is_kept_with_checkpoint_and_report(tmp_path: Path, model: TinyCounter) -> None:
     fakes.voc(tmp_path / "data")
     data = VOCCounts(tmp_path / "data", difficult="include", num_workers=0, classes=["cat", "dog", "person"])
-    made = trainer(tmp_path, TestReport(pictures=0), max_epochs=1, limit_train_batches=1)
+    made = trainer(tmp_path, TestReport(images=0), max_epochs=1, limit_train_batches=1)
     made.fit(model, data)
     stored = torch.load(made.checkpoint_callback.best_model_path, weights_only=True)
     assert stored["datamodule_hyper_parameters"]["difficult"] == "include"
@@ -355,7 +355,7 @@ def test_the_protocol_of_the_data_is_kept_with_checkpoint_and_report(tmp_path: P
     assert ["data.folder", "VOC2007"] in Page(page).rows
 
 
-@pytest.mark.parametrize("make", [lambda: DensityPictures(0), lambda: DensityPictures(1, -1), lambda: TestReport(-1)])
+@pytest.mark.parametrize("make", [lambda: DensityImages(0), lambda: DensityImages(1, -1), lambda: TestReport(-1)])
 def test_options_out_of_range(make: Any) -> None:
     with pytest.raises(InputError, match=r"every_n_epochs|report"):
         make()

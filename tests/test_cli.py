@@ -156,7 +156,9 @@ def test_a_processor_without_bfloat16_instructions_computes_in_float32(monkeypat
 
 
 def test_test_writes_a_table_and_a_report(checkpoint: Path) -> None:
-    assert main(["test", *ALLOW, *DATA, *TRAINER, "--ckpt_path", str(checkpoint), "--report.pictures", "2"]) == 0
+    assert (
+        main(["test", *ALLOW, *DATA, *TRAINER, "--ckpt_path", str(checkpoint), "--report.pictures", "2"]) == 0
+    )  # earlier name
     folder = Path("runs/test/version_0")
     assert (folder / "test_counts.csv").read_text().splitlines()[1].startswith("test/00 ü.png,dots,1,")
     report = (folder / "report.html").read_text()

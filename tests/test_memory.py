@@ -136,7 +136,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> Non
         "from counting_zoo.callbacks import PartWriter\nfound, add = [], PartWriter.add\n"
         "PartWriter.add = lambda self, prediction: (add(self, prediction), found.append(memory('VmRSS')))\n"
     )
-    found = measured(tmp_path, watch + predict("--predictions.max_pictures=null") + "\nresult['resident'] = found")
+    found = measured(tmp_path, watch + predict("--predictions.max_images=null") + "\nresult['resident'] = found")
     assert (found["exit"], len(found["resident"])) == (0, n)
     joining = found["peak"] - max(found["resident"])
     print(f"predict: {slope(found['resident']) / 1e3:.2f} kB, and {joining / n / 1e3:.2f} kB to join the files")

@@ -118,7 +118,7 @@ def test_one_broken_picture_among_many(
     for i, content in enumerate(BROKEN.values()):
         Path("data/images", f"bad{i}.jpg").write_bytes(content)
     with caplog.at_level(logging.ERROR):
-        assert run("predict", *predict_words(checkpoint), "--predictions.pictures=false") == 0
+        assert run("predict", *predict_words(checkpoint), "--predictions.images=false") == 0
     errors = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == len(BROKEN)
     assert all(any(f"bad{i}.jpg" in message for message in errors) for i in range(len(BROKEN)))

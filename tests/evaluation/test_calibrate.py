@@ -281,7 +281,7 @@ def test_the_test_report_has_coverage_and_width(tmp_path: Path) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,
-        callbacks=[TestReport(pictures=1)],
+        callbacks=[TestReport(images=1)],
         logger=False,
     )
     scores = run.test(model, data, verbose=False)[0]
