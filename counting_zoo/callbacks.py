@@ -246,7 +246,7 @@ class TestReport(L.Callback):
         rank_zero_info(f"report: {path}")
 
     def _class_rows(self, module: L.LightningModule) -> list[dict[str, Any]]:
-        """The errors of each class where all images were asked about the same names."""
+        """Compute the errors of each class where all images were asked about the same names."""
         assert isinstance(module, CountingModule)
         lists = {tuple(names) for names in self._names.values()}
         if len(lists) != 1 or module.class_blind or len(names := lists.pop()) < 2:
@@ -259,7 +259,7 @@ class TestReport(L.Callback):
 
 
 def _absent_name(module: CountingModule, trainer: L.Trainer, batch: Batch, index: int) -> str | None:
-    """A name that is not in the image, for models that read names."""
+    """Choose a name that is not in the image, for models that read names."""
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None or not module.text_guided or len(batch["queries"][index].names) != 1:
         return None

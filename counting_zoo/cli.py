@@ -94,7 +94,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _foreseen(error: BaseException | None) -> InputError | FloatingPointError | None:
-    """The zoo's own error, also where the parser has wrapped it in one of its own."""
+    """Find the zoo's own error, also where the parser has wrapped it in one of its own."""
     while error is not None and not isinstance(error, InputError | FloatingPointError):
         error = error.__cause__
     return error
@@ -182,7 +182,7 @@ def _export_encoder(arguments: list[str]) -> int:
 
 
 def _read_mapping(path: str) -> dict[str, Any]:
-    """A JSON or YAML file that holds a mapping."""
+    """Read a JSON or YAML file that holds a mapping."""
     import yaml
 
     try:

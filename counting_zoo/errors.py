@@ -36,7 +36,7 @@ class WeightsError(InputError):
 
 
 def plain_message(error: Exception) -> str:
-    """The message alone; data loader workers wrap a whole traceback around it."""
+    """Extract the message alone; data loader workers wrap a whole traceback around it."""
     text = str(error)
     if not re.match(r"Caught \w+ in ", text):
         return text

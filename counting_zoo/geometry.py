@@ -97,15 +97,15 @@ class Preprocess:
 
     @classmethod
     def of(cls, value: Preprocess | dict[str, Any] | None) -> Preprocess:
-        """A :class:`Preprocess` from itself, from a mapping (as stored in a checkpoint) or from nothing."""
+        """Build a :class:`Preprocess` from itself, from a mapping (as stored in a checkpoint) or from nothing."""
         return value if isinstance(value, cls) else cls(**(value or {}))  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it is stored in a checkpoint."""
+        """Convert to plain data, as it is stored in a checkpoint."""
         return asdict(self)
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size a ``height`` x ``width`` image gets."""
+        """Compute the size a ``height`` x ``width`` image gets."""
         sides: tuple[float, float] = (height, width)
         if self.resize == "warp":
             assert self.size is not None  # held by __post_init__
@@ -177,7 +177,7 @@ def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 
 
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of every box with every other; 0 where both are empty.
+    """Compute the intersection over union of every box with every other; 0 where both are empty.
 
     Args:
         boxes: ``(N, 4)`` x1, y1, x2, y2.

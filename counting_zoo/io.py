@@ -62,7 +62,7 @@ def progress(items: Iterable[T], total: int, description: str, patience: float =
 
 
 def safe_cell(value: str | int | float) -> str:
-    """A table cell: numbers as the shortest text that gives the same float32, text that no spreadsheet executes.
+    """Write a table cell: numbers as the shortest text of the same float32, text that no spreadsheet executes.
 
     Example:
         >>> safe_cell("=HYPERLINK(1)"), safe_cell(-0.5), safe_cell("apples")
@@ -74,7 +74,7 @@ def safe_cell(value: str | int | float) -> str:
 
 
 def unsafe_cell(cell: str) -> str:
-    """The text that :func:`safe_cell` made safe.
+    """Restore the text that :func:`safe_cell` made safe.
 
     Example:
         >>> unsafe_cell(safe_cell("=HYPERLINK(1)")), unsafe_cell("'tis")

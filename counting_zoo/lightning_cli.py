@@ -42,7 +42,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def run_describe(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
-    """``counting-zoo describe``: what a data set holds; the exit code, 2 if no split can be read."""
+    """Run ``counting-zoo describe``; the exit code is 2 if no split can be read."""
     from counting_zoo.data.describe import describe, print_description
 
     parser = _data_parser("describe", "Print what a data set holds.")
@@ -54,7 +54,7 @@ def run_describe(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
 
 
 def run_pack(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
-    """``counting-zoo pack``: one data module into one HDF5 file; the exit code."""
+    """Run ``counting-zoo pack``; return the exit code."""
     from counting_zoo.data.pack import pack
 
     parser = _data_parser("pack", "Write a data set into one HDF5 file.")
@@ -68,7 +68,7 @@ def run_pack(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
 
 
 def made_from_config(kind: type, key: str, path: str | Path, options: Mapping[str, Any]) -> Any:
-    """A model or data module from its configuration file.
+    """Build a model or data module from its configuration file.
 
     Args:
         kind: base class of what is made.
@@ -94,7 +94,7 @@ def made_from_config(kind: type, key: str, path: str | Path, options: Mapping[st
 
 
 def run_calibrate(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
-    """``counting-zoo calibrate``: a checkpoint whose model gives intervals; the exit code.
+    """Run ``counting-zoo calibrate``; return the exit code.
 
     Args:
         arguments: the words behind the command.
@@ -115,7 +115,7 @@ def run_calibrate(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
 
 
 def run_audit(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
-    """``counting-zoo audit``: whether a model counts what its prompt says; the exit code.
+    """Run ``counting-zoo audit``; return the exit code.
 
     Args:
         arguments: the words behind the command.
@@ -153,7 +153,7 @@ def run_audit(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
 
 
 def counter_of(path: str, allowed: Sequence[str], **options: Any) -> CountingModule:
-    """The counter of a checkpoint, which may be of a package that the user allows.
+    """Load the counter of a checkpoint, which may be of a package that the user allows.
 
     Args:
         path: the checkpoint.
@@ -180,7 +180,7 @@ def model_of(path: str, allowed: Sequence[str], **options: Any) -> Any:
 
 
 def _data_parser(command: str, description: str) -> _Parser:
-    """The parser of a command that reads a data module."""
+    """Build the parser of a command that reads a data module."""
     _import_classes()
     parser = _Parser(prog=f"counting-zoo {command}", description=description)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below.")
@@ -231,7 +231,7 @@ class CountingCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static, and called on self
-        """The one that runs: a parser for each of the others would take a tenth of a second at every start."""
+        """Build only the parser of the requested subcommand; each of the others adds 0.1 s to start-up."""
         return {self._command: super().subcommands()[self._command]}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
@@ -262,7 +262,7 @@ class CountingCLI(LightningCLI):
             os.unlink(recipe)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's own reading of the checkpoint, by which it overrides the command line: not wanted here."""
+        """Skip Lightning's own reading of the checkpoint, by which it overrides the command line."""
 
     def before_instantiate_classes(self) -> None:
         """Fit the trainer's settings to this machine: its instructions, and whether TensorBoard is installed."""
@@ -313,7 +313,7 @@ def _import_classes() -> None:
 
 
 def _silence() -> None:
-    """Adverts, and warnings about what is meant here."""
+    """Silence adverts, and warnings about what is meant here."""
     for message in (
         ".*callbacks used to create the checkpoint need to be provided.*",  # testing needs none of them
         "The dirpath has changed from.*",  # the same
@@ -329,7 +329,7 @@ def _silence() -> None:
 
 
 def _checkpoint_path(args: Sequence[str]) -> Path | None:
-    """The checkpoint file that the options or their YAML files name; the last one wins, as everywhere.
+    """Find the checkpoint file that the options or their YAML files name; the last one wins, as everywhere.
 
     Raises:
         CheckpointError: it is not there.
@@ -352,7 +352,7 @@ def _checkpoint_path(args: Sequence[str]) -> Path | None:
 
 
 def _checkpoint_in_yaml(path: str) -> str | None:
-    """``ckpt_path`` of a configuration file; a file that is not there is left to the parser.
+    """Read ``ckpt_path`` of a configuration file; a file that is not there is left to the parser.
 
     Raises:
         InputError: the file is no YAML; the parser would not say which one.
@@ -368,7 +368,7 @@ def _checkpoint_in_yaml(path: str) -> str | None:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """Class and hyper-parameters that a checkpoint was written with.
+    """Read the class and hyper-parameters that a checkpoint was written with.
 
     Raises:
         CheckpointError: it is not the zoo's.
@@ -410,7 +410,7 @@ OPTIONS = ("title", "split", "precision", "pictures", "resamples", "seed", "cost
 
 
 def run_benchmark(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
-    """The command; the exit code.
+    """Run ``counting-zoo benchmark``; return the exit code.
 
     Args:
         arguments: the words behind the command.
@@ -455,7 +455,7 @@ def run_benchmark(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """The benchmark's file.
+    """Read the benchmark's file.
 
     Raises:
         InputError: it cannot be read, or has keys that say nothing.
@@ -475,7 +475,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _named(words: Sequence[str], flag: str) -> dict[str, str]:
-    """``name=file``, or files under their own names."""
+    """Split ``name=file``; files without a name go under their own."""
     found: dict[str, str] = {}
     for word in words:
         name, equals, file = word.partition("=")
@@ -488,7 +488,7 @@ def _named(words: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def _entry(name: str, entry: Any, keys: tuple[str, ...]) -> tuple[str, str, dict[str, Any]]:
-    """Kind, file and options of one model or data set."""
+    """Split the entry of one model or data set into its kind, file and options."""
     if isinstance(entry, str):
         return "", entry, {}
     kinds = [key for key in keys if isinstance(entry, Mapping) and isinstance(entry.get(key), str)]

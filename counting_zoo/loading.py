@@ -24,7 +24,7 @@ OFFICIAL = ("clip_count", "clip_ebc", "lower_count", "region_clip")
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu", tokenizer: Any = None, **overrides: Any) -> Any:
-    """The model of a zoo checkpoint, of whichever class it is, ready to count.
+    """Load the model of a zoo checkpoint, of whichever class it is, ready to count.
 
     Args:
         path: a checkpoint that training, ``convert`` or ``save`` wrote.
@@ -80,7 +80,7 @@ def save(module: CountingModule, path: str | Path) -> Path:
 
 
 def model_class(name: str) -> type[TrainingModule]:
-    """The class a checkpoint names, if it is the zoo's or the caller has already imported it.
+    """Find the class a checkpoint names, if it is the zoo's or the caller has already imported it.
 
     Raises:
         CheckpointError: importing it could run code of somebody else's choice, or it is no model.
@@ -109,7 +109,7 @@ def load_official(
     clip: Any = None,
     tokenizer: Any = None,
 ) -> CountingModule:
-    """A zoo model with the weights of a reference implementation, which predicts as the reference does.
+    """Build a model with the weights of a reference implementation, which predicts as the reference does.
 
     Args:
         name: ``clip_count``, ``clip_ebc``, ``lower_count``, or ``region_clip`` (a counter by detection that needs no
@@ -168,7 +168,7 @@ def load_official(
 
 
 def _read_official(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of a reference's file, and the settings that lie beside it in ``config.json``."""
+    """Read the content of a reference's file, and the settings that lie beside it in ``config.json``."""
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
@@ -200,7 +200,7 @@ _PLAIN = (type(None), str, int, float, list, tuple, dict, Preprocess)
 
 
 def model_sha256(model: CountingModule) -> str:
-    """A hash of a model's weights and settings, by which finished work is known again.
+    """Hash a model's weights and settings, by which finished work is known again.
 
     Settings are taken as they are now: whoever gives ``model.window`` another value counts with another model. What
     else a checkpoint would keep, such as the tokenizer, is part of it.

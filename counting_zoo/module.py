@@ -130,7 +130,7 @@ class CountingModule(TrainingModule):
     # -- counting -------------------------------------------------------------------------------------------------
 
     def interval(self, output: CountOutput) -> Tensor | None:
-        """``(B, K, 2)`` float64 lower and upper bounds of the true counts, on the CPU; ``None`` if not calibrated."""
+        """Bound the true counts: ``(B, K, 2)`` float64 low and high on the CPU; ``None`` if not calibrated."""
         calibration = self.interval_calibration
         if calibration is None:
             return None
@@ -140,7 +140,7 @@ class CountingModule(TrainingModule):
         return torch.from_numpy(calibration.bounds(counts, spread))
 
     def extent(self, density: Tensor, size: tuple[int, int]) -> tuple[float, float] | None:
-        """Height and width of an image in the cells of its density, whose last ones may reach beyond it.
+        """Measure height and width of an image in the cells of its density, whose last ones may reach beyond it.
 
         Args:
             density: ``(..., h, w)``.
@@ -380,7 +380,7 @@ class CountingModule(TrainingModule):
         """Keep what a model's own scores need of a batch, one output for each image."""
 
     def more_scores(self, split: Split) -> dict[str, float]:
-        """A model's own scores of a split, which they then forget; all processes call it."""
+        """Compute a model's own scores of a split and forget their state; all processes call it."""
         return {}
 
     def _constants(self, split: Split) -> dict[str, float | list[float]]:
@@ -429,7 +429,7 @@ class CountingModule(TrainingModule):
             self.drop_intervals(f"settings than it is loaded with ({', '.join(changed)})")
 
     def _changed(self, stored: dict[str, Any]) -> list[str]:
-        """Settings that differ from those of a checkpoint, among those that may change a count."""
+        """List the settings that differ from those of a checkpoint, among those that may change a count."""
         settings = set(stored) & set(self.hparams) - _NOT_COUNTING
         return sorted(name for name in settings if _as_text(stored[name]) != _as_text(self.hparams[name]))
 
@@ -452,7 +452,7 @@ class CountingModule(TrainingModule):
         self._warn_untrained()
 
     def _warn_untrained(self) -> None:
-        """Not in ``setup``, which runs before the trainer restores a checkpoint with its tokenizer."""
+        """Warn of weights as initialised; ``setup`` would be too early, before the trainer restores a checkpoint."""
         if self.text_guided and self.text_tower is not None and self.text_tower.tokenizer is None:
             warnings.warn(
                 f"this {type(self).__name__} has random weights and was never trained: its counts mean nothing. Give "
@@ -489,7 +489,7 @@ class CountingModule(TrainingModule):
                 self.default_classes = self.hparams["default_classes"] = list(known)
 
     def _warn_of_names(self, datamodule: Any, split: Split) -> None:
-        """A model without names counts every object it sees, so all of them must be asked about."""
+        """Warn where a class-blind model counts objects whose names are not asked about."""
         asked = datamodule.asked_counts(split, total=True)[:, 0]
         left_out, every = unasked_objects(datamodule.records(split), asked)
         if left_out > 0:
@@ -501,7 +501,7 @@ class CountingModule(TrainingModule):
             )
 
     def _check_names(self, datamodule: Any, stage: str) -> None:
-        """A model with a fixed list of names is used on those that it shares with the data."""
+        """Check that a model with a fixed list of names shares some of them with the data."""
         if self.vocabulary is None:
             return
         splits: dict[str, tuple[Split, ...]] = {
@@ -546,5 +546,5 @@ _NOT_COUNTING = {"window_batch_size", "default_classes", "non_finite", "decay", 
 
 
 def _as_text(value: Any) -> str:
-    """The same for lists and tuples, of which YAML knows only the first."""
+    """Print a setting; lists and tuples, of which YAML knows only the first, print alike."""
     return json.dumps(value, sort_keys=True, default=str)

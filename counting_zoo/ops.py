@@ -22,7 +22,7 @@ Size = tuple[int, int]
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """float32 of half precision and integers; float64 stays as it is.
+    """Convert half precision and integers to float32; float64 stays as it is.
 
     Example:
         >>> full_precision(torch.ones(1).bfloat16()).dtype, full_precision(torch.ones(1).double()).dtype
@@ -32,7 +32,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, in which counts are summed and compared, or float32 on devices that lack it (Apple's MPS)."""
+    """Choose float64 to sum and compare counts in, or float32 on devices that lack it (Apple's MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -139,7 +139,7 @@ def points_to_density(
     truncate: float = 4.0,
     validate: bool = True,
 ) -> Tensor:
-    """The density map that points stand for: each point becomes a Gaussian of mass one.
+    """Convert points to a density map: each point becomes a Gaussian of mass one.
 
     Args:
         points, size, labels, num_classes, unique, validate: as in :func:`points_to_counts`.
@@ -184,7 +184,7 @@ def points_to_density(
 
 
 def blur_density(density: Tensor, sigma: float, truncate: float = 4.0) -> Tensor:
-    """Gaussian blur that loses nothing at the border: what would leave the map is mirrored back into it.
+    """Blur a density map by a Gaussian; what would leave the map is mirrored back into it.
 
     Equal to ``scipy.ndimage.gaussian_filter(..., mode="reflect")`` over the last two dimensions, at any size, also
     when the kernel is larger than the map. Sums of shifted copies instead of a convolution or matrix product, which
@@ -267,7 +267,7 @@ def resize_density(density: Tensor, size: Size, extent: tuple[float, float] | No
 def _flatten(
     points: Sequence[Tensor], size: Size, labels: Sequence[Tensor] | None, num_classes: int, validate: bool
 ) -> tuple[Tensor, Tensor]:
-    """All points of a batch as ``(N, 2)``, and the plane ``image * K + class`` each of them falls on."""
+    """Join the points of a batch to ``(N, 2)``, and give the plane ``image * K + class`` each of them falls on."""
     if labels is None and num_classes > 1:
         raise InputError(f"points of {num_classes} classes came without labels; give one class index for each point")
     lengths = [len(p) for p in points]
@@ -320,14 +320,14 @@ def gaussian_radius(sigma: float, truncate: float) -> int:
 
 @lru_cache(maxsize=64)
 def _gaussian(sigma: float, truncate: float) -> tuple[float, ...]:
-    """Weights of the centre and of the cells 1, 2, ... away from it on either side; the whole kernel sums to one."""
+    """Compute the weights of the centre and of the cells 1, 2, ... away from it; the whole kernel sums to one."""
     half = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(gaussian_radius(sigma, truncate) + 1)]
     total = half[0] + 2 * math.fsum(half[1:])
     return tuple(value / total for value in half)
 
 
 def extent_of(density: Tensor, extent: tuple[float, float] | None) -> tuple[float, float]:
-    """The image's height and width in cells, checked against the map."""
+    """Check the image's height and width in cells against the map."""
     h, w = density.shape[-2:]
     if extent is None:
         return float(h), float(w)
@@ -351,7 +351,7 @@ def _resample(values: Tensor, n: int, extent: float) -> Tensor:
 
 
 def local_peaks(density: Tensor, *, threshold: float, radius: int = 1) -> list[list[tuple[Tensor, Tensor]]]:
-    """Local maxima of density maps; a plateau of equal values is one peak, at its first cell.
+    """Find local maxima of density maps; a plateau of equal values is one peak, at its first cell.
 
     Args:
         density: ``(B, K, h, w)``.
@@ -411,13 +411,13 @@ def peak_points(
 
 
 def dilate(maps: Tensor, radius: int) -> Tensor:
-    """Maximum over the square of ``2 * radius + 1`` cells; separable, so large radii stay cheap."""
+    """Take the maximum over squares of ``2 * radius + 1`` cells; separable, so large radii stay cheap."""
     tall = max_pool2d(maps, (2 * radius + 1, 1), 1, (radius, 0))
     return max_pool2d(tall, (1, 2 * radius + 1), 1, (0, radius))
 
 
 def _first_of_plateaus(candidate: Tensor, radius: int) -> Tensor:
-    """Of all candidates that touch through windows, keep the first: components labelled by pooling and jumping.
+    """Keep the first of all candidates that touch through windows: components labelled by pooling and jumping.
 
     Args:
         candidate: ``(P, 1, h, w)`` bool; candidates within ``radius`` of each other have equal values.

@@ -21,7 +21,7 @@ WHITE, DARK, RED = (255, 255, 255), (24, 24, 24), (255, 40, 40)
 
 
 def draw_prediction(prediction: Prediction, name: str) -> np.ndarray:
-    """A prediction as an image: density as colour and points as dots, and the count in a strip above.
+    """Draw a prediction: density as colour and points as dots, and the count in a strip above.
 
     What a model detects is drawn as boxes in place of both, which are no more than the boxes' centres and would hide
     small objects.
@@ -70,7 +70,7 @@ def _draw_points(canvas: np.ndarray, points: np.ndarray) -> None:
 
 
 def _draw_boxes(canvas: np.ndarray, boxes: np.ndarray) -> None:
-    """Lines on the outermost pixels that boxes cover, a pixel at least, with a light rim outside."""
+    """Draw lines on the outermost pixels that boxes cover, a pixel at least, with a light rim outside."""
     low = np.floor(boxes[:, :2] + 0.5).astype(int)
     edges = np.concatenate([low, np.maximum(np.floor(boxes[:, 2:] + 0.5).astype(int) - 1, low)], 1).tolist()
     for x1, y1, x2, y2 in edges:
@@ -80,7 +80,7 @@ def _draw_boxes(canvas: np.ndarray, boxes: np.ndarray) -> None:
 
 
 def plot_prediction(prediction: Prediction, ax: Any = None) -> Any:
-    """One matplotlib panel for each name: the image, the count, and density and points, or boxes.
+    """Plot a matplotlib panel for each name: the image, the count, and density and points, or boxes.
 
     Args:
         prediction: without an image, density and points, or boxes, are drawn alone.
@@ -144,7 +144,7 @@ def ascii_text(text: str) -> str:
 
 
 def _frame(prediction: Prediction) -> tuple[int, int]:
-    """``(H, W)`` of the image whose pixels points and boxes are in."""
+    """Find ``(H, W)`` of the image whose pixels points and boxes are in."""
     if prediction.size is not None:
         return prediction.size
     if prediction.image is not None:
@@ -169,7 +169,7 @@ def _background(prediction: Prediction, size: tuple[int, int]) -> np.ndarray:
 
 
 def _said(prediction: Prediction, k: int) -> str:
-    """The count with its interval, where it has one: ``12.3 [10, 15]``."""
+    """Format the count with its interval, where it has one: ``12.3 [10, 15]``."""
     count = _one_decimal(prediction.counts[k])
     if prediction.interval is None:
         return count
@@ -178,7 +178,7 @@ def _said(prediction: Prediction, k: int) -> str:
 
 
 def _one_decimal(count: Tensor) -> str:
-    """Without a sign on a zero."""
+    """Format with one decimal, without a sign on a zero."""
     return f"{round(float(count), 1) + 0.0:.1f}"
 
 
@@ -196,7 +196,7 @@ def _blend(canvas: np.ndarray, density: np.ndarray, most: float) -> np.ndarray:
 
 
 def _caption(text: str, width: int) -> np.ndarray:
-    """``(h, width, 3)`` strip with the text, shrunk to fit and cut where even small letters do not."""
+    """Draw an ``(h, width, 3)`` strip with the text, shrunk to fit and cut where even small letters do not."""
     text, font, size = ascii_text(text), cv2.FONT_HERSHEY_SIMPLEX, 0.6
 
     def drawn_width(candidate: str, size: float) -> int:
@@ -259,7 +259,7 @@ class Prediction:
         return float(self.counts[self.names.index(name)])
 
     def overlay(self, name: str | None = None) -> np.ndarray:
-        """``(H, W, 3)`` uint8 RGB: the image with density and points, or boxes, and the count of one name.
+        """Draw one name as ``(H, W, 3)`` uint8 RGB: the image with density and points, or boxes, and the count.
 
         Args:
             name: which of the names; the first one if ``None``.

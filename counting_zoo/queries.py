@@ -92,7 +92,7 @@ def known_names(batch: Batch, vocabulary: Sequence[str]) -> Batch:
 
 
 def _relabelled(labels: Tensor, kept: list[int], n: int) -> Tensor:
-    """Indices into the kept names; -1 for others."""
+    """Turn indices into all names into indices into the kept ones; -1 for others."""
     new = torch.full((n + 1,), -1, dtype=labels.dtype, device=labels.device)
     new[kept] = torch.arange(len(kept), dtype=labels.dtype, device=labels.device)
     return new[labels]

@@ -159,7 +159,7 @@ def renew(folder: Path) -> Path:
 
 
 def config(name: str) -> Path:
-    """A shipped configuration file, in an installed package or in a checkout.
+    """Find a shipped configuration file, in an installed package or in a checkout.
 
     Raises:
         InputError: it is in neither.

@@ -94,7 +94,7 @@ class WarmupCosineRestarts(ResumableSchedule):
         super().__init__(optimizer)
 
     def rate(self, epoch: int, base: float) -> float:
-        """The learning rate of an epoch, the first one being 0."""
+        """Compute the learning rate of an epoch, the first one being 0."""
         if epoch < self.warmup:
             return self.warmup_lr + (base - self.warmup_lr) * epoch / self.warmup
         done, length = epoch - self.warmup, self.first

@@ -84,7 +84,7 @@ class Tiling:
         blend: Blend = "average",
         pad: Pad = "minimal",
     ) -> Tiling:
-        """A tiling from numbers: an integer means a square, no stride means windows side by side."""
+        """Build a tiling from numbers: an integer means a square, no stride means windows side by side."""
         window = (window, window) if isinstance(window, int) else (window[0], window[1])
         if stride is None:
             stride = window
@@ -99,7 +99,7 @@ class Tiling:
 
 
 def window_starts(length: int, window: int, stride: int, cell: int = 1, pad: Pad = "minimal") -> list[int]:
-    """First pixels of the windows that cover ``length`` pixels.
+    """Compute the first pixels of the windows that cover ``length`` pixels.
 
     Args:
         length, window, stride, cell: pixels.
@@ -274,7 +274,7 @@ def count_tiled(
 
 
 def _run(forward: Forward, batch: list[tuple[_TiledImage, slice]], tiling: Tiling) -> None:
-    """One call of the model, over windows of one or more images."""
+    """Run the model once over windows of one or more images."""
     queries = [image.query for image, part in batch for _ in range(part.stop - part.start)]
     output = forward(torch.cat([image.windows(part) for image, part in batch]), queries)
     density, k = output.density.float(), len(queries[0].names)
@@ -304,7 +304,7 @@ class _TiledImage:
         self.canvas: Tensor | None = None
 
     def windows(self, part: slice) -> Tensor:
-        """``(n, 3, *window)`` float: the windows ``part``, row by row, with zeros beyond the image."""
+        """Cut the windows ``part``, row by row, with zeros beyond the image: ``(n, 3, *window)`` float."""
         (rows, columns), (height, width) = self.starts, self.tiling.window
         windows = torch.zeros(part.stop - part.start, len(self.image), height, width, device=self.image.device)
         # One copy of a slice for each window is several times faster than one gather by index for all.
@@ -328,7 +328,7 @@ class _TiledImage:
         self.canvas.index_put_((y[:, :, None], x[:, None, :]), density.permute(0, 2, 3, 1), accumulate=True)
 
     def result(self) -> CountOutput:
-        """Density, and variance where there is one, without the cells that lie in the padding."""
+        """Return density, and variance where there is one, without the cells that lie in the padding."""
         assert self.canvas is not None  # every image has a window
         height, width = -(-self.height // self.tiling.cell), -(-self.width // self.tiling.cell)
         maps = self.canvas[:height, :width].permute(2, 0, 1).contiguous()[None]  # (1, K or 2K, h, w)
@@ -336,7 +336,7 @@ class _TiledImage:
         return CountOutput(density, variance=variance[0] if variance else None)
 
     def _cells(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows ``(n, h)`` and columns ``(n, w)`` of the cells of n windows."""
+        """Index the cells of n windows: rows ``(n, h)`` and columns ``(n, w)``."""
         cell, device = self.tiling.cell, index.device
         rows, columns = (torch.tensor(start, device=device) // cell for start in self.starts)
         height, width = (torch.arange(side // cell, device=device) for side in self.tiling.window)
@@ -348,7 +348,7 @@ class _TiledImage:
 
 @lru_cache(maxsize=256)
 def _weights(starts: tuple[int, ...], window: int, cell: int, blend: Blend) -> Tensor:
-    """``(n_windows, window / cell)`` float64: the part of :func:`blend_weights` that lies in each window."""
+    """Take the part of :func:`blend_weights` that lies in each window: ``(n_windows, window / cell)`` float64."""
     cells = torch.tensor(starts) // cell
     table = blend_weights(cells.tolist(), window // cell, blend)
     return table.gather(1, cells[:, None] + torch.arange(window // cell))

@@ -24,7 +24,7 @@ from counting_zoo.version import __version__
 
 
 def public_name(kind: type) -> str:
-    """The name of a model class in checkpoints: where users import it from, which no move of files changes."""
+    """Name a model class as checkpoints do: where users import it from, which no move of files changes."""
     import counting_zoo
 
     own = kind.__module__.split(".")[0] == "counting_zoo" and kind.__qualname__ in counting_zoo.__all__
@@ -43,7 +43,7 @@ EARLIER_NAMES = {
 
 
 def current_name(stored: str) -> str:
-    """The name today of the class that a checkpoint names."""
+    """Map the class name in a checkpoint to its name today."""
     return EARLIER_NAMES.get(stored, stored)
 
 
@@ -89,7 +89,7 @@ class TrainingModule(L.LightningModule):
         self.skipped_steps = 0
 
     def network_config(self, given: Any) -> Any:
-        """The network's options as their dataclass, and as plain data among the hyper-parameters.
+        """Build the network's options as their dataclass, and keep them as plain data among the hyper-parameters.
 
         Args:
             given: the dataclass, a mapping as checkpoints hold it, or ``None`` for the defaults.
@@ -108,13 +108,13 @@ class TrainingModule(L.LightningModule):
 
     @abstractmethod
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The named, weighted terms of one step; their sum is what is minimised."""
+        """Compute the named, weighted terms of one step; their sum is what is minimised."""
 
     def read_facts(self, datamodule: Any) -> None:
         """Take what the model must know of the training data, once, before the first step."""
 
     def idle_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that the current stage of training does not reach."""
+        """List trainable parameters that the current stage of training does not reach."""
         return []
 
     def lr_factor(self, name: str) -> float:
@@ -122,11 +122,11 @@ class TrainingModule(L.LightningModule):
         return 1.0
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The model's published optimizer."""
+        """Build the model's published optimizer."""
         return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.05)
 
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The model's published schedule, which goes with its optimizer; ``None`` for a constant rate."""
+        """Build the model's published schedule, which goes with its optimizer; ``None`` for a constant rate."""
         return None
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class TrainingModule(L.LightningModule):
             )
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters by their weight decay and share of the learning rate."""
+        """Group trainable parameters by their weight decay and share of the learning rate."""
         groups: dict[tuple[bool, float], dict[str, Any]] = {}
         for name, p in self.named_parameters():
             if not p.requires_grad:
@@ -273,7 +273,7 @@ class TrainingModule(L.LightningModule):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def recipe(self) -> dict[str, Any]:
-        """Plain data beside weights and hyper-parameters that a checkpoint needs to give the same numbers."""
+        """Collect plain data beside weights and hyper-parameters that a checkpoint needs to give the same numbers."""
         tower = self.text_tower
         if tower is None:
             return {}
@@ -354,7 +354,7 @@ class TrainingModule(L.LightningModule):
 
 
 def _plain(value: Any) -> Any:
-    """Hyper-parameters as plain data, which checkpoints load without executing anything."""
+    """Convert a hyper-parameter to plain data, which checkpoints load without executing anything."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if hasattr(value, "as_dict"):

@@ -107,7 +107,7 @@ class CountOutput:
         return None if self.variance is None else self.variance.float().sum((-2, -1)).sqrt()
 
     def split(self) -> list[Self]:
-        """One output of batch 1 for each image, with everything a subclass adds (batch first, or ``None``)."""
+        """Split into outputs of batch 1, with everything a subclass adds (batch first, or ``None``)."""
         kind: Any = type(self)
         return [
             kind(**{name: None if value is None else value[i : i + 1] for name, value in vars(self).items()})
