@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import cv2
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from counting_zoo.errors import ImageError, InputError
@@ -143,6 +147,39 @@ class DensityImages(L.Callback):
             tag = f"val_pictures/{self._drawn:02d}"
             _show(trainer, tag, prediction.overlay(name), f"{batch['image_id'][i]}: {name}")
             self._drawn += 1
+
+
+class SaveOnTermination(L.Callback):
+    """Writes ``last.ckpt`` when the system ends a training run (SIGTERM), to go on from at that step.
+
+    Into the folder of the run's checkpoints, where there is one. Nothing is written between accumulated gradients, nor
+    where a validation is on averaged weights: neither could be taken up again exactly. Of several processes, all end
+    behind the same step, whichever of them is told.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning's handler sends to the other processes at once, where they are in the middle of other messages.
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_told", True))
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told, all=False):
+            trainer._signal_connector.received_sigterm = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        folder = next((folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))), None)
+        averaged = trainer.validating and any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        whole = not (averaged or trainer.sanity_checking or trainer.fit_loop.epoch_loop._should_accumulate())
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and folder is not None and whole:
+            if trainer.validating:  # Lightning goes back to a validation only from inside one of its batches
+                validated: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+                validated.processed = validated.completed = validated.started - 1
+            path = Path(folder, "last.ckpt")
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"ended by SIGTERM behind step {trainer.global_step}; to go on: --ckpt_path {path}")
 
 
 class TestReport(L.Callback):

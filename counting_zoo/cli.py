@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -83,6 +84,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     try:
         return commands[command](rest)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Exception as error:
         reason = _foreseen(error)
         if reason is None or os.environ.get("COUNTING_ZOO_DEBUG", "0") not in ("", "0"):

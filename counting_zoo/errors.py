@@ -35,6 +35,10 @@ class WeightsError(InputError):
     """Pretrained weights that are missing, offline, or do not fit."""
 
 
+class OutputError(InputError):
+    """A file that cannot be written: the disk is full, or does not let it."""
+
+
 def plain_message(error: Exception) -> str:
     """Extract the message alone; data loader workers wrap a whole traceback around it."""
     text = str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -13,17 +14,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+PARTIAL = ".partial"  # ending of the folders in which files are written before they take their place
+LOCKED_WITHIN = 2  # seconds from making such a folder to locking it, with plenty of reserve
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 JSON_LIMIT = 1 << 30  # bytes; the largest public file, COCO's training annotation, has 0.45 GB
 
@@ -273,24 +279,82 @@ def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
 def replacing(path: Path) -> Iterator[Path]:
     """Give a file of the same name to write, which takes the place of ``path`` when all went well, and else is removed.
 
-    It lies in a folder of its own, as formats keep a file's name (``torch.save``) or decide by its ending.
+    It lies beside ``path``, in a folder of its own, as formats keep a file's name (``torch.save``) or decide by its
+    ending. What a killed process has left there is removed by the next one that writes into the same folder.
+
+    Raises:
+        OutputError: the disk is full, or does not let the file be written; ``path`` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    own = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=path.parent))
-    temporary = own / path.name
+    own: Path | None = None
+    lock: int | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_remains(path.parent)
+        own = Path(tempfile.mkdtemp(prefix=".", suffix=PARTIAL, dir=path.parent))
+        lock = _lock(own)
+        temporary = own / path.name
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in FULL:
+            room, free = sum(file.stat().st_size for file in own.iterdir()) if own else 0, _free(path.parent)
+            raise OutputError(
+                f"{path}: no room for it: {room / 1e6:.1f} MB were written before the disk or a quota was full "
+                f"({free / 1e6:.1f} MB free now); make room, or write to another disk. Nothing was replaced"
+            ) from error
+        if own is None:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     with suppress(OSError):  # not every system opens folders, nor every file system writes them on demand
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _free(folder: Path) -> int:
+    """Measure the free bytes of a folder's disk; 0 where that cannot be asked."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold a lock on a folder, which ends with the process however that ends; ``None`` where there are no locks."""
+    try:
+        import fcntl
+
+        opened = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(opened)
+        return None
+    return opened
+
+
+@cache  # once for a process and folder: predictions write thousands of files into one
+def _remove_remains(parent: Path) -> None:
+    """Remove the temporary folders of processes that are gone: nobody holds their lock."""
+    for folder in parent.glob(f".*{PARTIAL}"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime < LOCKED_WITHIN:
+                continue
+            lock = _lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:

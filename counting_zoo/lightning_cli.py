@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pkgutil
+import signal
 import tempfile
 import warnings
 from argparse import ArgumentError
@@ -19,9 +20,10 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from counting_zoo import data, models
-from counting_zoo.callbacks import PredictionWriter, TestReport
+from counting_zoo.callbacks import PredictionWriter, SaveOnTermination, TestReport
 from counting_zoo.config_safety import CURE
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.errors import CheckpointError, InputError
@@ -37,7 +39,14 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run one of the trainer's commands with the words behind it; the exit code."""
     _import_classes()
     _silence()
-    CountingCLI([command, *arguments])
+    try:
+        CountingCLI([command, *arguments])
+    except SIGTERMException:
+        return 128 + signal.SIGTERM  # what shells and schedulers take for ended from outside
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1
+            return 128 + signal.SIGINT
+        raise
     return 0
 
 
@@ -225,7 +234,7 @@ class CountingCLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"default_root_dir": "runs"},
+            trainer_defaults={"default_root_dir": "runs", "callbacks": [SaveOnTermination()]},
             parser_class=_Parser,
             parser_kwargs={"prog": "counting-zoo"},
         )

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from counting_zoo.checkpoints import write_checkpoint
 from counting_zoo.errors import CheckpointError, InputError
 from counting_zoo.geometry import Preprocess
-from counting_zoo.io import replacing, tensors_sha256
+from counting_zoo.io import tensors_sha256
 from counting_zoo.module import CountingModule
 from counting_zoo.nn.weights import read_checkpoint
 from counting_zoo.training import TrainingModule, current_name
@@ -74,9 +75,7 @@ def save(module: CountingModule, path: str | Path) -> Path:
         "global_step": 0,
     }
     module.on_save_checkpoint(checkpoint)
-    with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
-    return path
+    return write_checkpoint(checkpoint, path)
 
 
 def model_class(name: str) -> type[TrainingModule]:

@@ -370,6 +370,12 @@ class CountingModule(TrainingModule):
             # A rank without images computes too, or the others would wait for it for ever.
             warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
             scores = prompts.compute() | table.compute() | self.more_scores(split)
+        if split == "val" and not math.isfinite(scores.get("mae", 0.0)) and scores.get("n"):
+            raise FloatingPointError(
+                f"counts of validation images are not finite at step {self.global_step}: val/mae is "
+                f"{scores['mae']}, which is no score, and no checkpoint is written of these weights. Lower the "
+                "learning rate, clip gradients, or start again from the last checkpoint before"
+            )
         if self.interval_calibration is not None:
             scores["interval_level"] = self.interval_calibration.level
         self.log_dict({f"{split}/{name}": float(value) for name, value in scores.items() if not name.startswith("n_")})
@@ -541,7 +547,7 @@ class CountingModule(TrainingModule):
                 )
 
 
-_NOT_COUNTING = {"window_batch_size", "default_classes", "non_finite", "decay", "tokenizer"}
+_NOT_COUNTING = {"window_batch_size", "default_classes", "non_finite", "max_skipped_steps", "decay", "tokenizer"}
 """Settings that change no count."""
 
 

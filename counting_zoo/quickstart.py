@@ -53,7 +53,7 @@ def run(arguments: list[str], main: Callable[[list[str]], int]) -> int:
             warnings.filterwarnings("ignore", ".*exists and is not empty")  # the marker is in it, and nothing else
             code = main(words)
         if code:
-            raise InputError(f"the step above ended with exit code {code}")
+            raise SystemExit(code)  # the step has said why
         print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 
     def logger(name: str) -> list[str]:

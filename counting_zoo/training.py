@@ -14,10 +14,14 @@ from typing import Any, ClassVar, Literal, Self
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from counting_zoo.errors import CheckpointError, InputError, SupervisionError
+from counting_zoo.checkpoints import CheckpointFiles, take_over_best
+from counting_zoo.data.dataset import TrainingSampler
+from counting_zoo.errors import CheckpointError, InputError, SupervisionError, check
 from counting_zoo.nn.text import TextTower, TokenizerLike
 from counting_zoo.types import Batch
 from counting_zoo.version import __version__
@@ -54,8 +58,9 @@ class TrainingModule(L.LightningModule):
     does not execute.
 
     Args:
-        non_finite: a loss that is not finite stops training with an error naming the images (``raise``), or its
-            step is left out and counted (``skip``).
+        non_finite: a loss or gradient that is not finite stops training with an error naming the images (``raise``),
+            or its step is left out and counted (``skip``), as if its images had never been seen.
+        max_skipped_steps: so many steps may be left out in a row before training stops all the same.
         decay: weight decay for ``matrices`` only, or for ``all`` parameters.
         optimizer: called with parameter groups; the model's own default if ``None``.
         scheduler: called with the optimizer; the model's own default if ``None``.
@@ -74,6 +79,7 @@ class TrainingModule(L.LightningModule):
         self,
         *,
         non_finite: Literal["raise", "skip"] = "raise",
+        max_skipped_steps: int = 20,
         decay: Literal["matrices", "all"] = "matrices",
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
@@ -82,11 +88,12 @@ class TrainingModule(L.LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "_class_path", "_instantiator"])
         for name, value in self.hparams.items():
             self.hparams[name] = _plain(value)
-        if non_finite not in ("raise", "skip"):
-            raise InputError(f"non_finite is {non_finite!r}; expected 'raise' or 'skip'")
-        self.non_finite, self.decay = non_finite, decay
+        check("model.non_finite", non_finite, one_of=("raise", "skip"))
+        check("model.max_skipped_steps", max_skipped_steps, at_least=0)
+        self.non_finite, self.max_skipped_steps, self.decay = non_finite, max_skipped_steps, decay
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.skipped_steps = 0
+        self.skipped_steps = self.skipped_in_row = 0
+        self._statistics: list[tuple[Tensor, Tensor]] | None = None  # of batch norms, as they were before this step
 
     def network_config(self, given: Any) -> Any:
         """Build the network's options as their dataclass, and keep them as plain data among the hyper-parameters.
@@ -132,15 +139,14 @@ class TrainingModule(L.LightningModule):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.non_finite == "skip" and self._statistics is None:
+            norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+            self._statistics = [(b, b.clone()) for norm in norms for b in norm.buffers(recurse=False)]
         terms = self.training_losses(batch)
         loss = torch.stack(list(terms.values())).sum()
+        self._step_images = batch["image_id"]
         if self.non_finite == "raise" and not torch.isfinite(loss):
-            bad = {name: float(value.detach()) for name, value in terms.items()}
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.global_step} ({bad}) on the images {batch['image_id']}; "
-                "weights are still those of the step before and the last checkpoint is good. Look at these images, "
-                "lower the learning rate, clip gradients, or leave such steps out with model.non_finite: skip"
-            )
+            raise self._not_finite(f"the loss ({ {name: float(value.detach()) for name, value in terms.items()} })")
         log = {f"train/{name}": value.detach() for name, value in terms.items()}
         self.log_dict(log | {"train/loss": loss.detach()}, batch_size=len(batch["image_id"]), prog_bar=False)
         if self._distributed():
@@ -152,13 +158,51 @@ class TrainingModule(L.LightningModule):
         if self._distributed():
             for p in self.idle_parameters():
                 p.grad = None
-        if self.non_finite == "skip":
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            # Gradients are the same on every rank, so all ranks leave out the same steps.
-            if gradients and not torch.isfinite(torch.stack([g.float().norm() for g in gradients])).all():
-                optimizer.zero_grad(set_to_none=True)
-                self.skipped_steps += 1
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        # Gradients are the same on every rank, so all ranks leave out the same steps.
+        finite = not gradients or bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+        if self.non_finite == "skip" and not finite:
+            optimizer.zero_grad(set_to_none=True)
+            for statistic, before in self._statistics or ():
+                statistic.copy_(before)
+            self.skipped_steps += 1
+            self.skipped_in_row += 1
+            if self.skipped_in_row > self.max_skipped_steps:
+                raise self._not_finite(f"the gradient of {self.skipped_in_row} steps in a row")
+        # A scaler of half precision tries out its scale on purpose, and leaves such steps out itself.
+        elif not finite and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            raise self._not_finite("the gradient")
+        self.skipped_in_row *= not finite
+        self._statistics = None
         self.log("train/skipped_steps", float(self.skipped_steps)) if self.skipped_steps else None
+
+    def _not_finite(self, found: str) -> FloatingPointError:
+        """Describe what is not finite, on which images, and the checkpoint to go back to."""
+        finite = getattr(self.trainer.strategy.checkpoint_io, "finite", None)
+        last = f"all weights in {str(finite)!r} are finite" if finite else "this run has no checkpoint yet"
+        return FloatingPointError(
+            f"{found} is not finite at step {self.global_step} on the images {self._step_images}; the weights are "
+            f"still those of the step before, and {last}. "
+            "Look at these images, lower the learning rate, clip gradients, or leave such steps out with "
+            "model.non_finite: skip"
+        )
+
+    def on_train_start(self) -> None:
+        """Go on inside an epoch behind the batches that were trained on; Lightning begins the epoch's order again."""
+        loop: Any = self.trainer.fit_loop
+        loader: Any = self.trainer.train_dataloader
+        sampler = getattr(loader, "sampler", None)
+        if loop.restarting and loop.epoch_loop.val_loop.restarted_mid_evaluation:
+            # The rest of a validation is no score of its own.
+            loop.epoch_loop.val_loop.batch_progress.current.reset()
+        if not loop.restarting or not isinstance(sampler, TrainingSampler):
+            return
+        progress = loop.epoch_loop.batch_progress.current
+        if 0 < progress.processed < loop.max_batches:
+            sampler.set_epoch(loop.epoch_progress.current.processed)
+            sampler.start = progress.processed * loader.batch_size
+            iter(loop._data_fetcher)  # loader processes have fetched the epoch's first batches by now
+            warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Each step's dropout is a function of (seed, epoch, batch, rank), so a run taken up again is the same run.
@@ -178,6 +222,8 @@ class TrainingModule(L.LightningModule):
                 f"trainer.precision is {precision!r}: what a step changes is rounded off in weights of it, and counts "
                 "summed in it are off by about one; use 'bf16-mixed', '16-mixed' or '32-true'"
             )
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # another one is the user's choice
+            self.trainer.strategy.checkpoint_io = CheckpointFiles()
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or datamodule is None:
             return
@@ -338,6 +384,13 @@ class TrainingModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and self.trainer.state.fn == "fit" and self.trainer.ckpt_path:
+            states = checkpoint.get("callbacks", {})
+            for callback in self.trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
+                    state, resumed = states[callback.state_key], Path(self.trainer.ckpt_path)
+                    one = self.trainer.is_global_zero
+                    states[callback.state_key] = take_over_best(callback, state, resumed, copy=one)
         stored = checkpoint.get("counting_zoo")
         if stored is None:
             raise CheckpointError(

@@ -25,7 +25,7 @@ LAYERS = (
     ("version", "errors", "class_lists"),
     ("io", "types", "schedules", "config_safety"),
     ("images", "geometry", "ops"),
-    ("tiling", "prediction", "metrics", "nn"),
+    ("tiling", "prediction", "metrics", "nn", "checkpoints"),
     ("data.records", "data.checks", *READERS),
     ("data", *PARTS),
     ("queries", "training"),

@@ -70,10 +70,10 @@ class Faulty(CLIPCount):
         return {"density": terms["density"] * (float("nan") if self.global_step == 1 else 1.0)}
 
 
-def faulty(**options: Any) -> Faulty:
+def faulty(kind: type[CLIPCount] = Faulty, **options: Any) -> CLIPCount:
     torch.manual_seed(0)
     small = {"window": 32, "prompt_width": 2, "prompt_depth": 2, "heads": 4, "contrast": "none"}
-    return Faulty(config(), **Faulty.nested({**small, **options}))
+    return kind(config(), **kind.nested({**small, **options}))
 
 
 def test_fit_test_and_predict(tmp_path: Path) -> None:
@@ -147,6 +147,31 @@ def test_a_loss_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> No
     assert model.skipped_steps == 1
     assert run.global_step == 6
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+class Normalised(CLIPCount):
+    """A batch norm sees the images, which are NaN in one step of the run."""
+
+    def training_losses(self, batch: Batch) -> dict[str, Tensor]:
+        images = self.norm(batch["image"] * (float("nan") if self.global_step == 1 else 1.0))
+        return {"density": super().training_losses(batch)["density"] + 0 * images.sum()}
+
+
+def test_a_step_that_is_left_out_leaves_no_trace(tmp_path: Path) -> None:
+    """NaN stayed in the statistics of batch norms, and with it in every score that followed."""
+    model = faulty(Normalised, non_finite="skip")
+    model.norm = torch.nn.BatchNorm2d(3)
+    run = trainer(tmp_path)
+    run.fit(model, Batches())
+    assert model.skipped_steps == 1
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    assert model.norm.num_batches_tracked == run.global_step - 1
+
+
+def test_too_many_steps_left_out_in_a_row(tmp_path: Path) -> None:
+    model = faulty(non_finite="skip", max_skipped_steps=0)
+    with pytest.raises(FloatingPointError, match="in a row"):
+        trainer(tmp_path).fit(model, Batches())
 
 
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import tiny
 import torch
 from tiny import data, model, run, trainer
 from torch import Tensor
+
+from counting_zoo.training import TrainingModule
 
 RATES = {"class_path": "LearningRateMonitor", "init_args": {"logging_interval": "step"}}
 EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
@@ -31,13 +35,20 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def fit(
-    options: dict[str, Any], name: str, epochs: int, *words: str, workers: int = 0, callbacks: Any = (), **more: Any
+    options: dict[str, Any],
+    name: str,
+    epochs: int,
+    *words: str,
+    workers: int = 0,
+    callbacks: Any = (),
+    code: int = 0,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Train with the command line into ``runs/<name>``; the last checkpoint."""
+    """Train with the command line into ``runs/<name>`` until it exits with a code; the last checkpoint."""
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "", "version": name}}
     last = {"class_path": "ModelCheckpoint", "init_args": tiny.LAST}
-    settings = trainer(max_epochs=epochs, logger=[logger], callbacks=[last, *callbacks], **more)
-    run("fit", *settings, *MODEL, *data("fsc147", options | {"num_workers": workers}), *words)
+    settings = trainer(max_epochs=epochs, logger=[logger], callbacks=[*callbacks, last], **more)
+    assert run("fit", *settings, *MODEL, *data("fsc147", options | {"num_workers": workers}), *words) == code
     return torch.load(place(name), weights_only=True)
 
 
@@ -76,6 +87,21 @@ def test_resumed_equals_uninterrupted(options: dict[str, Any]) -> None:
     assert (first["epoch"], second["epoch"], third["epoch"]) == (0, 1, 2)
     assert not torch.equal(*(c["state_dict"]["network.decoder.out.weight"] for c in (second, third)))
     assert_same_run(whole, third)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_from_any_step(options: dict[str, Any], workers: int) -> None:
+    """Checkpoints written inside an epoch: no image is seen twice, and none is left out."""
+    every = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1, "save_top_k": -1}}
+    one = options | {"batch_size": 1}
+    whole = fit(one, "whole", 2, callbacks=[every, EMA], workers=workers)
+    steps = {int(path.stem.partition("step=")[2]): path for path in place("whole").parent.glob("*step=*.ckpt")}
+    assert sorted(steps) == list(range(1, whole["global_step"] + 1))
+    assert len(steps) >= 6
+    for step in sorted(steps)[: -1 if workers == 0 else 2]:
+        resumed = fit(one, f"from{step}", 2, "--ckpt_path", str(steps[step]), callbacks=[EMA], workers=workers)
+        assert_same_run(whole, resumed)
+        assert_same(*(run["callbacks"]["EMAWeightAveraging"] for run in (whole, resumed)))
 
 
 def test_contrast_is_not_started_again(options: dict[str, Any]) -> None:
@@ -120,10 +146,10 @@ def test_a_schedule_goes_on(options: dict[str, Any]) -> None:
     assert a["_last_lr"][0] < 0.01
 
 
-def rates(name: str) -> list[float]:
-    """Learning rates of the steps that a run took itself."""
+def column(name: str, metric: str) -> list[float]:
+    """Logged values of the steps that a run took itself."""
     with Path("runs", name, "metrics.csv").open(encoding="utf-8") as file:
-        return [float(row["lr-AdamW/pg1"]) for row in csv.DictReader(file) if row.get("lr-AdamW/pg1")]
+        return [float(row[metric]) for row in csv.DictReader(file) if row.get(metric)]
 
 
 def test_a_longer_run_decays_over_its_own_length(options: dict[str, Any]) -> None:
@@ -139,7 +165,7 @@ def test_a_longer_run_decays_over_its_own_length(options: dict[str, Any]) -> Non
     fit(options, "short", 2, *words, **more)
     fit(options, "longer", 4, *words, "--ckpt_path", str(place("short")), **more)
     fit(options, "whole", 4, *words, **more)
-    whole, longer = rates("whole"), rates("longer")
+    whole, longer = (column(name, "lr-AdamW/pg1") for name in ("whole", "longer"))
     assert (len(whole), len(longer)) == (8, 4)
     assert longer == whole[4:]
     assert len(set(longer)) == 4, "it still falls"
@@ -158,3 +184,62 @@ def test_averaged_weights(options: dict[str, Any]) -> None:
     import counting_zoo
 
     assert torch.equal(counting_zoo.load(place("whole")).state_dict()[key], whole["state_dict"][key])
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, sent: signal.Signals) -> None:
+    """Send this process a signal in the middle of a step of training."""
+
+    def training_step(module: Any, *args: Any) -> Tensor:
+        if module.global_step == step:
+            monkeypatch.undo()
+            os.kill(os.getpid(), sent)
+        return original(module, *args)
+
+    original = TrainingModule.training_step
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_ended_by_the_system_it_goes_on_where_it_stopped(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """SIGTERM, as a scheduler sends it: neither finished (exit code 143) nor thrown back to the last epoch."""
+    one = options | {"batch_size": 1}
+    whole = fit(one, "whole", 2)
+    with monkeypatch.context() as patch:
+        signal_at(patch, step, signal.SIGTERM)
+        stopped = fit(one, "stopped", 2, code=143)
+    assert stopped["global_step"] == step + 1
+    assert_same_run(whole, fit(one, "resumed", 2, "--ckpt_path", str(place("stopped"))))
+    scores = [column(name, "val/mae") for name in ("whole", "resumed")]
+    assert scores[1] == scores[0][-len(scores[1]) :]
+    assert len(scores[1]) == (2 if step < 4 else 1)
+
+
+def test_interrupted_by_hand(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with monkeypatch.context() as patch:
+            signal_at(patch, 3, signal.SIGINT)
+            stopped = fit(options, "stopped", 2, code=130)
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    assert stopped["global_step"] == 2
+
+
+def test_the_best_of_the_whole_run_stays_the_best(options: dict[str, Any]) -> None:
+    """A run taken up again in another folder had the best of its remaining epochs as its best."""
+    best = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/mae", "filename": "best"}}
+    first = fit(options, "first", 1, callbacks=[best])
+    (key,) = (key for key in first["callbacks"] if "val/mae" in key)
+    state = first["callbacks"][key]
+    state["best_model_score"] = torch.tensor(0.0)  # nothing will be better
+    state["best_k_models"] = {path: torch.tensor(0.0) for path in state["best_k_models"]}
+    state["kth_value"] = torch.tensor(0.0)
+    torch.save(first, place("first"))
+    second = fit(options, "second", 2, "--ckpt_path", str(place("first")), callbacks=[best])
+    assert place("second").with_name("best.ckpt").read_bytes() == place("first").with_name("best.ckpt").read_bytes()
+    assert float(second["callbacks"][key]["best_model_score"]) == 0
+    place("first").with_name("best.ckpt").unlink()
+    third = fit(options, "third", 2, "--ckpt_path", str(place("first")), callbacks=[best])
+    assert float(third["callbacks"][key]["best_model_score"]) > 0, "what is gone is not the best"

@@ -31,17 +31,25 @@ class TrainingSampler(DistributedSampler):
         data: anything with a length.
         seed: the run's seed.
         rank, world_size: this process and how many there are; all ranks get equally many samples.
+
+    Attributes:
+        start: samples of this rank that the epoch begins behind, where a run is taken up again inside it.
     """
 
     def __init__(self, data: Sized, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(data, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.start = self.start if epoch == self.epoch else 0
+        super().set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
         rng = np.random.default_rng([self.seed, self.epoch])
         order = np.resize(rng.permutation(len(self.dataset)), self.total_size)  # type: ignore[arg-type]
         seeds = rng.integers(2**31 - 1, size=self.total_size)
         mine = slice(self.rank, self.total_size, self.num_replicas)
-        return iter(list(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)))
+        return iter(list(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))[self.start :])
 
 
 class EvaluationSampler(DistributedSampler):

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from counting_zoo.checkpoints import write_checkpoint
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.records import Split
 from counting_zoo.errors import InputError
 from counting_zoo.evaluation.counting import count_split
-from counting_zoo.io import replacing
 from counting_zoo.loading import read_checkpoint
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.intervals import (
@@ -139,10 +138,7 @@ def write_calibrated(source: str | Path, out: str | Path, calibration: IntervalC
     """
     checkpoint: dict[str, Any] = read_checkpoint(source)
     checkpoint["counting_zoo"]["intervals"] = calibration.to_dict()
-    out = Path(out).expanduser()
-    with replacing(out) as temporary:
-        torch.save(checkpoint, temporary)
-    return out
+    return write_checkpoint(checkpoint, Path(out).expanduser())
 
 
 def _known(counts: CountTable, split: str, level: float) -> CountTable:

@@ -1,0 +1,105 @@
+"""Checkpoints are lost to nothing: kills, full disks, weights that are not finite."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from counting_zoo import io
+from counting_zoo.checkpoints import write_checkpoint
+from counting_zoo.errors import OutputError
+from counting_zoo.nn.weights import read_checkpoint
+
+LARGE = {"state_dict": {"weight": torch.zeros(4_000_000)}}
+
+
+def remains(folder: Path) -> list[Path]:
+    return list(folder.glob(f".*{io.PARTIAL}"))
+
+
+def write_for_ever(path: Path, checkpoint: dict[str, Any]) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    while True:
+        write_checkpoint(checkpoint, path)
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_kill_during_a_save_leaves_the_file_before(tmp_path: Path, kills: int) -> None:
+    """Half of the kills are aimed: they come while the temporary file is there."""
+    path = tmp_path / "last.ckpt"
+    write_checkpoint({"state_dict": {"weight": torch.full((4_000_000,), -1.0)}}, path)
+    caught = 0
+    for kill in range(kills):
+        checkpoint = {"state_dict": {"weight": torch.full((4_000_000,), float(kill))}}
+        process = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(path, checkpoint))
+        process.start()
+        start = time.monotonic()
+        while kill % 2 == 0 and not remains(tmp_path) and time.monotonic() - start < 20:
+            pass
+        time.sleep(0.003 * kill)
+        process.kill()
+        process.join()
+        caught += bool(remains(tmp_path))
+        weight = read_checkpoint(path)["state_dict"]["weight"]
+        assert weight.min() == weight.max()
+        assert float(weight[0]) in range(-1, kill + 1)
+    assert caught, "no kill came during a save"
+    old = time.time() - 60
+    for folder in remains(tmp_path):
+        os.utime(folder, (old, old))
+    io._remove_remains.cache_clear()
+    write_checkpoint(LARGE, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with io.replacing(tmp_path / "a.txt") as temporary:
+        old = time.time() - 60
+        os.utime(temporary.parent, (old, old))
+        io._remove_remains.cache_clear()
+        io.write_whole(tmp_path / "b.txt", "b")
+        temporary.write_text("a")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.txt", "b.txt"]
+
+
+@pytest.fixture
+def room() -> Any:
+    """Limits the size of files, as a full disk or a quota does."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_file_before(tmp_path: Path, room: None) -> None:
+    path = write_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match=r"last\.ckpt.*MB free"):
+        write_checkpoint(LARGE, path)
+    with pytest.raises(OutputError, match=r"table\.csv.*MB free"):
+        io.write_whole(tmp_path / "table.csv", "x" * 2_000_000)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file"):
+        write_checkpoint({"state_dict": {}}, tmp_path / "file" / "last.ckpt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_replace_nothing(tmp_path: Path, value: float) -> None:
+    path = write_checkpoint({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "best.ckpt")
+    with pytest.raises(FloatingPointError, match="weight"):
+        write_checkpoint({"state_dict": {"weight": torch.tensor([0.0, value])}}, path)
+    assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], torch.zeros(2))
