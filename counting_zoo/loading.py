@@ -24,13 +24,21 @@ from counting_zoo.training import TrainingModule, current_name
 OFFICIAL = ("clip_count", "clip_ebc", "lower_count", "region_clip")
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", tokenizer: Any = None, **overrides: Any) -> Any:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    tokenizer: Any = None,
+    verify: bool = True,
+    **overrides: Any,
+) -> Any:
     """Load the model of a zoo checkpoint, of whichever class it is, ready to count.
 
     Args:
         path: a checkpoint that training, ``convert`` or ``save`` wrote.
         device: where it should live.
         tokenizer: replaces the stored one.
+        verify: refuse a file whose content differs from its checksums.
         overrides: hyper-parameters that should differ from the stored ones, such as ``window_batch_size``.
 
     Raises:
@@ -42,7 +50,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", tokenizer: Any
         ...
         counting_zoo.errors.CheckpointError: no checkpoint at 'missing.ckpt'; expected a file such as best.ckpt
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, verify=verify)
     if "counting_zoo" not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(
             f"{str(path)!r} is not a checkpoint of counting_zoo (its keys: {sorted(map(str, checkpoint))[:6]}); for "

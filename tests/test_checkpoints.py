@@ -15,7 +15,7 @@ import torch
 
 from counting_zoo import io
 from counting_zoo.checkpoints import write_checkpoint
-from counting_zoo.errors import OutputError
+from counting_zoo.errors import CheckpointError, OutputError
 from counting_zoo.nn.weights import read_checkpoint
 
 LARGE = {"state_dict": {"weight": torch.zeros(4_000_000)}}
@@ -103,3 +103,20 @@ def test_weights_that_are_not_finite_replace_nothing(tmp_path: Path, value: floa
     with pytest.raises(FloatingPointError, match="weight"):
         write_checkpoint({"state_dict": {"weight": torch.tensor([0.0, value])}}, path)
     assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], torch.zeros(2))
+
+
+@pytest.mark.parametrize("place", [b"weights of it", b"hyper-parameters of it"])
+def test_a_flipped_bit_is_found(tmp_path: Path, place: bytes) -> None:
+    """In a weight, which no reader notices, or in a setting."""
+    weight = torch.frombuffer(bytearray(b"weights of it..."), dtype=torch.float32)
+    content = {"state_dict": {"weight": weight}, "hyper_parameters": {"name": "hyper-parameters of it"}}
+    path = write_checkpoint(content, tmp_path / "best.ckpt")
+    stored = bytearray(path.read_bytes())
+    stored[stored.index(place) + 2] ^= 1
+    path.write_bytes(stored)
+    with pytest.raises(CheckpointError, match="checksum"):
+        read_checkpoint(path)
+    read = read_checkpoint(path, verify=False)
+    assert (
+        not torch.equal(read["state_dict"]["weight"], weight) or read["hyper_parameters"] != content["hyper_parameters"]
+    )

@@ -37,8 +37,12 @@ _PLAIN_NUMPY: list[Any] = [
 ]
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint file as plain data and tensors on the CPU; pickled code is refused, never executed.
+def read_checkpoint(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    """Read a checkpoint file as plain data and tensors on the CPU; pickled code is refused, never executed.
+
+    Args:
+        path: the file.
+        verify: compare its content with the checksums in it (0.3 s for 600 MB); a flipped bit is another weight.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it holds more than plain data.
@@ -54,6 +58,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return dict(load_file(path))
         except SafetensorError as error:
             raise CheckpointError(f"{str(path)!r} cannot be read as safetensors: {_first_line(error)}") from error
+    if verify and (damaged := _damaged_record(path)) is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: {damaged!r} in it has another checksum than when it was written; copy it "
+            "again, or take an earlier checkpoint (load(..., verify=False) reads it as it is)"
+        )
     try:
         with torch.serialization.safe_globals(_PLAIN_NUMPY):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -71,6 +80,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}; expected a checkpoint (a mapping)")
     return loaded
+
+
+def _damaged_record(path: Path) -> str | None:
+    """Find a record of a zip file whose content differs from its checksum; ``None`` in files of other kinds."""
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch compresses nothing, and a record of others may unpack to any size.
+            if all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist()):
+                return archive.testzip()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        pass  # torch's own reader says what is wrong
+    return None
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
