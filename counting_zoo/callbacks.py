@@ -81,7 +81,11 @@ class PredictionWriter(L.Callback):
             log.error("%s could not be read and has no prediction: %s", image_id, reason)
             self._part.fail(image_id, reason)
         for prediction in outputs or []:
-            self._part.add(prediction)
+            if bool(torch.isfinite(prediction.counts).all()):
+                self._part.add(prediction)
+            else:
+                log.error("the count of %s is not finite", prediction.image_id)
+                self._part.fail(prediction.image_id, f"the count is not finite: {prediction.counts.tolist()}")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._part is not None  # opened in on_predict_start

@@ -14,6 +14,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from counting_zoo.errors import listed
 from counting_zoo.io import replacing
 
 log = logging.getLogger(__name__)
@@ -23,13 +24,8 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> Path:
     """Write a checkpoint in one piece; the file that was there stays until the new one is complete on the disk.
 
     Raises:
-        FloatingPointError: a weight is not finite; what was there stays.
         OutputError: the disk is full, or does not let it be written; what was there stays.
     """
-    state = checkpoint.get("state_dict", {})
-    bad = [name for name, value in state.items() if isinstance(value, Tensor) and not torch.isfinite(value).all()]
-    if bad:
-        raise FloatingPointError(f"{path}: not written, as {len(bad)} weights are not finite ({bad[0]}, ...)")
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         try:
             torch.save(dict(checkpoint), file)
@@ -39,7 +35,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> Path:
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Checkpoints of a trainer, written by :func:`write_checkpoint`.
+    """Checkpoints of a trainer, written by :func:`write_checkpoint`; weights that are not finite replace none.
 
     Lightning writes to ``$TMPDIR`` and copies over the file that was there, which a kill or a full disk then destroys
     where the two are on different disks.
@@ -54,6 +50,13 @@ class CheckpointFiles(TorchCheckpointIO):
         if "://" in str(path):  # not a file of this machine
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        state = checkpoint["state_dict"]
+        bad = [name for name, value in state.items() if isinstance(value, Tensor) and not torch.isfinite(value).all()]
+        if bad:
+            raise FloatingPointError(
+                f"{path}: not written, as {len(bad)} weights are not finite ({listed(bad, 3)}); "
+                + ("this run has no checkpoint yet" if self.finite is None else f"those in {str(self.finite)!r} are")
+            )
         self.finite = write_checkpoint(checkpoint, path)
 
 

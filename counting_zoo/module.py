@@ -238,6 +238,12 @@ class CountingModule(TrainingModule):
                 query = Query(tuple(asked), exemplars=examples, negatives=tuple(negatives))
                 output = self.count_images([seen], [query], window, stride, image_ids=[image_id], sizes=[size])[0]
                 predictions.append(self.to_prediction(output, asked, size, image_id, seen))
+                if not torch.isfinite(predictions[-1].counts).all():
+                    warnings.warn(
+                        f"{image_id}: the count is not finite ({predictions[-1].counts.tolist()}); the image or the "
+                        "weights hold values that are not, or too large ones",
+                        stacklevel=2,
+                    )
         finally:
             if training:
                 self.train()

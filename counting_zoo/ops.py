@@ -400,7 +400,7 @@ def peak_points(
         K tensors ``(N_k, 2)`` of x, y in pixels of the image, highest peak first; ``N_k <= round(count_k)``.
     """
     height, width = extent_of(density, extent)
-    wanted = density.detach().float().sum((-2, -1)).round().clamp(min=0).tolist()
+    wanted = density.detach().float().sum((-2, -1)).round().nan_to_num().clamp(min=0).tolist()
     peaks = local_peaks(density[None], threshold=0.0)[0]
     scale = density.new_tensor([image_size[1] / width, image_size[0] / height], dtype=torch.float32)
     limit = density.new_tensor([image_size[1], image_size[0]], dtype=torch.float32)

@@ -90,6 +90,17 @@ def test_predictions_agree_with_the_model(tmp_path: Path, model: TinyCounter) ->
     assert not list(tmp_path.glob(".*")), "no parts are left"
 
 
+def test_a_count_that_is_not_finite_costs_one_row(tmp_path: Path, model: TinyCounter) -> None:
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="finite"):
+        assert torch.isnan(model.count(np.zeros((32, 40, 3), np.uint8), ["dots"]).counts).all()
+    predict(tmp_path, model)
+    errors = table(tmp_path / "errors.csv")
+    assert sum("finite" in row["error"] for row in errors) == 5
+    assert table(tmp_path / "counts.csv") == []
+
+
 def test_a_broken_picture_costs_one_logged_error(
     tmp_path: Path, model: TinyCounter, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from counting_zoo import io
-from counting_zoo.checkpoints import write_checkpoint
+from counting_zoo.checkpoints import CheckpointFiles, write_checkpoint
 from counting_zoo.errors import CheckpointError, OutputError
 from counting_zoo.nn.weights import read_checkpoint
 
@@ -99,9 +99,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_replace_nothing(tmp_path: Path, value: float) -> None:
-    path = write_checkpoint({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "best.ckpt")
-    with pytest.raises(FloatingPointError, match="weight"):
-        write_checkpoint({"state_dict": {"weight": torch.tensor([0.0, value])}}, path)
+    path, files = tmp_path / "best.ckpt", CheckpointFiles()
+    files.save_checkpoint({"state_dict": {"weight": torch.zeros(2)}}, path)
+    with pytest.raises(FloatingPointError, match=r"weight.*best\.ckpt"):
+        files.save_checkpoint({"state_dict": {"weight": torch.tensor([0.0, value])}}, path)
     assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], torch.zeros(2))
 
 
