@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
 import logging
 import platform
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import ItemsView, Iterator, Sequence
@@ -34,6 +32,11 @@ from counting_zoo.module import CountingModule
 from counting_zoo.prediction import Prediction
 from counting_zoo.queries import check_data, known_names
 from counting_zoo.types import Batch, CountOutput, Query
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
 
 
 class FinishedPictures:
@@ -114,7 +117,7 @@ class Costs(TypedDict):
 
     pictures_per_second: float
     seconds_per_picture: float
-    peak_memory_mib: float | None  # beyond what was in use before; None where the system does not tell
+    peak_memory_mib: float | None  # with weights and all else in memory; None where the system does not tell
     parameters: int
     pictures: int
     megapixels: float  # of an image, on average
@@ -134,8 +137,8 @@ def measure_costs(
         repeats: timed rounds; their median is given.
 
     Returns:
-        Images each second without reading and resizing; the most memory that counting took: of the device where it
-        is CUDA, else of the process.
+        Images each second without reading and resizing; the peak of memory, weights included: of the device where it
+        is CUDA, else of the process since its start.
 
     Raises:
         InputError: there is no image.
@@ -144,7 +147,9 @@ def measure_costs(
         raise InputError("no image to measure the cost of counting on")
     device = torch.device(model.device)
     seconds: list[float] = []
-    with torch.inference_mode(), _peak_memory(device) as peak:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
         for round_ in range(repeats + 1):
             start = time.perf_counter()
             for picture, asked in zip(pictures, names, strict=True):
@@ -154,10 +159,11 @@ def measure_costs(
             if round_:
                 seconds.append(time.perf_counter() - start)
     each = statistics.median(seconds) / len(pictures)
+    peak = _peak_memory(device)
     return {
         "pictures_per_second": 1 / each,
         "seconds_per_picture": each,
-        "peak_memory_mib": None if not peak else peak[0] / MEBI,
+        "peak_memory_mib": None if peak is None else peak / MEBI,
         "parameters": sum(p.numel() for p in model.parameters()),
         "pictures": len(pictures),
         "megapixels": sum(p.shape[1] * p.shape[2] for p in pictures) / len(pictures) / 1e6,
@@ -166,41 +172,14 @@ def measure_costs(
     }
 
 
-@contextlib.contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """A list that holds, at the end, the bytes taken at most beyond those in use at the start; empty if unknown."""
-    found: list[int] = []
+def _peak_memory(device: torch.device) -> int | None:
+    """Read the peak of memory in bytes: of a CUDA device since its last reset, else of the process since its start."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device) - before)
-        return
-    before_resident = _resident("VmRSS:") if _forget_peak() else None
-    yield found
-    after = _resident("VmHWM:")
-    if before_resident is not None and after is not None:
-        found.append(max(0, after - before_resident))
-
-
-def _forget_peak() -> bool:
-    """Give unused memory back and let the process's high-water mark begin anew, as Linux and glibc can."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _resident(key: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes on Linux
 
 
 def _processor() -> str:
