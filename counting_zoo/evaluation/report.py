@@ -19,7 +19,8 @@ import torch
 
 from counting_zoo.evaluation.audit_metrics import verdict
 from counting_zoo.io import write_whole
-from counting_zoo.metrics.counts import MEAN_STATISTICS, CountTable, bootstrap_interval, errors_by_class
+from counting_zoo.metrics.counts import MEAN_STATISTICS, CountTable, errors_by_class
+from counting_zoo.metrics.statistics import bootstrap_interval
 from counting_zoo.version import __version__
 
 Cell = str | float | None | Mapping[str, Any]

@@ -532,10 +532,6 @@ MEAN_STATISTICS: dict[str, ClassStatistic] = {
 }
 
 
-#: Images times resamples that :func:`bootstrap_interval` holds at once: 32 MiB of float64.
-RESAMPLED_AT_ONCE = 2**22
-
-
 def reported_counts(counts: Tensor, rounding: bool, clamp: bool) -> Tensor:
     """Counts as a protocol reports them: no count below zero, whole numbers with halves to the even one.
 
@@ -568,9 +564,9 @@ def errors_by_class(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
         >>> errors_by_class(torch.tensor([[1.0], [4.0]]), torch.tensor([[0.0], [3.0]]))["rel_rmse_nz"].item()
         0.5
     """
-    predicted, target = _checked(predicted, target)
+    predicted, target = checked_counts(predicted, target)
     once = target.new_ones(1, len(target))
-    result = {statistic: _weighted(predicted, target, statistic, once)[0] for statistic in CLASS_STATISTICS}
+    result = {statistic: weighted_errors(predicted, target, statistic, once)[0] for statistic in CLASS_STATISTICS}
     return result | {"n": (~target.isnan()).sum(0), "n_nz": (target > 0).sum(0)}
 
 
@@ -606,107 +602,12 @@ def class_count_errors(predicted: Tensor, target: Tensor, classes: Sequence[str]
     return result | _means(by_class)
 
 
-def bootstrap_interval(
-    predicted: Tensor,
-    target: Tensor,
-    statistic: ClassStatistic | MeanStatistic,
-    n: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[Tensor, Tensor]:
-    """Percentile interval of a figure over images drawn with replacement (Efron, 1979).
-
-    It says how much the figure owes to the choice of images, not how much to the training run. A resample without a
-    class that occurs leaves that class out, as :func:`class_count_errors` does. The interval of a class that occurs in
-    no image is NaN.
-
-    Args:
-        predicted, target: as for :func:`errors_by_class`.
-        statistic: a figure of each class (:func:`errors_by_class`) or a mean over classes (:func:`class_count_errors`).
-        n: how many resamples.
-        seed: of the draws; equal seeds give equal intervals.
-        level: share of the resamples within the interval.
-
-    Returns:
-        Lower and upper bound in float64: ``(K,)`` for a figure of each class, scalars for a mean.
+def checked_counts(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Check ``(images, classes)`` counts, and give both the exact type on one device.
 
     Raises:
-        InputError: as for :func:`errors_by_class`; or an unknown statistic, no image, ``n`` below 1, ``level``
-            outside (0, 1), or a prediction that is not finite.
-
-    Example:
-        >>> low, high = bootstrap_interval(torch.ones(50, 1), torch.arange(50.0)[:, None] % 3, "mae")
-        >>> bool(low < 2 / 3) and bool(high > 2 / 3)
-        True
+        InputError: shapes differ, or a true count is negative or infinite.
     """
-    of_mean = statistic in MEAN_STATISTICS
-    of_class: Any = MEAN_STATISTICS[statistic] if of_mean else statistic
-    if of_class not in CLASS_STATISTICS:
-        raise InputError(f"statistic {statistic!r}; choose one of {', '.join((*CLASS_STATISTICS, *MEAN_STATISTICS))}")
-    predicted, target = _checked(predicted, target)
-    if not len(target) or n < 1 or not 0 < level < 1:
-        raise InputError(
-            f"bootstrap of {len(target)} images, {n} resamples, level {level}; expected at least one image and one "
-            "resample, and a level between 0 and 1"
-        )
-    if not bool(predicted[~target.isnan()].isfinite().all()):
-        raise InputError("predicted counts hold NaN or infinity, which have no interval; score finite counts")
-    generator = torch.Generator().manual_seed(seed)
-    ones = torch.ones(1, 1, dtype=target.dtype)
-    resamples = []
-    for drawn in _split(n, max(1, RESAMPLED_AT_ONCE // len(target))):
-        chosen = torch.randint(len(target), (drawn, len(target)), generator=generator)
-        times = torch.zeros(chosen.shape, dtype=target.dtype).scatter_add_(1, chosen, ones.expand_as(chosen))
-        values = _weighted(predicted, target, of_class, times.to(target.device))  # (drawn, K)
-        resamples.append(values.nanmean(1) if of_mean else values)
-    tail = (1 - level) / 2
-    low, high = torch.cat(resamples).nanquantile(target.new_tensor([tail, 1 - tail]), dim=0)
-    return low, high
-
-
-class PointHits(ImageRows):
-    """Share of predicted points that lie on an object of their class, among the classes that are in the image.
-
-    Args:
-        kwargs: those of :class:`torchmetrics.Metric`.
-
-    Example:
-        >>> metric = PointHits()
-        >>> points, kinds = torch.tensor([[5.0, 5.0], [50.0, 5.0], [5.0, 5.0]]), torch.tensor([0, 0, 1])
-        >>> metric.update(points, kinds, torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.tensor([0]), "a.jpg")
-        >>> metric.compute()  # class 1 is not there, so its point is an error of its count
-        {'n_points': 2, 'point_hits': 0.5}
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(("hits", "points"), **kwargs)
-
-    def update(self, points: Tensor, kinds: Tensor, boxes: Tensor, box_kinds: Tensor, image_id: str) -> None:
-        """Add one image.
-
-        Args:
-            points: ``(N, 2)`` x, y.
-            kinds: ``(N,)`` classes of the points.
-            boxes: ``(M, 4)`` x1, y1, x2, y2 of all objects, in the frame of the points.
-            box_kinds: ``(M,)`` their classes.
-            image_id: of the image.
-        """
-        x, y = points[:, None].unbind(-1)  # (N, 1)
-        x1, y1, x2, y2 = boxes.to(points).unbind(-1)  # (M,)
-        same = kinds[:, None] == box_kinds.to(kinds)
-        on = (same & (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)).any(1)
-        present = same.any(1)
-        self.append([image_id], hits=on.sum()[None, None], points=present.sum()[None, None])
-
-    def compute(self) -> dict[str, float]:
-        """``point_hits``, a share, and ``n_points``, of how many; only the latter where there are none."""
-        rows = self.rows()
-        n = int(rows["points"].sum())
-        return {"n_points": n} | ({"point_hits": float(rows["hits"].sum() / n)} if n else {})
-
-
-def _checked(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the exact type on one device."""
     if predicted.shape != target.shape or target.ndim != 2:
         raise InputError(
             f"predicted counts of shape {tuple(predicted.shape)} for targets of {tuple(target.shape)}; expected "
@@ -723,8 +624,17 @@ def _checked(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return predicted.detach().to(target), target
 
 
-def _weighted(predicted: Tensor, target: Tensor, statistic: ClassStatistic, weight: Tensor) -> Tensor:
-    """A statistic of each class over images that count ``weight`` ``(R, N)`` times: ``(R, K)``, NaN where none do."""
+def weighted_errors(predicted: Tensor, target: Tensor, statistic: ClassStatistic, weight: Tensor) -> Tensor:
+    """Compute a figure of each class over images that count several times.
+
+    Args:
+        predicted, target: as :func:`checked_counts` gives them.
+        statistic: one of :data:`CLASS_STATISTICS`.
+        weight: ``(R, N)`` how often each image counts in each of R draws.
+
+    Returns:
+        ``(R, K)``, NaN where no image decides a class.
+    """
     used = target > 0 if statistic.endswith("_nz") else ~target.isnan()
     error = predicted - target
     error = error.abs() if statistic == "mae" else error.square()
@@ -757,8 +667,3 @@ def _warn_of_absent(by_class: Mapping[str, Tensor], classes: Sequence[str] | Non
                 f"{len(names)} of {len(left_out)} classes are {why}: {listed(names, 10)}",
                 stacklevel=stacklevel,
             )
-
-
-def _split(n: int, most: int) -> list[int]:
-    """n in parts of at most ``most``."""
-    return [min(most, n - first) for first in range(0, n, most)]
