@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from counting_zoo.evaluation.audit import EMPTY, GRIDS, NONSENSE, AskedPicture, Audit, variants
+from counting_zoo.evaluation.audit import GRIDS, AskedPicture, Audit
 from counting_zoo.evaluation.audit_metrics import (
     FOLLOWS_LOSS,
     FOLLOWS_RATIO,
@@ -29,6 +29,7 @@ from counting_zoo.evaluation.audit_metrics import (
     spread,
     verdict,
 )
+from counting_zoo.evaluation.audit_prompts import EMPTY, NONSENSE, variants
 from counting_zoo.evaluation.report import embedded, judge, render
 from counting_zoo.io import plain, write_table, write_whole
 from counting_zoo.metrics.counts import CountTable

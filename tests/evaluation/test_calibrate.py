@@ -95,7 +95,7 @@ def test_every_row_counts_where_all_names_are_asked_about() -> None:
     done = calibrate(tiny(), TinyPictures(n=12, prompts="all"))
     assert len(done.counts) == 24
     text = done.describe()
-    assert "24 counts of 12 pictures" in text
+    assert "24 counts of 12 images" in text
     assert "coverage*" in text
     assert "* of the counts that the intervals were fitted to" in text
 
