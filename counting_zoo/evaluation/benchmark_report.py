@@ -298,9 +298,10 @@ def _model(run: Run, files: Sequence[str], shared: Sequence[str], bootstrap: Boo
 
 def _largest_errors(table: CountTable) -> list[dict[str, Any]]:
     error = np.nan_to_num(np.abs(table.predicted - table.target), nan=-1.0, posinf=-1.0)
-    order = sorted(range(len(table)), key=lambda i: (-error[i], table.image[i], table.name[i]))[:LARGEST]
+    image, name = table.image, table.name
+    order = sorted(range(len(table)), key=lambda i: (-error[i], image[i], name[i]))[:LARGEST]
     return [
-        {"image": table.image[i], "name": table.name[i], "target": table.target[i], "predicted": table.predicted[i]}
+        {"image": image[i], "name": name[i], "target": table.target[i], "predicted": table.predicted[i]}
         for i in order
         if error[i] >= 0
     ]

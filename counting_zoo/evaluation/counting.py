@@ -26,7 +26,7 @@ from counting_zoo.data.tables import ImageNames
 from counting_zoo.errors import InputError, NamesError, listed
 from counting_zoo.geometry import Preprocess
 from counting_zoo.io import progress, read_table, sha256, unsafe_cell
-from counting_zoo.metrics.counts import CountTable, grid_errors
+from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.statistics import JOIN
 from counting_zoo.module import CountingModule
 from counting_zoo.prediction import Prediction
@@ -421,31 +421,17 @@ def _rows(model: CountingModule, batch: Batch, output: CountOutput) -> list[Row]
     Raises:
         FloatingPointError: a count is not finite.
     """
-    image_id, names = batch["image_id"][0], list(batch["queries"][0].names)
-    counts: Tensor = model.reported(output.counts)[0].cpu().double()  # Apple's devices have no float64
-    target = batch["counts"][0].double()
-    if model.class_blind:
-        names, target = [" + ".join(names)], target.sum(0, keepdim=True)
+    counts = model.reported(output.counts)[0]
     if not bool(counts.isfinite().all()):
         raise FloatingPointError(f"the count is {counts.tolist()}")
-    rows: list[Row] = [
-        {"image": image_id, "name": name, "target": float(t), "predicted": float(c)}
-        for name, t, c in zip(names, target, counts, strict=True)
-    ]
-    if "points" in batch and "labels" in batch:
-        size = (int(batch["image"][0].shape[-2]), int(batch["image"][0].shape[-1]))
-        density = output.density[0, : len(names)]
-        labels = None if model.class_blind else batch["labels"][0]
-        errors = grid_errors(density, batch["points"][0], size, labels, model.extent(density, size))
-        for row, game in zip(rows, errors.cpu().tolist(), strict=True):
-            row |= {f"game{level}": error for level, error in enumerate(game)}
-    if (bounds := model.interval(output)) is not None:
-        for row, (low, high) in zip(rows, bounds[0, : len(rows)].tolist(), strict=True):
-            row |= {"low": low, "high": high}
-    if (deviation := output.deviation) is not None:
-        for row, value in zip(rows, deviation[0, : len(rows)].tolist(), strict=True):
-            row["deviation"] = value
-    return rows
+    columns = model.table_columns([output], batch, [(int(i.shape[-2]), int(i.shape[-1])) for i in batch["image"]])
+    # The table is exact in float64, which Apple's devices do not have.
+    on_cpu: dict[str, Any] = {
+        key: value.cpu() if isinstance(value, Tensor) else value for key, value in columns.items()
+    }
+    table = CountTable()
+    table.update(batch["image_id"], **on_cpu)
+    return list(table.known_cells())
 
 
 def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -399,6 +399,12 @@ class CountTable(ImageRows):
             numbers = [math.nan if (v := row.get(column)) is None else float(v) for row in made]
             table._state(column).append(torch.tensor(numbers, dtype=torch.float64))
         return table
+
+    def known_cells(self) -> Iterator[dict[str, str | float]]:
+        """Give each row as plain data without the cells that are not known; :meth:`of` makes a table of them again."""
+        for image, name, numbers in zip(self.image, self.name, self.column(*self.columns).tolist(), strict=True):
+            known = {column: v for column, v in zip(self.columns, numbers, strict=True) if not math.isnan(v)}
+            yield {"image": image, "name": name, **known}
 
     def select(self, rows: np.ndarray) -> CountTable:
         """Keep some rows, by a mask or indices."""
