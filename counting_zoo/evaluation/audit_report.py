@@ -83,7 +83,7 @@ def audit_figures(audit: Audit) -> dict[str, Any]:
 
 
 def _mosaics(audit: Audit, own: Sequence[AskedPicture]) -> dict[str, Any]:
-    """Scores of the whole halves, and on each grid."""
+    """Score the whole halves, and each grid."""
     row = {one.image_id: i for i, one in enumerate(own)}
     shape = (len(own), len(audit.names))
     truth = np.full(len(own), np.nan)
@@ -111,11 +111,11 @@ def _pair_figures(own: Sequence[AskedPicture]) -> dict[str, float]:
 
 
 def _label_free_figures(audit: Audit, own: Sequence[AskedPicture], right: np.ndarray) -> dict[str, Any]:
-    """Checks that need no annotation but a name that is there."""
+    """Compute the checks that need no annotation but a name that is present."""
     other = {str(one.target): variants(str(one.target)) for one in own}
 
     def counts(prompts: Mapping[str, Sequence[str]], with_own: bool) -> np.ndarray:
-        """``(N, P)`` counts of the prompts that belong to each target."""
+        """Collect ``(N, P)`` counts of the prompts that belong to each target."""
         longest = max((len(asked) for asked in prompts.values()), default=0) + with_own
         found = np.full((len(own), longest), np.nan)
         for row, one in zip(found, own, strict=True):

@@ -145,15 +145,15 @@ def _check_options(split: str, precision: str, *, costs: bool, **numbers: int) -
 
 
 def _by_text(kind: str, named: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same under names that are text; YAML reads some of them as numbers. Two that are the same then raise."""
-    found = {str(name): value for name, value in named.items()}
-    if len(found) < len(named):
+    """Turn names into text, as YAML reads some as numbers; two equal ones raise."""
+    by_text = {str(name): value for name, value in named.items()}
+    if len(by_text) < len(named):
         raise InputError(f"two {kind} have the same name among {', '.join(map(str, named))}; name them apart")
-    return found
+    return by_text
 
 
 def _fabric(accelerator: str, devices: int, precision: Precision) -> L.Fabric:
-    """The devices, with a process on each; an :class:`InputError` where there are none such."""
+    """Start a process on each device; an :class:`InputError` where there are no such devices."""
     try:
         fabric = L.Fabric(
             accelerator=accelerator, devices=devices, precision=precision, strategy="ddp" if devices > 1 else "auto"
@@ -237,7 +237,7 @@ def _count_all(
 
 
 def _model(source: CountingModule | str | Path, fabric: L.Fabric) -> CountingModule | Path:
-    """A model on its device, or the file that somebody else's program wrote."""
+    """Load a model onto its device, or return the path of a file of counts from elsewhere."""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.suffix.lower() == ".csv":
@@ -385,7 +385,7 @@ def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, spli
 def _drawings(
     model: CountingModule, datamodule: CountingDataModule, split: Split, table: CountTable, n: int
 ) -> list[Drawing]:
-    """The images with the largest and the smallest error, the latter in proportion to what they hold."""
+    """Draw the images with the largest error, and those with the smallest relative one."""
     ids, index = table.images()
     error = np.bincount(index, np.abs(table.predicted - table.target))
     share = error / np.maximum(np.bincount(index, table.target), 1)
@@ -432,7 +432,7 @@ def _costs(
 
 
 def _file_names(names: Sequence[str]) -> dict[str, str]:
-    """A part of a file name for each name; no two are the same, in upper or lower case."""
+    """Make a distinct part of a file name for each name, whatever the case of letters."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(names):
         plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

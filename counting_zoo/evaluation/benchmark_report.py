@@ -107,7 +107,7 @@ def _all() -> tuple[Published, ...]:
 
 
 LARGEST = 5
-"""So many of the largest errors of each model are listed."""
+"""Number of the largest errors that are listed of each model."""
 
 
 DIGITS = 10
@@ -261,7 +261,7 @@ def write_costs(out: str | Path, costs: Mapping[str, Mapping[str, Any]]) -> dict
 
 
 def _data(name: str, found: Sequence[tuple[Run, Sequence[str]]], bootstrap: Bootstrap) -> dict[str, Any]:
-    """All models on one data set."""
+    """Summarise all models on one data set."""
     runs = [run for run, _ in found]
     facts = runs[0].data_facts
     shared = [sentence for sentence in runs[0].protocol if all(sentence in run.protocol for run in runs)]
@@ -324,7 +324,7 @@ CSV_COLUMNS = (
 
 
 def _csv_rows(results: Mapping[str, Any]) -> Iterator[list[str | int | float]]:
-    """A row for each model, followed by those of its constants."""
+    """Yield a row for each model, followed by those of its constants."""
     for entry in results["data"]:
         for model in entry["models"]:
             figures, name = model["figures"], model["model"]
@@ -398,7 +398,7 @@ def _verdict(entry: Scores) -> dict[str, Any]:
 
 
 def constants(entry: Scores, part: str = "") -> list[tuple[str, Scores]]:
-    """Label and scores of each constant prediction, once where all models have it on the same rows.
+    """List label and scores of each constant prediction, once where all models have it on the same rows.
 
     Args:
         entry: of the data set.
@@ -425,7 +425,7 @@ def constants(entry: Scores, part: str = "") -> list[tuple[str, Scores]]:
 
 
 def _matrix(entry: Scores) -> dict[str, Any] | None:
-    """Differences of MAE, row minus column."""
+    """Tabulate differences of MAE, row minus column."""
     cells = {}
     for pair in entry["comparisons"]:
         if "mae" in pair:
@@ -438,7 +438,7 @@ def _matrix(entry: Scores) -> dict[str, Any] | None:
 
 
 def _facts(entry: Scores) -> list[dict[str, Any]]:
-    """Tables of what is known of the data, once where that is the same for all models, and of the models."""
+    """Tabulate the facts of the data, once where that is the same for all models, and of the models."""
     names = [model["model"] for model in entry["models"]]
     differ = entry["facts_differ"]
     parts = [

@@ -39,7 +39,7 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 
-class FinishedPictures:
+class FinishedImages:
     """Finished images on disk, a line of JSON each, by id; used as a context.
 
     Args:
@@ -47,7 +47,7 @@ class FinishedPictures:
             image. ``None`` keeps everything in memory only.
 
     Example:
-        >>> with FinishedPictures(None) as finished:
+        >>> with FinishedImages(None) as finished:
         ...     finished.add("a.jpg", {"count": 3})
         ...     "a.jpg" in finished, finished["a.jpg"]
         (True, {'count': 3})
@@ -56,7 +56,7 @@ class FinishedPictures:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._file: TextIO | None = None
-        self._found: dict[str, dict[str, Any]] = {}
+        self._results: dict[str, dict[str, Any]] = {}
         if path is None or not path.is_file():
             return
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -64,7 +64,7 @@ class FinishedPictures:
                 image_id, content = json.loads(line)
             except (ValueError, TypeError):
                 continue
-            self._found[image_id] = content
+            self._results[image_id] = content
 
     def __enter__(self) -> Self:
         if self.path is not None:
@@ -78,25 +78,25 @@ class FinishedPictures:
             self._file.close()
 
     def __contains__(self, image_id: str) -> bool:
-        return image_id in self._found
+        return image_id in self._results
 
     def __getitem__(self, image_id: str) -> dict[str, Any]:
-        return self._found[image_id]
+        return self._results[image_id]
 
     def items(self) -> ItemsView[str, dict[str, Any]]:
-        """Ids and what is known, in the order in which they were finished."""
-        return self._found.items()
+        """Iterate over ids and results, in the order in which they were finished."""
+        return self._results.items()
 
     def add(self, image_id: str, content: dict[str, Any]) -> None:
-        """Keep what is known of an image; the same as it will be read again."""
+        """Keep the result of an image, as it will be read again."""
         line = json.dumps([image_id, content], allow_nan=False)  # in ASCII, as ids may hold separators of lines
-        self._found[image_id] = json.loads(line)[1]
+        self._results[image_id] = json.loads(line)[1]
         if self._file is not None:
             self._file.write(line + "\n")
             self._file.flush()
 
 
-def picture_key(datamodule: CountingDataModule, record: Record) -> str:
+def finished_key(datamodule: CountingDataModule, record: Record) -> str:
     """Make the key of finished work on an image: its id, and a hash of its file as evaluation reads it.
 
     The annotation does not tell an image from another one of the same name: the same images with noise, say, or a
@@ -198,7 +198,7 @@ COUNT_NAMES = ("count", "predicted", "prediction")
 
 
 TOTAL = ""
-"""Name of a row that says how many objects of all names there are."""
+"""Name of a row that holds the count of all names together."""
 
 
 def read_counts(path: str | Path) -> dict[str, dict[str, float]]:
@@ -224,7 +224,7 @@ def read_counts(path: str | Path) -> dict[str, dict[str, float]]:
 
 
 def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Split) -> CountedSplit:
-    """The counts of a file beside the true ones of a split.
+    """Compare the counts of a file with the true ones of a split.
 
     Images are found by their id, else by their file name with or without suffix, where that is the only one of its
     kind; a warning says where the file has another folder, which may be another split. A file without names, or with
@@ -261,18 +261,20 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
     failed = []
     for record in records:
         asked = ask(record, choose_names(record, None))
-        said = counts.get(ids.get(record.image_id, ""))
-        if said is None or asked.counts is None:
-            failed.append((record.image_id, "no count in the file" if said is None else "no true count"))
+        predicted = counts.get(ids.get(record.image_id, ""))
+        if predicted is None or asked.counts is None:
+            failed.append((record.image_id, "no count in the file" if predicted is None else "no true count"))
         elif not asked.classes:
             failed.append((record.image_id, NO_NAME))
-        elif set(said) <= {TOTAL, joined := JOIN.join(asked.classes)}:
-            rows.append((record.image_id, joined, float(asked.counts.sum()), said.get(joined, said.get(TOTAL, 0.0))))
-        elif missing := [name for name in asked.classes if name not in said]:
+        elif set(predicted) <= {TOTAL, joined := JOIN.join(asked.classes)}:
+            rows.append(
+                (record.image_id, joined, float(asked.counts.sum()), predicted.get(joined, predicted.get(TOTAL, 0.0)))
+            )
+        elif missing := [name for name in asked.classes if name not in predicted]:
             failed.append((record.image_id, f"no count of {', '.join(map(repr, missing[:5]))} in the file"))
         else:
             rows += [
-                (record.image_id, name, float(target), said[name])
+                (record.image_id, name, float(target), predicted[name])
                 for name, target in zip(asked.classes, asked.counts, strict=True)
             ]
     return CountedSplit(CountTable.of(rows), failed)
@@ -341,8 +343,8 @@ def count_split(
     keys = _keys(parts, datamodule, records)
     done = _finished(parts)
     mine = [r for r in records[rank::world_size] if "rows" not in done.get(keys[r.image_id], {})]
-    shown = progress(_pictures(model, datamodule, split, mine), len(mine), description)
-    with torch.inference_mode(), FinishedPictures(None if parts is None else parts / f"{rank}.jsonl") as finished:
+    shown = progress(_batches(model, datamodule, split, mine), len(mine), description)
+    with torch.inference_mode(), FinishedImages(None if parts is None else parts / f"{rank}.jsonl") as finished:
         for batch in shown:
             for image_id, reason in batch.get("failed", []):
                 finished.add(keys[image_id], {"failed": reason})
@@ -358,19 +360,19 @@ def read_parts(parts: Path, datamodule: CountingDataModule, split: Split) -> Cou
 
 def _keys(parts: Path | None, datamodule: CountingDataModule, records: Sequence[Record]) -> dict[str, str]:
     """Map image ids to the keys that their results are kept under."""
-    return {r.image_id: r.image_id if parts is None else picture_key(datamodule, r) for r in records}
+    return {r.image_id: r.image_id if parts is None else finished_key(datamodule, r) for r in records}
 
 
 def _gathered(done: dict[str, dict[str, Any]], keys: dict[str, str]) -> CountedSplit:
-    """Finished images in the order of the data."""
-    found = [(image_id, done[key]) for image_id, key in keys.items() if key in done]
+    """Gather finished images in the order of the data."""
+    results = [(image_id, done[key]) for image_id, key in keys.items() if key in done]
     return CountedSplit(
-        CountTable.of(row for _, one in found if "rows" in one for row in one["rows"]),
-        [(image_id, one["failed"]) for image_id, one in found if "failed" in one],
+        CountTable.of(row for _, result in results for row in result.get("rows", [])),
+        [(image_id, result["failed"]) for image_id, result in results if "failed" in result],
     )
 
 
-def _pictures(
+def _batches(
     model: CountingModule, datamodule: CountingDataModule, split: Split, records: Sequence[Record]
 ) -> Iterator[Batch]:
     data = datamodule.evaluation_dataset(split, model.preprocess, tolerate=True, records=records)
@@ -395,7 +397,7 @@ def _check_names(model: CountingModule, datamodule: CountingDataModule, split: S
 
 
 def _counted(model: CountingModule, batch: Batch) -> dict[str, Any]:
-    """The rows of one image, or why it has none."""
+    """Count one image: its rows, or the reason why it has none."""
     image_id = batch["image_id"][0]
     if "counts" not in batch:
         raise InputError(f"{image_id} carries no counts, so nothing can be scored; use predict for such images")
@@ -435,13 +437,13 @@ def _rows(model: CountingModule, batch: Batch, output: CountOutput) -> list[Row]
 
 
 def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
-    """Read what the processes have left in ``parts``, by :func:`picture_key`."""
-    found: dict[str, dict[str, Any]] = {}
+    """Read what the processes have left in ``parts``, by :func:`finished_key`."""
+    results: dict[str, dict[str, Any]] = {}
     for path in sorted(parts.glob("*.jsonl")) if parts is not None else []:
-        for image_id, one in FinishedPictures(path).items():
-            if "rows" in one or image_id not in found:  # an image that failed may have been counted since
-                found[image_id] = one
-    return found
+        for key, result in FinishedImages(path).items():
+            if "rows" in result or key not in results:  # an image that failed may have been counted since
+                results[key] = result
+    return results
 
 
 @torch.no_grad()

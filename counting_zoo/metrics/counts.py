@@ -22,7 +22,7 @@ GAME_LEVELS = 4
 
 
 def count_errors(predicted: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean absolute, root mean squared, normalised absolute and signed error of counts.
+    """Compute mean absolute, root mean squared, normalised absolute and signed error of counts.
 
     ``nae`` is the mean of ``|predicted - target| / target`` over the entries whose target is above zero, and
     ``n_nae`` how many those are; where there are none, ``nae`` is left out. ``bias`` is the mean of
@@ -58,7 +58,7 @@ def count_errors(predicted: Tensor, target: Tensor) -> dict[str, float]:
 def constant_rows(
     target: Tensor, constants: Mapping[str, float | Sequence[float] | Tensor]
 ) -> dict[str, dict[str, float]]:
-    """The errors of predicting the same number for every image: what a model has to beat.
+    """Score constant predictions, the baselines that a model has to beat.
 
     Args:
         target: ``(N, K)`` counts.
@@ -87,7 +87,7 @@ def grid_errors(
     extent: tuple[float, float] | None = None,
     levels: int = GAME_LEVELS,
 ) -> Tensor:
-    """Grid average mean absolute errors of one image (Guerrero-Gomez-Olmedo et al., IbPRIA 2015).
+    """Compute the grid average mean absolute errors of one image (Guerrero-Gomez-Olmedo et al., IbPRIA 2015).
 
     Level L cuts the image into ``2^L x 2^L`` equal regions and adds up their absolute count errors; level 0 is the
     absolute error of the count. Regions cut cells in proportion to area, so any image and map size is exact.
@@ -159,7 +159,7 @@ class ImageRows(Metric):
             self._state(state).append(value.detach().to(self.device, exact_dtype(self.device)).flatten())
 
     def rows(self) -> dict[str, Tensor]:
-        """All columns without repetitions, ordered by image and place: the same for every distribution."""
+        """Join all columns without repetitions, ordered by image and place: the same for every distribution."""
         joined = {name: self._joined(name) for name in (*_KEYS, *self.columns)}
         order = joined["kind"].argsort(stable=True)
         order = order[joined["image_key"][order].argsort(stable=True)]
@@ -187,7 +187,7 @@ class ImageRows(Metric):
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
     def _keys(self, texts: Sequence[str]) -> list[int]:
-        """64 bits that stand for each text on every process, as signed integers."""
+        """Hash each text to a signed 64-bit integer, the same on every process."""
         keys = [int.from_bytes(blake2b(t.encode(), digest_size=8).digest(), "big", signed=True) for t in texts]
         self.texts.update(zip(keys, texts, strict=True))
         return keys
@@ -196,7 +196,7 @@ class ImageRows(Metric):
         return getattr(self, f"{name}_")  # the columns' own names are free for what subclasses make of them
 
     def _joined(self, name: str) -> Tensor:
-        """One state as one tensor, whether it is a list still or was gathered."""
+        """Join a state to one tensor, whether it is a list still or was gathered."""
         value: Any = self._state(name)
         if isinstance(value, Tensor):
             return value
@@ -271,7 +271,7 @@ class CountTable(ImageRows):
         self.append(image_ids, names, **dict(zip(self.columns, numbers, strict=True)))
 
     def compute(self) -> dict[str, float]:
-        """Scores over all rows.
+        """Compute the scores over all rows.
 
         Returns:
             :func:`count_errors`; with several names an image also ``sum_`` errors of the total of each image and the
@@ -312,7 +312,7 @@ class CountTable(ImageRows):
         return result
 
     def _class_scores(self, rows: dict[str, Tensor], image: Tensor) -> dict[str, float]:
-        """Means over classes of the model and of what needs no image; classes stand in the order of their places."""
+        """Average over classes the errors of the model and of baselines; classes stand in the order of their places."""
         first: dict[int, int] = {}
         for kind, place in zip(rows["kind"].tolist(), rows["place"].tolist(), strict=True):
             first[kind] = min(place, first.get(kind, place))
@@ -349,7 +349,7 @@ class CountTable(ImageRows):
         return [self.texts[key] for key in self._joined("kind").tolist()]
 
     def column(self, *names: str) -> np.ndarray:
-        """``(N,)`` float64 numbers of one column, or ``(N, C)`` of several."""
+        """Return ``(N,)`` float64 numbers of one column, or ``(N, C)`` of several."""
         found = [self._joined(name).cpu().double().numpy() for name in names]
         return found[0] if len(found) == 1 else np.stack(found, 1)
 
@@ -415,13 +415,13 @@ class CountTable(ImageRows):
         return table
 
     def with_interval(self, bounds: np.ndarray) -> CountTable:
-        """The same rows with ``(N, 2)`` other bounds."""
+        """Copy the rows with ``(N, 2)`` other bounds."""
         table = self.select(np.arange(len(self)))
         table.low_, table.high_ = ([torch.from_numpy(np.ascontiguousarray(side))] for side in bounds.T)
         return table
 
     def images(self) -> tuple[list[str], np.ndarray]:
-        """Ids of the images in the order in which they first come, and for each row the index into them."""
+        """List the ids of images in order of first appearance, and for each row the index into them."""
         place: dict[str, int] = {}
         index = [place.setdefault(image, len(place)) for image in self.image]
         return list(place), np.array(index, np.int64)
@@ -502,7 +502,7 @@ class PromptErrors(ImageRows):
         self.append(image_ids, None, **{name: value.reshape(-1, 1) for name, value in columns.items()})
 
     def compute(self) -> dict[str, float]:
-        """The figures of the class docstring and ``n``; those that nothing was asked for are left out."""
+        """Compute the figures of the class docstring and ``n``; those that nothing was asked for are left out."""
         rows = self.rows()
         result: dict[str, float] = {"n": len(rows["image_key"])}
         for name in ("absent", "hard_absent"):
@@ -539,7 +539,7 @@ MEAN_STATISTICS: dict[str, ClassStatistic] = {
 
 
 def reported_counts(counts: Tensor, rounding: bool, clamp: bool) -> Tensor:
-    """Counts as a protocol reports them: no count below zero, whole numbers with halves to the even one.
+    """Post-process counts for reporting: clamp at zero, and round halves to even.
 
     Lower-Count rounds and does not clamp, Chattopadhyay et al. clamp and round. No metric does either by itself.
 
@@ -553,7 +553,11 @@ def reported_counts(counts: Tensor, rounding: bool, clamp: bool) -> Tensor:
 
 
 def errors_by_class(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The errors of each class; see the module for the formulas.
+    """Compute the errors of each class over the images in which it is annotated.
+
+    With p the predicted and t the true count, ``mae`` is the mean of ``|p - t|``, ``rmse`` the root of the mean of
+    ``(p - t)^2`` and ``rel_rmse`` that of ``(p - t)^2 / (t + 1)`` (Chattopadhyay et al., CVPR 2017); those that end in
+    ``_nz`` run over the images with ``t > 0``.
 
     Args:
         predicted: ``(N, K)`` counts of N images.
@@ -577,7 +581,7 @@ def errors_by_class(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 def class_count_errors(predicted: Tensor, target: Tensor, classes: Sequence[str] | None = None) -> dict[str, float]:
-    """Means over classes of the errors of each class.
+    """Average the errors of each class over the classes.
 
     A class without an image in which it occurs has no ``_nz`` error; it is left out of those means, and one warning
     says which. Where that leaves no class, the keys are left out too.
@@ -651,7 +655,7 @@ def weighted_errors(predicted: Tensor, target: Tensor, statistic: ClassStatistic
 
 
 def _means(by_class: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over the classes that are defined, which a NaN among the predictions does not make undefined."""
+    """Average over the classes that are annotated; a NaN among the predictions stays."""
     result = {}
     for mean, statistic in MEAN_STATISTICS.items():
         defined = by_class["n_nz" if mean.endswith("_nz") else "n"] > 0

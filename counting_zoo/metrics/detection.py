@@ -25,7 +25,7 @@ SEEN, PREDICTED, TRUE = range(3)  # what a row of an image is about
 
 
 def mask_iou(masks: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of every mask with every other; 0 where both are empty.
+    """Compute the intersection over union of every mask with every other; 0 where both are empty.
 
     Args:
         masks: ``(N, H, W)`` or ``(N, pixels)`` bool.
@@ -84,7 +84,7 @@ def match_masks(iou: Tensor, scores: Tensor, thresholds: Sequence[float] = THRES
 
 
 def average_precision(right: Tensor, scores: Tensor, n_true: int) -> float:
-    """Area under the precision-recall curve, with precision made to fall with recall (PASCAL VOC since 2010).
+    """Compute the area under the precision-recall curve, made monotonic (PASCAL VOC since 2010).
 
     Predictions of equal score enter together, so that the order of images plays no role.
 
@@ -159,7 +159,7 @@ class InstancePrecision(ImageRows):
         self.append([image_id], **dict(zip(self.columns, rows.T[:, None], strict=True)))
 
     def per_class(self) -> dict[int, dict[str, float]]:
-        """The figures of each class that has objects, with ``n_true`` and ``n_predicted``, by label."""
+        """Compute the figures of each class that has objects, with ``n_true`` and ``n_predicted``, by label."""
         rows = self.rows()
         result: dict[int, dict[str, float]] = {}
         for kind in rows["label"][rows["role"] == TRUE].unique().tolist():
@@ -173,7 +173,7 @@ class InstancePrecision(ImageRows):
         return result
 
     def compute(self) -> dict[str, float]:
-        """The figures of the class docstring."""
+        """Compute the figures of the class docstring."""
         rows, classes = self.rows(), self.per_class().values()
         result: dict[str, float] = {
             key: int((rows["role"] == role).sum())
@@ -307,7 +307,7 @@ def average_precision_50(
     true_boxes: Sequence[Tensor],
     true_labels: Sequence[Tensor],
 ) -> float:
-    """AP50 of B images at once, as :class:`BoxPrecision` has it.
+    """Compute AP50 of B images at once, as :class:`BoxPrecision` has it.
 
     Args:
         boxes: B tensors ``(N_i, 4)`` x1, y1, x2, y2.
@@ -369,7 +369,7 @@ class PointHits(ImageRows):
         self.append([image_id], hits=on.sum()[None, None], points=present.sum()[None, None])
 
     def compute(self) -> dict[str, float]:
-        """``point_hits``, a share, and ``n_points``, of how many; only the latter where there are none."""
+        """Compute ``point_hits``, a share, and ``n_points``, of how many; only the latter where there are none."""
         rows = self.rows()
         n = int(rows["points"].sum())
         return {"n_points": n} | ({"point_hits": float(rows["hits"].sum() / n)} if n else {})

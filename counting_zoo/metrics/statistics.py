@@ -104,7 +104,7 @@ class Bootstrap:
 
 
 def summed_by_picture(rows: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """Sums over the rows of each image.
+    """Sum over the rows of each image.
 
     Args:
         rows: ``(N, C)``.
@@ -122,7 +122,7 @@ def summed_by_picture(rows: np.ndarray, picture: np.ndarray) -> np.ndarray:
 
 
 def binomial_bounds(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Exact bounds of a share (Clopper and Pearson, Biometrika 1934).
+    """Compute exact bounds of a share (Clopper and Pearson, Biometrika 1934).
 
     Args:
         hits: how many of ``n`` independent trials succeeded.
@@ -153,7 +153,7 @@ Constants = Mapping[str, "float | Mapping[str, float]"]
 def summarise(
     table: CountTable, constants: Constants | None = None, bootstrap: Bootstrap | None = None
 ) -> dict[str, Any]:
-    """The figures of one model on one data set, ready for JSON.
+    """Summarise one model on one data set, ready for JSON.
 
     Args:
         table: its counts.
@@ -228,7 +228,7 @@ def summarise(
 
 
 def errors_by_decade(predicted: np.ndarray, target: np.ndarray) -> list[dict[str, float]]:
-    """Errors by true count: none, 1 to 9, 10 to 99, and so on.
+    """Compute errors by true count: none, 1 to 9, 10 to 99, and so on.
 
     Args:
         predicted, target: ``(N,)``.
@@ -317,7 +317,7 @@ def _scores(
     game: np.ndarray | None,
     bootstrap: Bootstrap,
 ) -> dict[str, dict[str, Any]]:
-    """Figures and intervals of each prediction over the known rows; GAME belongs to the first, the model.
+    """Compute figures and intervals of each prediction over the known rows; GAME belongs to the first, the model.
 
     All predictions are scored on the same draws.
     """
@@ -351,7 +351,7 @@ def _scores(
 
 
 def _figures(sums: np.ndarray) -> np.ndarray:
-    """``(R, 4 M + 3)``: MAE, RMSE, NAE and bias of M predictions and GAME of the model, from R rows of sums."""
+    """Compute ``(R, 4 M + 3)`` MAE, RMSE, NAE and bias of M predictions and GAME of the model from R rows of sums."""
     shape = (len(sums), (sums.shape[1] - 6) // len(METRICS), len(METRICS))
     rows, some = sums[:, 0, None], sums[:, 1, None]
     size, square, relative, error = np.moveaxis(sums[:, 2:-4].reshape(shape), -1, 0)  # each (R, M)
@@ -363,7 +363,7 @@ def _figures(sums: np.ndarray) -> np.ndarray:
 def _class_means(
     table: CountTable, predictions: Mapping[str, np.ndarray], bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
-    """The mRMSE family of each prediction, where every image is asked about the same several names."""
+    """Compute the mRMSE family of each prediction, where every image is asked about the same several names."""
     images, picture = np.unique(table.image, return_inverse=True)
     names = {name: k for k, name in enumerate(dict.fromkeys(table.name))}
     if len(names) < 2 or len(table) != len(images) * len(names) or np.isnan(table.target).all():
@@ -439,7 +439,7 @@ def bootstrap_interval(
 
 
 def _decades(counts: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Lower and upper end and the rows of each decade that occurs; the first holds all below 1."""
+    """Yield lower end, upper end and rows of each decade that occurs; the first holds all below 1."""
     index = np.searchsorted(10.0 ** np.arange(16), counts, side="right")
     for i in np.unique(index).tolist():
         yield (10 ** (i - 1) if i else 0), 10**i, index == i
@@ -450,7 +450,7 @@ JOIN = " + "
 
 
 def compare(a: CountTable, b: CountTable, bootstrap: Bootstrap | None = None) -> dict[str, Any]:
-    """Two models on the same images: the difference of their errors, and how sure it is.
+    """Compare two models on the same images: the difference of their errors, with its bootstrap interval.
 
     Rows of the same image and name are compared. Where one model counts without names, so that its rows carry the
     joined names of the other's, the totals of images are compared instead.
@@ -555,13 +555,13 @@ def _parts(names: set[str]) -> frozenset[str]:
 
 
 def _rows(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple[float, float]]:
-    """True and predicted count by image and name."""
+    """Collect true and predicted count by image and name."""
     keys = zip(table.image, table.name, table.target.tolist(), table.predicted.tolist(), strict=True)
     return {(image, name): (target, said) for image, name, target, said in keys if image in common}
 
 
 def _totals(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple[float, float]]:
-    """True and predicted total by image and everything it is asked about."""
+    """Sum true and predicted counts by image, with all names that it is asked about."""
     images, picture = table.images()
     asked: list[set[str]] = [set() for _ in images]
     for i, name in zip(picture.tolist(), table.name, strict=True):
