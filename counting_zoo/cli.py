@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from counting_zoo.config_safety import ALLOW_FLAG, restrict_imports, take_allowed_packages
@@ -16,7 +17,7 @@ from counting_zoo.errors import InputError, plain_message
 from counting_zoo.version import __version__
 
 RUNS = ("fit", "validate", "test", "predict")
-ON_DATA = ("describe", "pack", "audit", "benchmark", "calibrate")
+ON_DATA = ("describe", "pack", "audit", "calibrate")
 
 
 HELP = f"""\
@@ -52,6 +53,90 @@ model from the checkpoint. {ALLOW_FLAG} NAME lets configurations and checkpoints
 """
 
 
+BENCHMARK_HELP = """\
+Count every image of each data set with each model under one protocol. Models are checkpoints, model configurations
+(for models that need no training) or CSV files of counts from elsewhere; data are data configurations.
+
+  counting-zoo benchmark --models ours=best.ckpt theirs=counts.csv --data cells=configs/data/vgg_cells.yaml --out runs/b
+  counting-zoo benchmark --config benchmark.yaml --out runs/benchmark
+
+The file says the same, with options:
+
+  models:
+    ours: best.ckpt
+    windows: {checkpoint: best.ckpt, set: {window: 384, stride: 128}}
+    theirs: counts.csv
+  data:
+    cells: {config: configs/data/vgg_cells.yaml, set: {root: vgg_cells}}
+  title: Cells                # and split, precision, pictures, resamples, seed, costs, accelerator, devices
+
+A benchmark that was interrupted goes on where it stopped when it is given the same --out.
+"""
+
+DATA_HELP = """
+data:
+  -c, --config FILE        YAML file with any of these options; files of the package by their names, such as
+                           configs/data/fsc147.yaml
+  --data CLASS             the data module, such as FSC147 or ImageFolder
+  --data.OPTION VALUE      an option of the data module, such as --data.root FSC147
+  --data.help CLASS        show all options of a data module
+  --print_config           print the configuration that the other options give, and exit
+"""
+
+CHECKPOINT_HELP = f"""\
+  --device DEVICE          where to count, such as cuda (default: cpu)
+  {ALLOW_FLAG} NAME   let the checkpoint and the configuration name classes of this package
+"""
+
+#: Help of the commands whose options come from signatures: reading those would import torch. A test compares the two.
+DATA_COMMANDS_HELP = {
+    "describe": f"""\
+usage: counting-zoo describe --config FILE [options]
+
+Print what a data set holds, and what constant predictors score on it.
+{DATA_HELP}""",
+    "pack": f"""\
+usage: counting-zoo pack --config FILE --out FILE [options]
+
+Write images and checked annotation of a data set into one HDF5 file.
+
+options:
+  --out FILE               the HDF5 file to write (required)
+  --splits [SPLIT,...]     splits to pack (default: [train,val,test])
+  --broken error|skip      an image that cannot be decoded is an error, or is left out with a warning (default: error)
+{DATA_HELP}""",
+    "calibrate": f"""\
+usage: counting-zoo calibrate --ckpt_path FILE --config FILE --out FILE [options]
+
+Measure how far a model's counts are off, so that count, predict and test give an interval with each count.
+
+options:
+  --ckpt_path FILE         the checkpoint whose model is calibrated (required)
+  --out FILE               the checkpoint to write (required)
+  --split SPLIT            train, val or test; not the one that the model trained on (default: val)
+  --level LEVEL            share of the true counts that intervals should hold (default: 0.9)
+  --width residual|bins    residual widens intervals with the count; bins, with the deviation of the count that a model
+                           of bins (CLIP-EBC) expects itself (default: residual)
+{CHECKPOINT_HELP}{DATA_HELP}""",
+    "audit": f"""\
+usage: counting-zoo audit --ckpt_path FILE --config FILE --out FOLDER [options]
+
+Ask a text-guided model about each image with right, wrong and empty prompts: does the count follow the text?
+
+options:
+  --ckpt_path FILE         the checkpoint whose model is asked (required)
+  --out FOLDER             the folder of the report; an interrupted audit goes on there (required)
+  --tests TEST,...         tests to make (default: negative,mosaic,pairs,labelfree)
+  --split SPLIT            train, val or test (default: test)
+  --limit N                number of images, taken evenly from the split (default: all)
+  --mosaics N              classes drawn for the mosaics of each image; 0 for all, as PrACo does (default: 4)
+  --prompts_at_once N      most prompts in one pass, which bounds the memory (default: 64)
+  --seed SEED              of the mosaics' partners and of noise (default: 0)
+  --examples N             number of images that are drawn (default: 3)
+{CHECKPOINT_HELP}{DATA_HELP}""",
+}
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -72,6 +157,7 @@ def main(args: Sequence[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     commands: dict[str, Callable[[list[str]], int]] = {
         **{name: partial(_lightning, name) for name in (*RUNS, *ON_DATA)},
+        "benchmark": _benchmark,
         "convert": _convert,
         "export": _export,
         "export-encoder": _export_encoder,
@@ -106,6 +192,9 @@ def _foreseen(error: BaseException | None) -> InputError | FloatingPointError | 
 
 def _lightning(command: str, arguments: list[str]) -> int:
     """Run a command that builds models or data, with the packages whose classes its configurations may name."""
+    if command in DATA_COMMANDS_HELP and {"-h", "--help"} & set(arguments):
+        print(DATA_COMMANDS_HELP[command], end="")
+        return 0
     arguments, allowed = take_allowed_packages(arguments)
     restrict_imports(allowed)
     from counting_zoo import lightning_cli
@@ -113,6 +202,37 @@ def _lightning(command: str, arguments: list[str]) -> int:
     if command in RUNS:
         return lightning_cli.run(command, arguments)
     return getattr(lightning_cli, f"run_{command}")(arguments, allowed)
+
+
+def benchmark_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``counting-zoo benchmark``."""
+    parser = argparse.ArgumentParser(
+        "counting-zoo benchmark", description=BENCHMARK_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file with models, data and options")
+    parser.add_argument("--models", nargs="+", default=[], metavar="[NAME=]FILE", help=".ckpt, .yaml or .csv")
+    parser.add_argument("--data", nargs="+", default=[], metavar="[NAME=]CONFIG", help="data configurations")
+    parser.add_argument("--out", required=True, type=Path, help="folder for everything it writes")
+    parser.add_argument("--title", help="heading of the report")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="default: test")
+    parser.add_argument("--accelerator", help="cpu, gpu, ... (default: what is there)")
+    parser.add_argument("--devices", type=int, help="how many share the images")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), help="default: 32-true")
+    parser.add_argument("--pictures", type=int, help="best and worst images drawn of each run (default: 3)")
+    parser.add_argument("--resamples", type=int, help="of the bootstrap (default: 2000)")
+    parser.add_argument("--seed", type=int, help="of the bootstrap (default: 0)")
+    parser.add_argument("--costs", action=argparse.BooleanOptionalAction, help="measure time and memory")
+    return parser
+
+
+def _benchmark(arguments: list[str]) -> int:
+    arguments, allowed = take_allowed_packages(arguments)
+    options = benchmark_parser().parse_args(arguments)
+    restrict_imports(allowed)
+
+    from counting_zoo.lightning_cli import run_benchmark
+
+    return run_benchmark(options, allowed)
 
 
 def _quickstart(arguments: list[str]) -> int:
@@ -123,7 +243,6 @@ def _quickstart(arguments: list[str]) -> int:
 
 def _convert(arguments: list[str]) -> int:
     arguments, extra = take_allowed_packages(arguments)
-    restrict_imports(extra)
     parser = argparse.ArgumentParser(
         "counting-zoo convert", description="Turn weights of a reference implementation into a checkpoint of the zoo."
     )
@@ -134,6 +253,7 @@ def _convert(arguments: list[str]) -> int:
     parser.add_argument("--clip", help="CLIP weights the file lacks: hub name, folder, or OpenAI-layout state dict")
     parser.add_argument("--tokenizer", help="folder or hub name")
     options = parser.parse_args(arguments)
+    restrict_imports(extra)
     config = None if options.config is None else _read_mapping(options.config)
 
     from counting_zoo.loading import load_official, read_checkpoint, save
@@ -148,7 +268,6 @@ def _convert(arguments: list[str]) -> int:
 
 def _export(arguments: list[str]) -> int:
     arguments, extra = take_allowed_packages(arguments)
-    restrict_imports(extra)
     parser = argparse.ArgumentParser(
         "counting-zoo export", description="Write a counter as a graph that runs without this package."
     )
@@ -156,6 +275,7 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("out", help="the file to write: .pt2 (torch.export) or .onnx")
     parser.add_argument("--names", nargs="+", help="what the graph counts; the model's default classes if not given")
     options = parser.parse_args(arguments)
+    restrict_imports(extra)
 
     from counting_zoo.exporting import export
     from counting_zoo.lightning_cli import counter_of
@@ -166,7 +286,6 @@ def _export(arguments: list[str]) -> int:
 
 def _export_encoder(arguments: list[str]) -> int:
     arguments, extra = take_allowed_packages(arguments)
-    restrict_imports(extra)
     parser = argparse.ArgumentParser(
         "counting-zoo export-encoder", description="Write the CLIP that RegionCLIPPretraining trained."
     )
@@ -174,6 +293,7 @@ def _export_encoder(arguments: list[str]) -> int:
     parser.add_argument("out", help="the .safetensors file to write")
     parser.add_argument("--half", action="store_true", help="in half precision")
     options = parser.parse_args(arguments)
+    restrict_imports(extra)
 
     from counting_zoo.lightning_cli import model_of
     from counting_zoo.models.region_clip import RegionCLIPPretraining

@@ -394,60 +394,19 @@ def _recipe(path: Path) -> dict[str, Any]:
     return {"class_path": name, "init_args": model_class(name).nested(checkpoint.get("hyper_parameters", {}))}
 
 
-HELP = """\
-Count every image of each data set with each model under one protocol. Models are checkpoints, model configurations
-(for models that need no training) or CSV files of counts from elsewhere; data are data configurations.
-
-  counting-zoo benchmark --models ours=best.ckpt theirs=counts.csv --data cells=configs/data/vgg_cells.yaml --out runs/b
-  counting-zoo benchmark --config benchmark.yaml --out runs/benchmark
-
-The file says the same, with options:
-
-  models:
-    ours: best.ckpt
-    windows: {checkpoint: best.ckpt, set: {window: 384, stride: 128}}
-    theirs: counts.csv
-  data:
-    cells: {config: configs/data/vgg_cells.yaml, set: {root: vgg_cells}}
-  title: Cells                # and split, precision, images, resamples, seed, costs
-
-A benchmark that was interrupted goes on where it stopped when it is given the same --out.
-"""
-
-
-OPTIONS = ("title", "split", "precision", "pictures", "resamples", "seed", "costs", "accelerator", "devices")
-
-
-def run_benchmark(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
+def run_benchmark(given: argparse.Namespace, allowed: Sequence[str] = ()) -> int:
     """Run ``counting-zoo benchmark``; return the exit code.
 
     Args:
-        arguments: the words behind the command.
+        given: options, as :func:`counting_zoo.cli.benchmark_parser` reads them.
         allowed: packages of the user's own that checkpoints may name a model of.
     """
-    parser = argparse.ArgumentParser(
-        "counting-zoo benchmark", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", help="YAML file with models, data and options")
-    parser.add_argument("--models", nargs="+", default=[], metavar="[NAME=]FILE", help=".ckpt, .yaml or .csv")
-    parser.add_argument("--data", nargs="+", default=[], metavar="[NAME=]CONFIG", help="data configurations")
-    parser.add_argument("--out", required=True, type=Path, help="folder for everything it writes")
-    parser.add_argument("--title")
-    parser.add_argument("--split", choices=("train", "val", "test"))
-    parser.add_argument("--accelerator", help="cpu, gpu, ... (default: what is there)")
-    parser.add_argument("--devices", type=int, help="how many share the images")
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"))
-    parser.add_argument("--pictures", type=int, help="best and worst images drawn of each run_benchmark (default 3)")
-    parser.add_argument("--resamples", type=int, help="of the bootstrap (default 2000)")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--costs", action=argparse.BooleanOptionalAction, help="measure time and memory")
-    given = parser.parse_args(list(arguments))
-
-    content = {} if given.config is None else _read(given.config)
+    names = [name for name in vars(given) if name not in ("config", "models", "data", "out")]
+    content = {} if given.config is None else _read(given.config, ("models", "data", *names))
     models = {**(content.get("models") or {}), **_named(given.models, "--models")}
     data = {**(content.get("data") or {}), **_named(given.data, "--data")}
-    options = {name: content[name] for name in OPTIONS if name in content}
-    options |= {name: value for name in OPTIONS if (value := getattr(given, name)) is not None}
+    options = {name: content[name] for name in names if name in content}
+    options |= {name: value for name in names if (value := getattr(given, name)) is not None}
 
     from counting_zoo.evaluation.benchmark import benchmark
 
@@ -463,7 +422,7 @@ def run_benchmark(arguments: Sequence[str], allowed: Sequence[str] = ()) -> int:
     return 0
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str, known: Sequence[str]) -> dict[str, Any]:
     """Read the benchmark's file.
 
     Raises:
@@ -473,7 +432,6 @@ def _read(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--config {path}: cannot be read as YAML: {error}") from error
-    known = ("models", "data", *OPTIONS)
     if not isinstance(content, dict) or (unknown := set(content) - set(known)):
         found = ", ".join(sorted(map(str, unknown))) if isinstance(content, dict) else type(content).__name__
         raise InputError(f"--config {path}: holds {found}; expected a mapping of {', '.join(known)}")

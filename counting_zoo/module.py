@@ -349,25 +349,45 @@ class CountingModule(TrainingModule):
             split: whose scores.
         """
         table, prompts = self._metrics(split)
-        asked = [list(query.names) for query in batch["queries"]]
-        names = [[" + ".join(own)] for own in asked] if self.class_blind else asked
-        counts = self.reported(torch.cat([o.counts for o in outputs]))  # (B, K [+ 3])
-        target = batch["counts"].sum(1, keepdim=True) if self.class_blind else batch["counts"]
-        k, game = target.shape[1], None
+        table.update(batch["image_id"], **self.table_columns(outputs, batch, sizes))
+        self.score_more(outputs, batch, split)
+        if extra is not None:
+            counts = self.reported(torch.cat([o.counts for o in outputs]))  # (B, 1 + 3)
+            asked = [query.names for query in batch["queries"]]
+            own = torch.tensor([[name == a[0] for name in e] for a, e in zip(asked, extra, strict=True)])
+            wrong = counts[:, 1:4].masked_fill(own.to(counts.device), math.nan)
+            prompts.update(batch["image_id"], counts[:, 0], batch["counts"][:, 0], *wrong.unbind(1))
+
+    def table_columns(self, outputs: list[CountOutput], batch: Batch, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+        """Compare outputs with the truth: the arguments of :meth:`CountTable.update` behind the image ids.
+
+        Args:
+            outputs: one for each image, of the names asked about and perhaps of more.
+            batch: what is known of the images.
+            sizes: (H, W) of the images as the model saw them.
+        """
+        names = [list(query.names) for query in batch["queries"]]
+        target = batch["counts"]
+        if self.class_blind:
+            names, target = [[" + ".join(own)] for own in names], target.sum(1, keepdim=True)
+        k = target.shape[1]
         bounds = [bounds[:, :k] for output in outputs if (bounds := self.interval(output)) is not None]
+        deviations = [output.deviation[:, :k] for output in outputs if output.deviation is not None]
+        game = None
         if "points" in batch and "labels" in batch:
             grids = []
             for i, (output, size) in enumerate(zip(outputs, sizes, strict=True)):
                 density, labels = output.density[0, :k], None if self.class_blind else batch["labels"][i]
                 grids.append(grid_errors(density, batch["points"][i], size, labels, self.extent(density, size)))
             game = torch.stack(grids)
-        interval = torch.cat(bounds) if bounds else None
-        table.update(batch["image_id"], names, counts[:, :k], target, game=game, interval=interval)
-        self.score_more(outputs, batch, split)
-        if extra is not None:
-            own = torch.tensor([[name == a[0] for name in e] for a, e in zip(asked, extra, strict=True)])
-            wrong = counts[:, 1:4].masked_fill(own.to(counts.device), math.nan)
-            prompts.update(batch["image_id"], counts[:, 0], batch["counts"][:, 0], *wrong.unbind(1))
+        return {
+            "names": names,
+            "predicted": self.reported(torch.cat([output.counts[:, :k] for output in outputs])),
+            "target": target,
+            "game": game,
+            "interval": torch.cat(bounds) if bounds else None,
+            "deviation": torch.cat(deviations) if deviations else None,
+        }
 
     def _log_scores(self, split: Split) -> None:
         table, prompts = self._metrics(split)

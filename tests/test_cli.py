@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import yaml
 from tiny_zoo import TinyCounter
 
 import counting_zoo
-from counting_zoo.cli import main
+from counting_zoo.cli import DATA_COMMANDS_HELP, main
 from counting_zoo.errors import ImageError, plain_message
 from counting_zoo.lightning_cli import CountingCLI
 
@@ -230,3 +231,17 @@ def test_convert_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds a list; expected a mapping" in capsys.readouterr().err
     assert main(["convert", *ALLOW, "clip_count", "gone.ckpt", "out.ckpt"]) == 2
     assert "gone.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(DATA_COMMANDS_HELP))
+def test_the_help_names_every_option_and_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, *ALLOW, *DATA, "--print_config"]) == 0
+    options = yaml.safe_load(capsys.readouterr().out)
+    assert main([command, "--help"]) == 0
+    # each option starts a line, and its text goes on in lines that are set in
+    texts = dict(re.findall(r"^  (?:-c, )?--(\w+) ((?:.*\n)(?:   .*\n)*)", capsys.readouterr().out, re.MULTILINE))
+    assert texts.keys() - {"print_config", "allow_packages", "config"} == options.keys()
+    for name, default in options.items():
+        if name != "data" and default is not None:
+            shown = f"[{','.join(default)}]" if isinstance(default, list) else default
+            assert f"(default: {shown})" in texts[name], name

@@ -178,6 +178,20 @@ def test_an_unknown_name_says_what_there_is() -> None:
         counting_zoo.CLIPcount  # type: ignore[attr-defined]  # noqa: B018
 
 
+#: Commands whose help needs no heavy library; that of fit, validate, test and predict is LightningCLI's.
+LIGHT_HELP = (
+    "describe",
+    "pack",
+    "audit",
+    "benchmark",
+    "calibrate",
+    "convert",
+    "export",
+    "export-encoder",
+    "quickstart",
+)
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -185,6 +199,7 @@ def test_an_unknown_name_says_what_there_is() -> None:
         "from counting_zoo.cli import main; main(['--help'])",
         "from counting_zoo.cli import main; main(['--version'])",
         "from counting_zoo.cli import main; main(['fitt'])",
+        *(f"from counting_zoo.cli import main; assert main(['{command}', '--help']) == 0" for command in LIGHT_HELP),
     ],
 )
 def test_heavy_libraries_stay_out(code: str) -> None:

@@ -1,4 +1,4 @@
-"""Asking a text-guided model about each image with right, wrong, other and empty prompts."""
+"""Audit of a text-guided model: each image is counted with right, wrong, other and empty prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from counting_zoo.data.dataset import CountingDataset
 from counting_zoo.data.records import Record, Split, present_names
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.evaluation.audit_metrics import grid_matches
-from counting_zoo.evaluation.counting import FinishedPictures, picture_key
+from counting_zoo.evaluation.audit_prompts import EMPTY, NONSENSE, PARAPHRASES, variants
+from counting_zoo.evaluation.counting import FinishedImages, finished_key
 from counting_zoo.evaluation.report import Drawing
 from counting_zoo.geometry import Preprocess, resize_image, scale_points
 from counting_zoo.io import progress, sha256
@@ -120,110 +121,6 @@ def choose_partners(
     return {name: other for name, other in chosen.items() if name in kept}
 
 
-EMPTY = (".",)
-"""Models refuse a prompt without any character; a full stop is the nearest to it that all of them take."""
-
-
-NONSENSE = ("zxqv wkrp", "snorfling quibbets", "lorem ipsum dolor")
-
-
-PARAPHRASES = (
-    "the {}",
-    "all the {}",
-    "many {}",
-    "several {}",
-    "a photo of {}",
-    "a picture of many {}",
-    "a photo with {} in it",
-    "{} in the picture",
-    "every one of the {}",
-    "count the {}",
-)
-
-
-_IRREGULAR = {
-    "person": "people",
-    "man": "men",
-    "woman": "women",
-    "child": "children",
-    "mouse": "mice",
-    "goose": "geese",
-    "leaf": "leaves",
-    "loaf": "loaves",
-    "knife": "knives",
-    "shelf": "shelves",
-    "tooth": "teeth",
-    "foot": "feet",
-}
-
-
-_SINGULARS = {plural: singular for singular, plural in _IRREGULAR.items()}
-
-
-_SAME = ("sheep", "fish", "deer", "glass", "grass", "series")
-
-
-_HISSING = ("ches", "shes", "sses", "xes", "zes")
-
-
-def singular(name: str) -> str:
-    """A name with its last word in the singular, by the rules of English and a few exceptions.
-
-    Example:
-        >>> [singular(n) for n in ("red discs", "sea shells", "strawberries", "boxes", "crosses", "people", "sheep")]
-        ['red disc', 'sea shell', 'strawberry', 'box', 'cross', 'person', 'sheep']
-    """
-    head, word = _last_word(name)
-    low = word.lower()
-    if low in _SINGULARS:
-        return head + _SINGULARS[low]
-    if low in _SAME or len(low) < 3 or not low.endswith("s") or low.endswith(("ss", "us")):
-        return name
-    if low.endswith("ies") and len(low) > 4:
-        return head + word[:-3] + "y"
-    return head + (word[:-2] if low.endswith(_HISSING) else word[:-1])
-
-
-def plural(name: str) -> str:
-    """A name with its last word in the plural; one that is in the plural already stays.
-
-    Example:
-        >>> [plural(n) for n in ("red disc", "strawberry", "box", "keys", "person", "red crosses")]
-        ['red discs', 'strawberries', 'boxes', 'keys', 'people', 'red crosses']
-    """
-    if singular(name) != name:
-        return name
-    head, word = _last_word(name)
-    low = word.lower()
-    if low in _IRREGULAR:
-        return head + _IRREGULAR[low]
-    if low in _SAME[:3]:
-        return name
-    if low.endswith("y") and low[-2:-1] not in tuple("aeiou") and len(word) > 1:
-        return head + word[:-1] + "ies"
-    return f"{name}es" if low.endswith(("s", "x", "z", "ch", "sh")) else f"{name}s"
-
-
-def variants(name: str) -> dict[str, list[str]]:
-    """Other ways to ask for a name, by kind; those that are the name itself are left out.
-
-    Example:
-        >>> variants("red discs")["number"], variants("red discs")["case"], len(variants("red discs")["paraphrase"])
-        (['red disc'], ['RED DISCS', 'Red Discs'], 10)
-    """
-    found = {
-        "paraphrase": [template.replace("{}", name) for template in PARAPHRASES],
-        "number": [singular(name), plural(name)],
-        "case": [name.lower(), name.upper(), name.title()],
-    }
-    return {kind: [p for p in dict.fromkeys(prompts) if p != name] for kind, prompts in found.items()}
-
-
-def _last_word(name: str) -> tuple[str, str]:
-    head, space, word = name.rpartition(" ")
-    return head + space, word
-
-
 INDEPENDENT_WITHIN = 1e-3
 """Counts of a prompt asked alone and among others that differ by more than this part of the larger one, or of 1, come
 from a model in which names compete."""
@@ -271,7 +168,7 @@ def check_listens(model: CountingModule) -> None:
 
 
 class Asker:
-    """Asks prompts about images.
+    """Counter of many prompts in an image.
 
     Args:
         model: in evaluation mode. Its texts are encoded once and remembered by itself.
@@ -285,11 +182,11 @@ class Asker:
         self.together = True
 
     def output(self, seen: Tensor, prompts: list[str], image_id: str, stored: tuple[int, int]) -> CountOutput:
-        """One pass: what the model says of ``(3, H, W)`` as it sees it, for all prompts."""
+        """Count all prompts in a preprocessed ``(3, H, W)`` image in one pass."""
         return self.model.count_images([seen], [Query(tuple(prompts))], image_ids=[image_id], sizes=[stored])[0]
 
     def counts(self, seen: Tensor, prompts: Sequence[str], image_id: str, stored: tuple[int, int]) -> dict[str, float]:
-        """The count of each prompt.
+        """Count each prompt.
 
         Raises:
             FloatingPointError: one is not finite.
@@ -422,7 +319,7 @@ class Questions:
                 self.holders.setdefault(name, []).append(image_id)
 
     def picture(self, image_id: str) -> dict[str, Any]:
-        """The image as it is stored, with its annotation.
+        """Read an image as it is stored, with its annotation.
 
         Raises:
             ImageError: it cannot be read.
@@ -434,11 +331,11 @@ class Questions:
         return item
 
     def target(self, image_id: str) -> str | None:
-        """The first name that an image shows, of those asked about."""
+        """Choose the first name that an image shows, of those asked about."""
         return next((name for name in self.shown[image_id] if name in self.names), None)
 
     def prompts(self, target: str | None) -> list[str]:
-        """Everything that an image is asked, each once."""
+        """List all prompts for an image, each once."""
         prompts = list(self.names)
         if "labelfree" in self.tests:
             prompts += [*EMPTY, *NONSENSE]
@@ -447,7 +344,7 @@ class Questions:
         return list(dict.fromkeys(prompts))
 
     def of(self, image_id: str) -> dict[str, Any]:
-        """All answers about one image, as plain data; what cannot be counted is under ``failed``."""
+        """Collect all counts of one image as plain data; what cannot be counted is under ``failed``."""
         found: dict[str, Any] = {"picture": None, "mosaics": [], "failed": []}
         try:
             item = self.picture(image_id)
@@ -501,7 +398,7 @@ class Questions:
         )
 
     def blanks(self, chosen: Sequence[str], failed: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
-        """Counts of all classes in images that show nothing, of the size of the first image.
+        """Count all classes in blank images of the size of the first image.
 
         Args:
             chosen: ids.
@@ -523,7 +420,7 @@ class Questions:
         return found
 
     def first(self, chosen: Sequence[str]) -> dict[str, Any] | None:
-        """The first image that can be read."""
+        """Find the first image that can be read."""
         for image_id in chosen:
             try:
                 return self.picture(image_id)
@@ -546,7 +443,7 @@ class Questions:
             return None
 
     def examples(self, pictures: Sequence[AskedPicture], n: int) -> list[Drawing]:
-        """Some images with their own name and with the absent one that is counted highest."""
+        """Draw some images with their own name and with the absent one that is counted highest."""
         usable = [one for one in pictures if one.target is not None]
         kept = [usable[i * len(usable) // n] for i in range(n)] if len(usable) > n else usable
         drawn = []
@@ -664,7 +561,7 @@ def audit(
             "paraphrases": list(PARAPHRASES),
             "counting_zoo": __version__,
         }
-        files = [] if parts is None else [picture_key(datamodule, record) for record in records.values()]
+        files = [] if parts is None else [finished_key(datamodule, record) for record in records.values()]
         key = sha256(json.dumps([protocol, names, GRIDS, files], sort_keys=True))[:16]
         found = _answers(questions, chosen, None if parts is None else parts / f"{key}.jsonl")
         failed = [(str(image_id), str(reason)) for one in found for image_id, reason in one["failed"]]
@@ -688,7 +585,7 @@ def audit(
 
 def _answers(questions: Questions, chosen: Sequence[str], path: Path | None) -> list[dict[str, Any]]:
     """Collect the answers for each image; those that are in the file already are not asked again."""
-    with FinishedPictures(path) as finished:
+    with FinishedImages(path) as finished:
         for image_id in progress(chosen, len(chosen), "audit"):
             if image_id not in finished or finished[image_id]["failed"]:
                 finished.add(image_id, questions.of(image_id))
@@ -706,7 +603,7 @@ def _check_options(tests: Sequence[str], limit: int | None, mosaics: int, prompt
 
 
 def _missing(names: Sequence[str], records: Iterable[Record]) -> dict[str, str]:
-    """Why a test cannot be made with these data, by test."""
+    """Explain, by test, why it cannot be made with these data."""
     records = list(records)
     if any(record.labels is None and record.counts is None for record in records):
         raise InputError("images of the split carry no counts, so there is no right prompt; annotate them")

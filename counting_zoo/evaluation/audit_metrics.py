@@ -1,4 +1,4 @@
-"""Figures that say whether a count follows its prompt: pure functions of arrays.
+"""Figures of an audit, by which a count follows its prompt or does not: pure functions of arrays.
 
 PrACo's negative-label and mosaic tests and their multi-class and localised variants (Ciampi et al., arXiv 2409.15953;
 ciampluca/PrACo: benchmark/statistics_extractor.py, multiclass_statistics_extractor.py), PairTally's columns for two
@@ -43,7 +43,7 @@ def negative_label(
     absent: np.ndarray | None = None,
     official: bool = False,
 ) -> Figures:
-    """PrACo's negative-label test: every image is asked about its own name and about others.
+    """Score PrACo's negative-label test: every image is asked about its own name and about others.
 
     Args:
         counts: ``(N, C)`` predicted count of each name in each image.
@@ -81,7 +81,7 @@ def negative_label(
 
 
 def multi_class_negative_label(counts: np.ndarray, truth: np.ndarray, *, official: bool = False) -> Figures:
-    """PrACo++'s negative-label test for images that hold several classes.
+    """Score PrACo++'s negative-label test for images that hold several classes.
 
     Macro figures are means over images; micro ones pool all names of all images. Images that hold none or all of
     the names cannot be asked both ways and are left out.
@@ -129,7 +129,7 @@ def multi_class_negative_label(counts: np.ndarray, truth: np.ndarray, *, officia
 
 
 def mosaic_scores(upper: np.ndarray, lower: np.ndarray, truth: np.ndarray, *, official: bool = False) -> Figures:
-    """PrACo's mosaic test: an image stands above one without its name, and is asked about its own.
+    """Score PrACo's mosaic test: an image stands above one without its name, and is asked about its own.
 
     Args:
         upper, lower: ``(N, C)`` what is counted in either half, for each image and each class below it; NaN where
@@ -155,7 +155,7 @@ def mosaic_scores(upper: np.ndarray, lower: np.ndarray, truth: np.ndarray, *, of
 
 
 def localised_mosaic_scores(tp: np.ndarray, fp: np.ndarray, truth: np.ndarray) -> Figures:
-    """The mosaic test with counts compared cell by cell (PrACo++).
+    """Score the mosaic test with counts compared cell by cell (PrACo++).
 
     Args:
         tp, fp: ``(N, C)`` of :func:`grid_matches`; NaN where there is no such mosaic.
@@ -170,7 +170,7 @@ def localised_mosaic_scores(tp: np.ndarray, fp: np.ndarray, truth: np.ndarray) -
 
 
 def grid_matches(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts in the cells of a grid that are matched by objects, and those that are too many, summed over the cells.
+    """Sum the counts in the cells of a grid that objects match, and those in excess.
 
     Args:
         predicted, truth: ``(..., g, g)``; negative predictions are taken for 0.
@@ -187,7 +187,7 @@ def grid_matches(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, 
 
 
 def pair_figures(a: np.ndarray, b: np.ndarray, f_a: np.ndarray, f_ab: np.ndarray) -> Figures:
-    """PairTally's six columns, for images with two annotated classes A and B.
+    """Compute PairTally's six columns, for images with two annotated classes A and B.
 
     Args:
         a, b: ``(N,)`` true counts.
@@ -249,7 +249,7 @@ def spread(counts: np.ndarray) -> Figures:
 
 
 def false_positive_share(counts: np.ndarray, absent: np.ndarray, threshold: float = PRESENT_ABOVE) -> float:
-    """Part of the absent names that are counted above a threshold.
+    """Compute the share of absent names that are counted above a threshold.
 
     Args:
         counts: ``(N, C)``.
@@ -283,7 +283,7 @@ class Verdict:
 
 
 def verdict(ratio: float, mae: float, shuffled_mae: float) -> Verdict:
-    """Judge by the two figures and the thresholds of this module.
+    """Classify by the two figures and the thresholds of this module.
 
     Args:
         ratio: of :func:`count_ratio` for absent names.
@@ -315,7 +315,7 @@ def verdict(ratio: float, mae: float, shuffled_mae: float) -> Verdict:
 
 
 def shuffled_error(counts: np.ndarray, positive: np.ndarray, truth: np.ndarray) -> float:
-    """Mean absolute error where each image is asked about another name than its own, over all such names.
+    """Compute the mean absolute error with the names of other classes, over all of them.
 
     Args:
         counts: ``(N, C)``.
@@ -327,14 +327,14 @@ def shuffled_error(counts: np.ndarray, positive: np.ndarray, truth: np.ndarray) 
 
 
 def mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """Mean without the NaN; NaN where there is nothing else."""
+    """Average without the NaN; NaN where there is nothing else."""
     known = ~np.isnan(values)
     n = known.sum(axis)
     return np.where(n > 0, np.where(known, values, 0).sum(axis) / np.maximum(n, 1), np.nan)
 
 
 def _below(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 where ``a < b``, 0 where not, NaN where one of them is."""
+    """Compare: 1 where ``a < b``, 0 where not, NaN where one of them is."""
     return np.where(np.isnan(a) | np.isnan(b), np.nan, a < b)
 
 
@@ -344,7 +344,7 @@ def _rounded(values: np.ndarray, official: bool) -> np.ndarray:
 
 
 def _matched(tp: np.ndarray, counted: np.ndarray, true: np.ndarray, *, full_recall_unasked: bool = False) -> Figures:
-    """Recall, precision and F1 of ``(N, C)`` matches, averaged over classes and then over images."""
+    """Compute recall, precision and F1 of ``(N, C)`` matches, averaged over classes and then over images."""
     recall = tp / true
     precision = tp / np.where(counted > 0, counted, np.nan)
     both = precision + recall

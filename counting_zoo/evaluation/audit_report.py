@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from counting_zoo.evaluation.audit import EMPTY, GRIDS, NONSENSE, AskedPicture, Audit, variants
+from counting_zoo.evaluation.audit import GRIDS, AskedPicture, Audit
 from counting_zoo.evaluation.audit_metrics import (
     FOLLOWS_LOSS,
     FOLLOWS_RATIO,
@@ -29,6 +29,7 @@ from counting_zoo.evaluation.audit_metrics import (
     spread,
     verdict,
 )
+from counting_zoo.evaluation.audit_prompts import EMPTY, NONSENSE, variants
 from counting_zoo.evaluation.report import embedded, judge, render
 from counting_zoo.io import plain, write_table, write_whole
 from counting_zoo.metrics.counts import CountTable
@@ -82,7 +83,7 @@ def audit_figures(audit: Audit) -> dict[str, Any]:
 
 
 def _mosaics(audit: Audit, own: Sequence[AskedPicture]) -> dict[str, Any]:
-    """Scores of the whole halves, and on each grid."""
+    """Score the whole halves, and each grid."""
     row = {one.image_id: i for i, one in enumerate(own)}
     shape = (len(own), len(audit.names))
     truth = np.full(len(own), np.nan)
@@ -110,11 +111,11 @@ def _pair_figures(own: Sequence[AskedPicture]) -> dict[str, float]:
 
 
 def _label_free_figures(audit: Audit, own: Sequence[AskedPicture], right: np.ndarray) -> dict[str, Any]:
-    """Checks that need no annotation but a name that is there."""
+    """Compute the checks that need no annotation but a name that is present."""
     other = {str(one.target): variants(str(one.target)) for one in own}
 
     def counts(prompts: Mapping[str, Sequence[str]], with_own: bool) -> np.ndarray:
-        """``(N, P)`` counts of the prompts that belong to each target."""
+        """Collect ``(N, P)`` counts of the prompts that belong to each target."""
         longest = max((len(asked) for asked in prompts.values()), default=0) + with_own
         found = np.full((len(own), longest), np.nan)
         for row, one in zip(found, own, strict=True):

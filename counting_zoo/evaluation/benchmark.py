@@ -1,4 +1,7 @@
-"""Any set of models on any set of data under one protocol; ``counting-zoo benchmark`` is its command."""
+"""Any set of models on any set of data under one protocol; ``counting-zoo benchmark`` is its command.
+
+Three stages: count (a table of counts on disk for each model and data set), summarise, and render.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from counting_zoo.data.checks import fingerprint
 from counting_zoo.data.dataset import collate
 from counting_zoo.data.records import Split, unasked_objects
 from counting_zoo.errors import InputError, plain_message
-from counting_zoo.evaluation.benchmark_report import Run, deciding_settings, write_benchmark, write_costs
+from counting_zoo.evaluation.benchmark_report import Run, deciding_settings, summarise_runs, write_benchmark
 from counting_zoo.evaluation.counting import (
     CountedSplit,
     count_again,
@@ -32,7 +35,7 @@ from counting_zoo.evaluation.report import Drawing
 from counting_zoo.io import file_sha256, sha256
 from counting_zoo.loading import load, model_sha256
 from counting_zoo.metrics.counts import CountTable
-from counting_zoo.metrics.statistics import JOIN
+from counting_zoo.metrics.statistics import JOIN, Bootstrap
 from counting_zoo.module import CountingModule
 from counting_zoo.ops import usable_precision
 from counting_zoo.queries import known_names
@@ -115,49 +118,13 @@ def benchmark(
     if out.exists() and not out.is_dir():
         raise InputError(f"out is {str(out)!r}, which is a file; expected a folder")
     fabric = _fabric(accelerator, devices, precision)
-    used = fabric._precision.precision  # not what was asked for where the device cannot do that
-    runs: list[Run] = []
-    skipped: list[tuple[str, str, str]] = []
-    measured: dict[str, dict[str, Any]] = {}
-    parts_of_names = _file_names([*models, *data])
-    if fabric.is_global_zero:
-        for datamodule in data.values():
-            datamodule.prepare_data()
-    fabric.barrier()
-    for model_name, source in models.items():
-        model = _model(source, fabric)
-        facts = _model_facts(model, source)
-        for data_name, datamodule in data.items():
-            where = f"{model_name} on {data_name}"
-            try:
-                counted = _counted(model, facts, datamodule, split, out, where, fabric)
-            except InputError as error:  # in all processes, or in none
-                skipped.append((model_name, data_name, plain_message(error)))
-                log.warning("%s is left out: %s", where, skipped[-1][-1])
-                continue
-            if not fabric.is_global_zero:
-                continue
-            if not len(counted.table):
-                reasons = "; ".join(sorted({reason for _, reason in counted.failed})[:3])
-                skipped.append((model_name, data_name, f"no image was counted: {reasons}"))
-                continue
-            drawings: list[Drawing] = []
-            if isinstance(model, CountingModule):
-                with fabric.autocast():
-                    drawings = _drawings(model, datamodule, split, counted.table, pictures)
-                    if costs:
-                        measured[where] = _costs(model, datamodule, split, counted.table, used)
-            runs.append(_run(model_name, data_name, model, facts, datamodule, split, counted, drawings, used))
-            counted.table.write(out / "counts" / f"{parts_of_names[model_name]}--{parts_of_names[data_name]}.csv")
-        del model
-    fabric.barrier()
+    runs, skipped = _count_all(models, data, split, out, fabric, pictures=pictures, costs=costs)
     if not fabric.is_global_zero:
         return BenchmarkFiles(out, out / "benchmark.json", [])
     if not runs:
         raise InputError("nothing could be scored: " + "; ".join(f"{m} on {d}: {why}" for m, d, why in skipped))
-    files = write_benchmark(out, runs, title=title, resamples=resamples, seed=seed, skipped=skipped)
-    if measured := {where: found for where, found in measured.items() if found}:
-        write_costs(out, measured)
+    results = summarise_runs(runs, title=title, bootstrap=Bootstrap(resamples, seed), skipped=skipped)
+    files = write_benchmark(out, results, runs)
     return BenchmarkFiles(out, files["json"], runs, skipped)
 
 
@@ -179,15 +146,15 @@ def _check_options(split: str, precision: str, *, costs: bool, **numbers: int) -
 
 
 def _by_text(kind: str, named: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same under names that are text; YAML reads some of them as numbers. Two that are the same then raise."""
-    found = {str(name): value for name, value in named.items()}
-    if len(found) < len(named):
+    """Turn names into text, as YAML reads some as numbers; two equal ones raise."""
+    by_text = {str(name): value for name, value in named.items()}
+    if len(by_text) < len(named):
         raise InputError(f"two {kind} have the same name among {', '.join(map(str, named))}; name them apart")
-    return found
+    return by_text
 
 
 def _fabric(accelerator: str, devices: int, precision: Precision) -> L.Fabric:
-    """The devices, with a process on each; an :class:`InputError` where there are none such."""
+    """Start a process on each device; an :class:`InputError` where there are no such devices."""
     try:
         fabric = L.Fabric(
             accelerator=accelerator,
@@ -202,11 +169,79 @@ def _fabric(accelerator: str, devices: int, precision: Precision) -> L.Fabric:
     return fabric
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
+# -- counting ---------------------------------------------------------------------------------------------------------
+
+
+def _count_all(
+    models: Mapping[str, CountingModule | str | Path],
+    data: Mapping[str, CountingDataModule],
+    split: Split,
+    out: Path,
+    fabric: L.Fabric,
+    *,
+    pictures: int,
+    costs: bool,
+) -> tuple[list[Run], list[tuple[str, str, str]]]:
+    """Count every data set with every model; the runs are those of the first process.
+
+    Returns:
+        The runs, and (model, data, reason) of the pairs that do not fit together.
+    """
+    runs: list[Run] = []
+    skipped: list[tuple[str, str, str]] = []
+    file_names = _file_names([*models, *data])
+    if fabric.is_global_zero:
+        for datamodule in data.values():
+            datamodule.prepare_data()
+    fabric.barrier()
+    for model_name, source in models.items():
+        model = _model(source, fabric)
+        facts = _model_facts(model, source)
+        for data_name, datamodule in data.items():
+            where = f"{model_name} on {data_name}"
+            try:
+                data_facts = _data_facts(datamodule, split)
+                counted = _count(model, facts["sha256"], datamodule, data_facts["sha256"], split, out, where, fabric)
+            except InputError as error:  # in all processes, or in none
+                skipped.append((model_name, data_name, plain_message(error)))
+                log.warning("%s is left out: %s", where, skipped[-1][-1])
+                continue
+            if not fabric.is_global_zero:
+                continue
+            table = counted.table
+            if not len(table):
+                reasons = "; ".join(sorted({reason for _, reason in counted.failed})[:3])
+                skipped.append((model_name, data_name, f"no image was counted: {reasons}"))
+                continue
+            table.write(out / "counts" / f"{file_names[model_name]}--{file_names[data_name]}.csv")
+            drawings: list[Drawing] = []
+            measured: dict[str, Any] = {}
+            if isinstance(model, CountingModule):
+                with fabric.autocast():
+                    drawings = _drawings(model, datamodule, split, table, pictures)
+                    if costs:
+                        measured = _costs(model, datamodule, split, table, fabric._precision.precision)
+            runs.append(
+                Run(
+                    model_name,
+                    data_name,
+                    table,
+                    constants=_constants(model, datamodule, split, table),
+                    model_facts=facts,
+                    data_facts=data_facts,
+                    protocol=_protocol(model, datamodule, split, fabric._precision.precision),
+                    pictures=drawings,
+                    failed=counted.failed,
+                    costs=measured,
+                )
+            )
+        del model  # before the next one takes its memory
+    fabric.barrier()
+    return runs, skipped
 
 
 def _model(source: CountingModule | str | Path, fabric: L.Fabric) -> CountingModule | Path:
-    """A model on its device, or the file that somebody else's program wrote."""
+    """Load a model onto its device, or return the path of a file of counts from elsewhere."""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.suffix.lower() == ".csv":
@@ -219,18 +254,21 @@ def _model(source: CountingModule | str | Path, fabric: L.Fabric) -> CountingMod
     return source.to(fabric.device).eval()
 
 
-# -- one model on one data set ----------------------------------------------------------------------------------------
-
-
-def _counted(
+def _count(
     model: CountingModule | Path,
-    facts: dict[str, Any],
+    model_hash: str,
     datamodule: CountingDataModule,
+    annotation_hash: str,
     split: Split,
     out: Path,
     where: str,
     fabric: L.Fabric,
 ) -> CountedSplit:
+    """Count a split with all processes, going on where an interrupted benchmark of the same content stopped.
+
+    Raises:
+        InputError: model and data do not fit together; in all processes.
+    """
     if isinstance(model, Path):
         return counts_of_file(model, datamodule, split)
     protocol = [
@@ -241,14 +279,13 @@ def _counted(
         datamodule.outside,
         datamodule.checksums,
     ]
-    annotation = fingerprint(datamodule.records(split))["sha256"]
-    key = json.dumps([__version__, facts["sha256"], str(model.interval_calibration), annotation, protocol])
+    key = json.dumps([__version__, model_hash, str(model.interval_calibration), annotation_hash, protocol])
     parts = out / "parts" / sha256(key)[:16]
     if fabric.is_global_zero:
         parts.mkdir(parents=True, exist_ok=True)
         (parts / "of.json").write_text(json.dumps({"run": where}), encoding="utf-8")
     fabric.barrier()
-    refused: str | None = None
+    refusal: str | None = None
     try:
         with fabric.autocast():
             counted = count_split(
@@ -263,49 +300,14 @@ def _counted(
     except InputError as error:
         if fabric.world_size == 1:
             raise
-        refused = plain_message(error)
+        refusal = plain_message(error)
     if fabric.world_size == 1:
         return counted
     reasons: list[str | None] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(reasons, refused)
-    if said := next((reason for reason in reasons if reason is not None), None):
-        raise InputError(said)  # in all processes, or the others would wait for this one for ever
+    torch.distributed.all_gather_object(reasons, refusal)
+    if refusal := next((reason for reason in reasons if reason is not None), None):
+        raise InputError(refusal)  # in all processes, or the others would wait for this one for ever
     return read_parts(parts, datamodule, split)
-
-
-def _run(
-    model_name: str,
-    data_name: str,
-    model: CountingModule | Path,
-    facts: dict[str, Any],
-    datamodule: CountingDataModule,
-    split: Split,
-    counted: CountedSplit,
-    drawings: list[Drawing],
-    precision: str,
-) -> Run:
-    total = model.class_blind if isinstance(model, CountingModule) else all(JOIN in n for n in counted.table.name)
-    names = datamodule.asked_names(split)
-    constants: dict[str, float | dict[str, float]] = {}
-    for name, value in datamodule.constant_predictors(total=total).items():
-        constants[f"train_{name}"] = dict(zip(names or [], value, strict=True)) if isinstance(value, list) else value
-    return Run(
-        model=model_name,
-        data=data_name,
-        table=counted.table,
-        constants=constants,
-        model_facts=facts,
-        data_facts={
-            "class": type(datamodule).__name__,
-            "split": split,
-            "names": len(datamodule.class_names(split)),
-            "settings": {key: getattr(datamodule, key) for key in deciding_settings(type(datamodule).__name__)},
-            **fingerprint(datamodule.records(split)),
-        },
-        protocol=_protocol(model, datamodule, split, precision),
-        pictures=drawings,
-        failed=counted.failed,
-    )
 
 
 def _model_facts(model: CountingModule | Path, source: Any) -> dict[str, Any]:
@@ -322,6 +324,29 @@ def _model_facts(model: CountingModule | Path, source: Any) -> dict[str, Any]:
     if isinstance(source, str | Path):
         facts |= {"checkpoint": Path(source).name, "checkpoint_sha256": file_sha256(Path(source).expanduser())}
     return facts
+
+
+def _data_facts(datamodule: CountingDataModule, split: Split) -> dict[str, Any]:
+    name = type(datamodule).__name__
+    return {
+        "class": name,
+        "split": split,
+        "names": len(datamodule.class_names(split)),
+        "settings": {key: getattr(datamodule, key) for key in deciding_settings(name)},
+        **fingerprint(datamodule.records(split)),
+    }
+
+
+def _constants(
+    model: CountingModule | Path, datamodule: CountingDataModule, split: Split, table: CountTable
+) -> dict[str, float | dict[str, float]]:
+    """Collect the constant predictions of the data: one number each, or one for each name."""
+    total = model.class_blind if isinstance(model, CountingModule) else all(JOIN in name for name in table.name)
+    names = datamodule.asked_names(split) or []
+    return {
+        f"train_{name}": dict(zip(names, value, strict=True)) if isinstance(value, list) else value
+        for name, value in datamodule.constant_predictors(total=total).items()
+    }
 
 
 def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, split: Split, precision: str) -> list[str]:
@@ -364,7 +389,7 @@ def _protocol(model: CountingModule | Path, datamodule: CountingDataModule, spli
 def _drawings(
     model: CountingModule, datamodule: CountingDataModule, split: Split, table: CountTable, n: int
 ) -> list[Drawing]:
-    """The images with the largest and the smallest error, the latter in proportion to what they hold."""
+    """Draw the images with the largest error, and those with the smallest relative one."""
     ids, index = table.images()
     error = np.bincount(index, np.abs(table.predicted - table.target))
     share = error / np.maximum(np.bincount(index, table.target), 1)
@@ -411,7 +436,7 @@ def _costs(
 
 
 def _file_names(names: Sequence[str]) -> dict[str, str]:
-    """A part of a file name for each name; no two are the same, in upper or lower case."""
+    """Make a distinct part of a file name for each name, whatever the case of letters."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(names):
         plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -107,7 +107,7 @@ def _all() -> tuple[Published, ...]:
 
 
 LARGEST = 5
-"""So many of the largest errors of each model are listed."""
+"""Number of the largest errors that are listed of each model."""
 
 
 DIGITS = 10
@@ -129,6 +129,7 @@ class Run:
         protocol: how it was measured, a sentence each.
         pictures: drawings of the best and the worst.
         failed: id and reason of each image that could not be read or counted.
+        costs: time and memory of counting; empty where they were not measured.
     """
 
     model: str
@@ -140,36 +141,59 @@ class Run:
     protocol: list[str] = field(default_factory=list)
     pictures: list[Drawing] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    costs: dict[str, Any] = field(default_factory=dict)
 
 
-def write_benchmark(
-    out: str | Path,
+def summarise_runs(
     runs: Sequence[Run],
     *,
     title: str,
-    resamples: int = 2000,
-    seed: int = 0,
+    bootstrap: Bootstrap | None = None,
     skipped: Sequence[tuple[str, str, str]] = (),
-) -> dict[str, Path]:
-    """Write ``benchmark.json``, ``benchmark.csv``, ``benchmark.md``, ``benchmark.html`` and ``pictures/*.jpg``.
+) -> dict[str, Any]:
+    """Score all runs: the content of ``benchmark.json``.
 
     Args:
-        out: the folder; files of an earlier benchmark are replaced.
-        runs: in the order in which they are to be shown.
+        runs: at most one of each model and data set, in the order in which they are to be shown.
         title: of the reports.
-        resamples: of the bootstrap (:class:`~counting_zoo.metrics.statistics.Bootstrap`).
-        seed: of its draws.
+        bootstrap: how intervals are made.
         skipped: model, data and reason of what could not be scored.
-
-    Returns:
-        The files by their endings, and ``pictures``.
 
     Raises:
         InputError: two runs have the same model and data, a table cannot be scored, or a fact is not ready for JSON.
     """
+    bootstrap = bootstrap or Bootstrap()
+    seen: set[tuple[str, str]] = set()
+    by_data: dict[str, list[tuple[Run, Sequence[str]]]] = {}
+    for i, run in enumerate(runs):
+        if (run.model, run.data) in seen:
+            raise InputError(f"two runs of model {run.model!r} on data {run.data!r}; give each model a name of its own")
+        seen.add((run.model, run.data))
+        by_data.setdefault(run.data, []).append((run, _image_files(i, run)))
+    results = {
+        "title": title,
+        "version": __version__,
+        "bootstrap": asdict(bootstrap),
+        "data": [_data(name, of_data, bootstrap) for name, of_data in by_data.items()],
+        "skipped": [{"model": model, "data": data, "reason": reason} for model, data, reason in skipped],
+    }
+    return plain(results, "benchmark", digits=DIGITS)
+
+
+def write_benchmark(out: str | Path, results: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Path]:
+    """Write ``benchmark.json``, ``benchmark.csv``, ``benchmark.md``, ``benchmark.html`` and ``pictures/*.jpg``.
+
+    Where costs were measured, ``costs.json`` and ``costs.md`` too (:func:`write_costs`).
+
+    Args:
+        out: the folder; files of an earlier benchmark are replaced.
+        results: of :func:`summarise_runs`.
+        runs: the same ones, for plots and drawings.
+
+    Returns:
+        The files by their endings, and ``pictures``.
+    """
     out = Path(out)
-    names = [_file_names(i, run) for i, run in enumerate(runs)]
-    results = benchmark_results(runs, names, title=title, bootstrap=Bootstrap(resamples, seed), skipped=skipped)
     paths = {kind: out / f"benchmark.{kind}" for kind in ("json", "csv", "md", "html")}
     paths["pictures"] = out / "pictures"
     write_whole(
@@ -181,44 +205,12 @@ def write_benchmark(
     for old in paths["pictures"].glob("*.jpg"):
         if re.fullmatch(r"\d+-\d+\.jpg", old.name):
             old.unlink()
-    for run, files in zip(runs, names, strict=True):
-        for drawing, file in zip(run.pictures, files, strict=True):
+    for i, run in enumerate(runs):
+        for drawing, file in zip(run.pictures, _image_files(i, run), strict=True):
             write_whole(out / file, jpeg(drawing.pixels))
+    if costs := {f"{run.model} on {run.data}": run.costs for run in runs if run.costs}:
+        write_costs(out, costs)
     return paths
-
-
-def benchmark_results(
-    runs: Sequence[Run],
-    pictures: Sequence[Sequence[str]],
-    *,
-    title: str,
-    bootstrap: Bootstrap,
-    skipped: Sequence[tuple[str, str, str]] = (),
-) -> dict[str, Any]:
-    """Score all runs: the content of ``benchmark.json``.
-
-    Args:
-        runs: at most one of each model and data set.
-        pictures: for each run, the files of its drawings.
-        title: of the reports.
-        bootstrap: how intervals are made.
-        skipped: model, data and reason of what could not be scored.
-    """
-    seen: set[tuple[str, str]] = set()
-    by_data: dict[str, list[tuple[Run, Sequence[str]]]] = {}
-    for run, files in zip(runs, pictures, strict=True):
-        if (run.model, run.data) in seen:
-            raise InputError(f"two runs of model {run.model!r} on data {run.data!r}; give each model a name of its own")
-        seen.add((run.model, run.data))
-        by_data.setdefault(run.data, []).append((run, files))
-    results = {
-        "title": title,
-        "version": __version__,
-        "bootstrap": asdict(bootstrap),
-        "data": [_data(name, found, bootstrap) for name, found in by_data.items()],
-        "skipped": [{"model": model, "data": data, "reason": reason} for model, data, reason in skipped],
-    }
-    return plain(results, "benchmark", digits=DIGITS)
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -269,7 +261,7 @@ def write_costs(out: str | Path, costs: Mapping[str, Mapping[str, Any]]) -> dict
 
 
 def _data(name: str, found: Sequence[tuple[Run, Sequence[str]]], bootstrap: Bootstrap) -> dict[str, Any]:
-    """All models on one data set."""
+    """Summarise all models on one data set."""
     runs = [run for run, _ in found]
     facts = runs[0].data_facts
     shared = [sentence for sentence in runs[0].protocol if all(sentence in run.protocol for run in runs)]
@@ -306,9 +298,10 @@ def _model(run: Run, files: Sequence[str], shared: Sequence[str], bootstrap: Boo
 
 def _largest_errors(table: CountTable) -> list[dict[str, Any]]:
     error = np.nan_to_num(np.abs(table.predicted - table.target), nan=-1.0, posinf=-1.0)
-    order = sorted(range(len(table)), key=lambda i: (-error[i], table.image[i], table.name[i]))[:LARGEST]
+    image, name = table.image, table.name
+    order = sorted(range(len(table)), key=lambda i: (-error[i], image[i], name[i]))[:LARGEST]
     return [
-        {"image": table.image[i], "name": table.name[i], "target": table.target[i], "predicted": table.predicted[i]}
+        {"image": image[i], "name": name[i], "target": table.target[i], "predicted": table.predicted[i]}
         for i in order
         if error[i] >= 0
     ]
@@ -331,7 +324,7 @@ CSV_COLUMNS = (
 
 
 def _csv_rows(results: Mapping[str, Any]) -> Iterator[list[str | int | float]]:
-    """A row for each model, followed by those of its constants."""
+    """Yield a row for each model, followed by those of its constants."""
     for entry in results["data"]:
         for model in entry["models"]:
             figures, name = model["figures"], model["model"]
@@ -349,7 +342,7 @@ def _csv_rows(results: Mapping[str, Any]) -> Iterator[list[str | int | float]]:
                 yield cells + [total.get(key, "") for key in METRICS]
 
 
-def _file_names(i: int, run: Run) -> list[str]:
+def _image_files(i: int, run: Run) -> list[str]:
     return [f"pictures/{i:02d}-{j:02d}.jpg" for j in range(len(run.pictures))]
 
 
@@ -405,7 +398,7 @@ def _verdict(entry: Scores) -> dict[str, Any]:
 
 
 def constants(entry: Scores, part: str = "") -> list[tuple[str, Scores]]:
-    """Label and scores of each constant prediction, once where all models have it on the same rows.
+    """List label and scores of each constant prediction, once where all models have it on the same rows.
 
     Args:
         entry: of the data set.
@@ -432,7 +425,7 @@ def constants(entry: Scores, part: str = "") -> list[tuple[str, Scores]]:
 
 
 def _matrix(entry: Scores) -> dict[str, Any] | None:
-    """Differences of MAE, row minus column."""
+    """Tabulate differences of MAE, row minus column."""
     cells = {}
     for pair in entry["comparisons"]:
         if "mae" in pair:
@@ -445,7 +438,7 @@ def _matrix(entry: Scores) -> dict[str, Any] | None:
 
 
 def _facts(entry: Scores) -> list[dict[str, Any]]:
-    """Tables of what is known of the data, once where that is the same for all models, and of the models."""
+    """Tabulate the facts of the data, once where that is the same for all models, and of the models."""
     names = [model["model"] for model in entry["models"]]
     differ = entry["facts_differ"]
     parts = [

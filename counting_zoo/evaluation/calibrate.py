@@ -1,4 +1,4 @@
-"""Measuring how far a model's counts are off, so that it gives an interval with each count."""
+"""Calibration of prediction intervals on known counts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Calibrated:
     counts: CountTable
 
     def describe(self) -> str:
-        """Rows, quantiles and coverage of each stratum, as lines of text."""
+        """Describe rows, quantiles and coverage of each stratum, as lines of text."""
         made, counts = self.calibration, self.counts
         inside = (counts.interval[:, 0] <= counts.target) & (counts.target <= counts.interval[:, 1])
         width = counts.interval[:, 1] - counts.interval[:, 0]
@@ -142,7 +142,7 @@ def write_calibrated(source: str | Path, out: str | Path, calibration: IntervalC
 
 
 def _known(counts: CountTable, split: str, level: float) -> CountTable:
-    """The rows whose truth is known.
+    """Select the rows whose true count is known.
 
     Raises:
         InputError: there are too few.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
 import logging
 import platform
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import ItemsView, Iterator, Sequence
@@ -28,15 +26,20 @@ from counting_zoo.data.tables import ImageNames
 from counting_zoo.errors import InputError, NamesError, listed
 from counting_zoo.geometry import Preprocess
 from counting_zoo.io import progress, read_table, sha256, unsafe_cell
-from counting_zoo.metrics.counts import CountTable, grid_errors
+from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.statistics import JOIN
 from counting_zoo.module import CountingModule
 from counting_zoo.prediction import Prediction
 from counting_zoo.queries import check_data, known_names
 from counting_zoo.types import Batch, CountOutput, Query
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
 
-class FinishedPictures:
+
+class FinishedImages:
     """Finished images on disk, a line of JSON each, by id; used as a context.
 
     Args:
@@ -44,7 +47,7 @@ class FinishedPictures:
             image. ``None`` keeps everything in memory only.
 
     Example:
-        >>> with FinishedPictures(None) as finished:
+        >>> with FinishedImages(None) as finished:
         ...     finished.add("a.jpg", {"count": 3})
         ...     "a.jpg" in finished, finished["a.jpg"]
         (True, {'count': 3})
@@ -53,7 +56,7 @@ class FinishedPictures:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._file: TextIO | None = None
-        self._found: dict[str, dict[str, Any]] = {}
+        self._results: dict[str, dict[str, Any]] = {}
         if path is None or not path.is_file():
             return
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -61,7 +64,7 @@ class FinishedPictures:
                 image_id, content = json.loads(line)
             except (ValueError, TypeError):
                 continue
-            self._found[image_id] = content
+            self._results[image_id] = content
 
     def __enter__(self) -> Self:
         if self.path is not None:
@@ -75,25 +78,25 @@ class FinishedPictures:
             self._file.close()
 
     def __contains__(self, image_id: str) -> bool:
-        return image_id in self._found
+        return image_id in self._results
 
     def __getitem__(self, image_id: str) -> dict[str, Any]:
-        return self._found[image_id]
+        return self._results[image_id]
 
     def items(self) -> ItemsView[str, dict[str, Any]]:
-        """Ids and what is known, in the order in which they were finished."""
-        return self._found.items()
+        """Iterate over ids and results, in the order in which they were finished."""
+        return self._results.items()
 
     def add(self, image_id: str, content: dict[str, Any]) -> None:
-        """Keep what is known of an image; the same as it will be read again."""
+        """Keep the result of an image, as it will be read again."""
         line = json.dumps([image_id, content], allow_nan=False)  # in ASCII, as ids may hold separators of lines
-        self._found[image_id] = json.loads(line)[1]
+        self._results[image_id] = json.loads(line)[1]
         if self._file is not None:
             self._file.write(line + "\n")
             self._file.flush()
 
 
-def picture_key(datamodule: CountingDataModule, record: Record) -> str:
+def finished_key(datamodule: CountingDataModule, record: Record) -> str:
     """Make the key of finished work on an image: its id, and a hash of its file as evaluation reads it.
 
     The annotation does not tell an image from another one of the same name: the same images with noise, say, or a
@@ -114,7 +117,7 @@ class Costs(TypedDict):
 
     pictures_per_second: float
     seconds_per_picture: float
-    peak_memory_mib: float | None  # beyond what was in use before; None where the system does not tell
+    peak_memory_mib: float | None  # with weights and all else in memory; None where the system does not tell
     parameters: int
     pictures: int
     megapixels: float  # of an image, on average
@@ -134,8 +137,8 @@ def measure_costs(
         repeats: timed rounds; their median is given.
 
     Returns:
-        Images each second without reading and resizing; the most memory that counting took: of the device where it
-        is CUDA, else of the process.
+        Images each second without reading and resizing; the peak of memory, weights included: of the device where it
+        is CUDA, else of the process since its start.
 
     Raises:
         InputError: there is no image.
@@ -144,7 +147,9 @@ def measure_costs(
         raise InputError("no image to measure the cost of counting on")
     device = torch.device(model.device)
     seconds: list[float] = []
-    with torch.inference_mode(), _peak_memory(device) as peak:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
         for round_ in range(repeats + 1):
             start = time.perf_counter()
             for picture, asked in zip(pictures, names, strict=True):
@@ -154,10 +159,11 @@ def measure_costs(
             if round_:
                 seconds.append(time.perf_counter() - start)
     each = statistics.median(seconds) / len(pictures)
+    peak = _peak_memory(device)
     return {
         "pictures_per_second": 1 / each,
         "seconds_per_picture": each,
-        "peak_memory_mib": None if not peak else peak[0] / MEBI,
+        "peak_memory_mib": None if peak is None else peak / MEBI,
         "parameters": sum(p.numel() for p in model.parameters()),
         "pictures": len(pictures),
         "megapixels": sum(p.shape[1] * p.shape[2] for p in pictures) / len(pictures) / 1e6,
@@ -166,41 +172,14 @@ def measure_costs(
     }
 
 
-@contextlib.contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """A list that holds, at the end, the bytes taken at most beyond those in use at the start; empty if unknown."""
-    found: list[int] = []
+def _peak_memory(device: torch.device) -> int | None:
+    """Read the peak of memory in bytes: of a CUDA device since its last reset, else of the process since its start."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device) - before)
-        return
-    before_resident = _resident("VmRSS:") if _forget_peak() else None
-    yield found
-    after = _resident("VmHWM:")
-    if before_resident is not None and after is not None:
-        found.append(max(0, after - before_resident))
-
-
-def _forget_peak() -> bool:
-    """Give unused memory back and let the process's high-water mark begin anew, as Linux and glibc can."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _resident(key: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes on Linux
 
 
 def _processor() -> str:
@@ -219,7 +198,7 @@ COUNT_NAMES = ("count", "predicted", "prediction")
 
 
 TOTAL = ""
-"""Name of a row that says how many objects of all names there are."""
+"""Name of a row that holds the count of all names together."""
 
 
 def read_counts(path: str | Path) -> dict[str, dict[str, float]]:
@@ -245,7 +224,7 @@ def read_counts(path: str | Path) -> dict[str, dict[str, float]]:
 
 
 def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Split) -> CountedSplit:
-    """The counts of a file beside the true ones of a split.
+    """Compare the counts of a file with the true ones of a split.
 
     Images are found by their id, else by their file name with or without suffix, where that is the only one of its
     kind; a warning says where the file has another folder, which may be another split. A file without names, or with
@@ -282,18 +261,20 @@ def counts_of_file(path: str | Path, datamodule: CountingDataModule, split: Spli
     failed = []
     for record in records:
         asked = ask(record, choose_names(record, None))
-        said = counts.get(ids.get(record.image_id, ""))
-        if said is None or asked.counts is None:
-            failed.append((record.image_id, "no count in the file" if said is None else "no true count"))
+        predicted = counts.get(ids.get(record.image_id, ""))
+        if predicted is None or asked.counts is None:
+            failed.append((record.image_id, "no count in the file" if predicted is None else "no true count"))
         elif not asked.classes:
             failed.append((record.image_id, NO_NAME))
-        elif set(said) <= {TOTAL, joined := JOIN.join(asked.classes)}:
-            rows.append((record.image_id, joined, float(asked.counts.sum()), said.get(joined, said.get(TOTAL, 0.0))))
-        elif missing := [name for name in asked.classes if name not in said]:
+        elif set(predicted) <= {TOTAL, joined := JOIN.join(asked.classes)}:
+            rows.append(
+                (record.image_id, joined, float(asked.counts.sum()), predicted.get(joined, predicted.get(TOTAL, 0.0)))
+            )
+        elif missing := [name for name in asked.classes if name not in predicted]:
             failed.append((record.image_id, f"no count of {', '.join(map(repr, missing[:5]))} in the file"))
         else:
             rows += [
-                (record.image_id, name, float(target), said[name])
+                (record.image_id, name, float(target), predicted[name])
                 for name, target in zip(asked.classes, asked.counts, strict=True)
             ]
     return CountedSplit(CountTable.of(rows), failed)
@@ -362,8 +343,8 @@ def count_split(
     keys = _keys(parts, datamodule, records)
     done = _finished(parts)
     mine = [r for r in records[rank::world_size] if "rows" not in done.get(keys[r.image_id], {})]
-    shown = progress(_pictures(model, datamodule, split, mine), len(mine), description)
-    with torch.inference_mode(), FinishedPictures(None if parts is None else parts / f"{rank}.jsonl") as finished:
+    shown = progress(_batches(model, datamodule, split, mine), len(mine), description)
+    with torch.inference_mode(), FinishedImages(None if parts is None else parts / f"{rank}.jsonl") as finished:
         for batch in shown:
             for image_id, reason in batch.get("failed", []):
                 finished.add(keys[image_id], {"failed": reason})
@@ -379,19 +360,19 @@ def read_parts(parts: Path, datamodule: CountingDataModule, split: Split) -> Cou
 
 def _keys(parts: Path | None, datamodule: CountingDataModule, records: Sequence[Record]) -> dict[str, str]:
     """Map image ids to the keys that their results are kept under."""
-    return {r.image_id: r.image_id if parts is None else picture_key(datamodule, r) for r in records}
+    return {r.image_id: r.image_id if parts is None else finished_key(datamodule, r) for r in records}
 
 
 def _gathered(done: dict[str, dict[str, Any]], keys: dict[str, str]) -> CountedSplit:
-    """Finished images in the order of the data."""
-    found = [(image_id, done[key]) for image_id, key in keys.items() if key in done]
+    """Gather finished images in the order of the data."""
+    results = [(image_id, done[key]) for image_id, key in keys.items() if key in done]
     return CountedSplit(
-        CountTable.of(row for _, one in found if "rows" in one for row in one["rows"]),
-        [(image_id, one["failed"]) for image_id, one in found if "failed" in one],
+        CountTable.of(row for _, result in results for row in result.get("rows", [])),
+        [(image_id, result["failed"]) for image_id, result in results if "failed" in result],
     )
 
 
-def _pictures(
+def _batches(
     model: CountingModule, datamodule: CountingDataModule, split: Split, records: Sequence[Record]
 ) -> Iterator[Batch]:
     data = datamodule.evaluation_dataset(split, model.preprocess, tolerate=True, records=records)
@@ -416,7 +397,7 @@ def _check_names(model: CountingModule, datamodule: CountingDataModule, split: S
 
 
 def _counted(model: CountingModule, batch: Batch) -> dict[str, Any]:
-    """The rows of one image, or why it has none."""
+    """Count one image: its rows, or the reason why it has none."""
     image_id = batch["image_id"][0]
     if "counts" not in batch:
         raise InputError(f"{image_id} carries no counts, so nothing can be scored; use predict for such images")
@@ -442,41 +423,27 @@ def _rows(model: CountingModule, batch: Batch, output: CountOutput) -> list[Row]
     Raises:
         FloatingPointError: a count is not finite.
     """
-    image_id, names = batch["image_id"][0], list(batch["queries"][0].names)
-    counts: Tensor = model.reported(output.counts)[0].cpu().double()  # Apple's devices have no float64
-    target = batch["counts"][0].double()
-    if model.class_blind:
-        names, target = [" + ".join(names)], target.sum(0, keepdim=True)
+    counts = model.reported(output.counts)[0]
     if not bool(counts.isfinite().all()):
         raise FloatingPointError(f"the count is {counts.tolist()}")
-    rows: list[Row] = [
-        {"image": image_id, "name": name, "target": float(t), "predicted": float(c)}
-        for name, t, c in zip(names, target, counts, strict=True)
-    ]
-    if "points" in batch and "labels" in batch:
-        size = (int(batch["image"][0].shape[-2]), int(batch["image"][0].shape[-1]))
-        density = output.density[0, : len(names)]
-        labels = None if model.class_blind else batch["labels"][0]
-        errors = grid_errors(density, batch["points"][0], size, labels, model.extent(density, size))
-        for row, game in zip(rows, errors.cpu().tolist(), strict=True):
-            row |= {f"game{level}": error for level, error in enumerate(game)}
-    if (bounds := model.interval(output)) is not None:
-        for row, (low, high) in zip(rows, bounds[0, : len(rows)].tolist(), strict=True):
-            row |= {"low": low, "high": high}
-    if (deviation := output.deviation) is not None:
-        for row, value in zip(rows, deviation[0, : len(rows)].tolist(), strict=True):
-            row["deviation"] = value
-    return rows
+    columns = model.table_columns([output], batch, [(int(i.shape[-2]), int(i.shape[-1])) for i in batch["image"]])
+    # The table is exact in float64, which Apple's devices do not have.
+    on_cpu: dict[str, Any] = {
+        key: value.cpu() if isinstance(value, Tensor) else value for key, value in columns.items()
+    }
+    table = CountTable()
+    table.update(batch["image_id"], **on_cpu)
+    return list(table.known_cells())
 
 
 def _finished(parts: Path | None) -> dict[str, dict[str, Any]]:
-    """Read what the processes have left in ``parts``, by :func:`picture_key`."""
-    found: dict[str, dict[str, Any]] = {}
+    """Read what the processes have left in ``parts``, by :func:`finished_key`."""
+    results: dict[str, dict[str, Any]] = {}
     for path in sorted(parts.glob("*.jsonl")) if parts is not None else []:
-        for image_id, one in FinishedPictures(path).items():
-            if "rows" in one or image_id not in found:  # an image that failed may have been counted since
-                found[image_id] = one
-    return found
+        for key, result in FinishedImages(path).items():
+            if "rows" in result or key not in results:  # an image that failed may have been counted since
+                results[key] = result
+    return results
 
 
 @torch.no_grad()

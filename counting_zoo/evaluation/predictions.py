@@ -1,4 +1,4 @@
-"""The file that the NWPU-Crowd benchmark's server takes."""
+"""Files of predictions, and the submission file of the NWPU-Crowd benchmark."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class _Place:
 
 
 def _find_rows(folder: Path, n_parts: int) -> dict[str, _Place]:
-    """Each image once; samplers may have dealt one to two processes."""
+    """Find the row of each image once; samplers may have dealt an image to two processes."""
     found: dict[str, _Place] = {}
     for part in range(n_parts):
         with _part_file(folder, part, "rows.jsonl").open("rb") as file:
@@ -206,7 +206,7 @@ def _find_rows(folder: Path, n_parts: int) -> dict[str, _Place]:
 
 
 def _count_lines(row: dict[str, Any], stems: dict[str, str], shown: bool) -> Iterator[tuple[str | int | float, ...]]:
-    """The lines of ``counts.csv`` that an image has, one for each name."""
+    """Yield the lines of an image in ``counts.csv``, one for each name."""
     image = row["image"]
     height, width = row["size"] or ("", "")
     bounds = row["interval"] or [("", "")] * len(row["names"])
@@ -217,7 +217,7 @@ def _count_lines(row: dict[str, Any], stems: dict[str, str], shown: bool) -> Ite
 
 
 def _box_lines(row: dict[str, Any]) -> Iterator[tuple[str | float, ...]]:
-    """The lines of ``boxes.csv`` that an image has, one for each box."""
+    """Yield the lines of an image in ``boxes.csv``, one for each box."""
     scores = row["scores"] or [[""] * len(boxes) for boxes in row["boxes"]]
     for name, boxes, own in zip(row["names"], row["boxes"], scores, strict=True):
         for box, score in zip(boxes, own, strict=True):
@@ -241,7 +241,7 @@ def _merge_densities(folder: Path, n_parts: int, rows: Iterable[dict[str, Any]],
 
 
 def _open_maps(path: Path, mode: str) -> h5py.File:
-    """An HDF5 file that keeps 1 MiB of its structure in memory; by default it is 32, which take up over 100."""
+    """Open an HDF5 file with 1 MiB of metadata cache; the default of 32 takes up over 100."""
     file = h5py.File(path, mode)
     config = file.id.get_mdc_config()
     config.set_initial_size = True
@@ -259,7 +259,7 @@ def _key(image_id: str) -> str:
 
 
 def _stems(image_ids: list[str]) -> dict[str, str]:
-    """File names without suffix for images: readable, safe on every file system, and different from each other.
+    """Make file names without suffix for images: readable, safe on every file system, and different from each other.
 
     Example:
         >>> _stems(["a b/c.jpg", "a b/C.jpg", "../x.png"])

@@ -19,7 +19,8 @@ import torch
 
 from counting_zoo.evaluation.audit_metrics import verdict
 from counting_zoo.io import write_whole
-from counting_zoo.metrics.counts import MEAN_STATISTICS, CountTable, bootstrap_interval, errors_by_class
+from counting_zoo.metrics.counts import MEAN_STATISTICS, CountTable, errors_by_class
+from counting_zoo.metrics.statistics import bootstrap_interval
 from counting_zoo.version import __version__
 
 Cell = str | float | None | Mapping[str, Any]
@@ -187,7 +188,7 @@ def judge(
     ratio: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Judge a model, as the first sentence of a report says it.
+    """Summarise a model in the first sentence of a report.
 
     Args:
         name: the best model; ``None`` where nothing could be scored.
@@ -230,7 +231,7 @@ def jpeg(pixels: np.ndarray, side: int = 640) -> bytes:
 
 
 def embedded(drawings: Sequence[Drawing]) -> dict[str, list[dict[str, str]]]:
-    """Caption and source of each drawing, by group."""
+    """Group captions and sources of drawings."""
     groups: dict[str, list[dict[str, str]]] = {}
     for one in drawings:
         source = f"data:image/jpeg;base64,{base64.b64encode(jpeg(one.pixels)).decode()}"
@@ -356,7 +357,7 @@ def write_report(
     counts = CountTable() if counts is None else counts
 
     def of(name: str) -> dict[str, float]:
-        """The scores of a constant, whose names begin with its own."""
+        """Select the scores of a constant, whose names begin with its own."""
         return {key.removeprefix(f"{name}_"): value for key, value in named.items() if key.startswith(f"{name}_")}
 
     found = [name[:-5] for name in named if name.endswith("_rmse") and name != "sum_rmse"]
@@ -387,7 +388,7 @@ def write_report(
 
 
 def _largest_errors(counts: CountTable) -> list[list[Cell]]:
-    """The rows with the largest errors; those that are NaN or infinite come first."""
+    """List the rows with the largest errors; those that are NaN or infinite come first."""
     error = np.nan_to_num(np.abs(counts.predicted - counts.target), nan=math.inf)
     known = [i for i in np.argsort(-error, kind="stable") if not math.isnan(counts.target[i])][:LARGEST]
     image, name, target, predicted = counts.image, counts.name, counts.target.tolist(), counts.predicted.tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ GAME_LEVELS = 4
 
 
 def count_errors(predicted: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean absolute, root mean squared, normalised absolute and signed error of counts.
+    """Compute mean absolute, root mean squared, normalised absolute and signed error of counts.
 
     ``nae`` is the mean of ``|predicted - target| / target`` over the entries whose target is above zero, and
     ``n_nae`` how many those are; where there are none, ``nae`` is left out. ``bias`` is the mean of
@@ -58,7 +58,7 @@ def count_errors(predicted: Tensor, target: Tensor) -> dict[str, float]:
 def constant_rows(
     target: Tensor, constants: Mapping[str, float | Sequence[float] | Tensor]
 ) -> dict[str, dict[str, float]]:
-    """The errors of predicting the same number for every image: what a model has to beat.
+    """Score constant predictions, the baselines that a model has to beat.
 
     Args:
         target: ``(N, K)`` counts.
@@ -87,7 +87,7 @@ def grid_errors(
     extent: tuple[float, float] | None = None,
     levels: int = GAME_LEVELS,
 ) -> Tensor:
-    """Grid average mean absolute errors of one image (Guerrero-Gomez-Olmedo et al., IbPRIA 2015).
+    """Compute the grid average mean absolute errors of one image (Guerrero-Gomez-Olmedo et al., IbPRIA 2015).
 
     Level L cuts the image into ``2^L x 2^L`` equal regions and adds up their absolute count errors; level 0 is the
     absolute error of the count. Regions cut cells in proportion to area, so any image and map size is exact.
@@ -159,7 +159,7 @@ class ImageRows(Metric):
             self._state(state).append(value.detach().to(self.device, exact_dtype(self.device)).flatten())
 
     def rows(self) -> dict[str, Tensor]:
-        """All columns without repetitions, ordered by image and place: the same for every distribution."""
+        """Join all columns without repetitions, ordered by image and place: the same for every distribution."""
         joined = {name: self._joined(name) for name in (*_KEYS, *self.columns)}
         order = joined["kind"].argsort(stable=True)
         order = order[joined["image_key"][order].argsort(stable=True)]
@@ -187,7 +187,7 @@ class ImageRows(Metric):
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
     def _keys(self, texts: Sequence[str]) -> list[int]:
-        """64 bits that stand for each text on every process, as signed integers."""
+        """Hash each text to a signed 64-bit integer, the same on every process."""
         keys = [int.from_bytes(blake2b(t.encode(), digest_size=8).digest(), "big", signed=True) for t in texts]
         self.texts.update(zip(keys, texts, strict=True))
         return keys
@@ -196,7 +196,7 @@ class ImageRows(Metric):
         return getattr(self, f"{name}_")  # the columns' own names are free for what subclasses make of them
 
     def _joined(self, name: str) -> Tensor:
-        """One state as one tensor, whether it is a list still or was gathered."""
+        """Join a state to one tensor, whether it is a list still or was gathered."""
         value: Any = self._state(name)
         if isinstance(value, Tensor):
             return value
@@ -271,7 +271,7 @@ class CountTable(ImageRows):
         self.append(image_ids, names, **dict(zip(self.columns, numbers, strict=True)))
 
     def compute(self) -> dict[str, float]:
-        """Scores over all rows.
+        """Compute the scores over all rows.
 
         Returns:
             :func:`count_errors`; with several names an image also ``sum_`` errors of the total of each image and the
@@ -312,7 +312,7 @@ class CountTable(ImageRows):
         return result
 
     def _class_scores(self, rows: dict[str, Tensor], image: Tensor) -> dict[str, float]:
-        """Means over classes of the model and of what needs no image; classes stand in the order of their places."""
+        """Average over classes the errors of the model and of baselines; classes stand in the order of their places."""
         first: dict[int, int] = {}
         for kind, place in zip(rows["kind"].tolist(), rows["place"].tolist(), strict=True):
             first[kind] = min(place, first.get(kind, place))
@@ -349,7 +349,7 @@ class CountTable(ImageRows):
         return [self.texts[key] for key in self._joined("kind").tolist()]
 
     def column(self, *names: str) -> np.ndarray:
-        """``(N,)`` float64 numbers of one column, or ``(N, C)`` of several."""
+        """Return ``(N,)`` float64 numbers of one column, or ``(N, C)`` of several."""
         found = [self._joined(name).cpu().double().numpy() for name in names]
         return found[0] if len(found) == 1 else np.stack(found, 1)
 
@@ -400,6 +400,12 @@ class CountTable(ImageRows):
             table._state(column).append(torch.tensor(numbers, dtype=torch.float64))
         return table
 
+    def known_cells(self) -> Iterator[dict[str, str | float]]:
+        """Give each row as plain data without the cells that are not known; :meth:`of` makes a table of them again."""
+        for image, name, numbers in zip(self.image, self.name, self.column(*self.columns).tolist(), strict=True):
+            known = {column: v for column, v in zip(self.columns, numbers, strict=True) if not math.isnan(v)}
+            yield {"image": image, "name": name, **known}
+
     def select(self, rows: np.ndarray) -> CountTable:
         """Keep some rows, by a mask or indices."""
         table, index = CountTable(self.constants), torch.from_numpy(np.arange(len(self))[rows])
@@ -409,13 +415,13 @@ class CountTable(ImageRows):
         return table
 
     def with_interval(self, bounds: np.ndarray) -> CountTable:
-        """The same rows with ``(N, 2)`` other bounds."""
+        """Copy the rows with ``(N, 2)`` other bounds."""
         table = self.select(np.arange(len(self)))
         table.low_, table.high_ = ([torch.from_numpy(np.ascontiguousarray(side))] for side in bounds.T)
         return table
 
     def images(self) -> tuple[list[str], np.ndarray]:
-        """Ids of the images in the order in which they first come, and for each row the index into them."""
+        """List the ids of images in order of first appearance, and for each row the index into them."""
         place: dict[str, int] = {}
         index = [place.setdefault(image, len(place)) for image in self.image]
         return list(place), np.array(index, np.int64)
@@ -496,7 +502,7 @@ class PromptErrors(ImageRows):
         self.append(image_ids, None, **{name: value.reshape(-1, 1) for name, value in columns.items()})
 
     def compute(self) -> dict[str, float]:
-        """The figures of the class docstring and ``n``; those that nothing was asked for are left out."""
+        """Compute the figures of the class docstring and ``n``; those that nothing was asked for are left out."""
         rows = self.rows()
         result: dict[str, float] = {"n": len(rows["image_key"])}
         for name in ("absent", "hard_absent"):
@@ -532,12 +538,8 @@ MEAN_STATISTICS: dict[str, ClassStatistic] = {
 }
 
 
-#: Images times resamples that :func:`bootstrap_interval` holds at once: 32 MiB of float64.
-RESAMPLED_AT_ONCE = 2**22
-
-
 def reported_counts(counts: Tensor, rounding: bool, clamp: bool) -> Tensor:
-    """Counts as a protocol reports them: no count below zero, whole numbers with halves to the even one.
+    """Post-process counts for reporting: clamp at zero, and round halves to even.
 
     Lower-Count rounds and does not clamp, Chattopadhyay et al. clamp and round. No metric does either by itself.
 
@@ -551,7 +553,11 @@ def reported_counts(counts: Tensor, rounding: bool, clamp: bool) -> Tensor:
 
 
 def errors_by_class(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The errors of each class; see the module for the formulas.
+    """Compute the errors of each class over the images in which it is annotated.
+
+    With p the predicted and t the true count, ``mae`` is the mean of ``|p - t|``, ``rmse`` the root of the mean of
+    ``(p - t)^2`` and ``rel_rmse`` that of ``(p - t)^2 / (t + 1)`` (Chattopadhyay et al., CVPR 2017); those that end in
+    ``_nz`` run over the images with ``t > 0``.
 
     Args:
         predicted: ``(N, K)`` counts of N images.
@@ -568,14 +574,14 @@ def errors_by_class(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
         >>> errors_by_class(torch.tensor([[1.0], [4.0]]), torch.tensor([[0.0], [3.0]]))["rel_rmse_nz"].item()
         0.5
     """
-    predicted, target = _checked(predicted, target)
+    predicted, target = checked_counts(predicted, target)
     once = target.new_ones(1, len(target))
-    result = {statistic: _weighted(predicted, target, statistic, once)[0] for statistic in CLASS_STATISTICS}
+    result = {statistic: weighted_errors(predicted, target, statistic, once)[0] for statistic in CLASS_STATISTICS}
     return result | {"n": (~target.isnan()).sum(0), "n_nz": (target > 0).sum(0)}
 
 
 def class_count_errors(predicted: Tensor, target: Tensor, classes: Sequence[str] | None = None) -> dict[str, float]:
-    """Means over classes of the errors of each class.
+    """Average the errors of each class over the classes.
 
     A class without an image in which it occurs has no ``_nz`` error; it is left out of those means, and one warning
     says which. Where that leaves no class, the keys are left out too.
@@ -606,107 +612,12 @@ def class_count_errors(predicted: Tensor, target: Tensor, classes: Sequence[str]
     return result | _means(by_class)
 
 
-def bootstrap_interval(
-    predicted: Tensor,
-    target: Tensor,
-    statistic: ClassStatistic | MeanStatistic,
-    n: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[Tensor, Tensor]:
-    """Percentile interval of a figure over images drawn with replacement (Efron, 1979).
-
-    It says how much the figure owes to the choice of images, not how much to the training run. A resample without a
-    class that occurs leaves that class out, as :func:`class_count_errors` does. The interval of a class that occurs in
-    no image is NaN.
-
-    Args:
-        predicted, target: as for :func:`errors_by_class`.
-        statistic: a figure of each class (:func:`errors_by_class`) or a mean over classes (:func:`class_count_errors`).
-        n: how many resamples.
-        seed: of the draws; equal seeds give equal intervals.
-        level: share of the resamples within the interval.
-
-    Returns:
-        Lower and upper bound in float64: ``(K,)`` for a figure of each class, scalars for a mean.
+def checked_counts(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Check ``(images, classes)`` counts, and give both the exact type on one device.
 
     Raises:
-        InputError: as for :func:`errors_by_class`; or an unknown statistic, no image, ``n`` below 1, ``level``
-            outside (0, 1), or a prediction that is not finite.
-
-    Example:
-        >>> low, high = bootstrap_interval(torch.ones(50, 1), torch.arange(50.0)[:, None] % 3, "mae")
-        >>> bool(low < 2 / 3) and bool(high > 2 / 3)
-        True
+        InputError: shapes differ, or a true count is negative or infinite.
     """
-    of_mean = statistic in MEAN_STATISTICS
-    of_class: Any = MEAN_STATISTICS[statistic] if of_mean else statistic
-    if of_class not in CLASS_STATISTICS:
-        raise InputError(f"statistic {statistic!r}; choose one of {', '.join((*CLASS_STATISTICS, *MEAN_STATISTICS))}")
-    predicted, target = _checked(predicted, target)
-    if not len(target) or n < 1 or not 0 < level < 1:
-        raise InputError(
-            f"bootstrap of {len(target)} images, {n} resamples, level {level}; expected at least one image and one "
-            "resample, and a level between 0 and 1"
-        )
-    if not bool(predicted[~target.isnan()].isfinite().all()):
-        raise InputError("predicted counts hold NaN or infinity, which have no interval; score finite counts")
-    generator = torch.Generator().manual_seed(seed)
-    ones = torch.ones(1, 1, dtype=target.dtype)
-    resamples = []
-    for drawn in _split(n, max(1, RESAMPLED_AT_ONCE // len(target))):
-        chosen = torch.randint(len(target), (drawn, len(target)), generator=generator)
-        times = torch.zeros(chosen.shape, dtype=target.dtype).scatter_add_(1, chosen, ones.expand_as(chosen))
-        values = _weighted(predicted, target, of_class, times.to(target.device))  # (drawn, K)
-        resamples.append(values.nanmean(1) if of_mean else values)
-    tail = (1 - level) / 2
-    low, high = torch.cat(resamples).nanquantile(target.new_tensor([tail, 1 - tail]), dim=0)
-    return low, high
-
-
-class PointHits(ImageRows):
-    """Share of predicted points that lie on an object of their class, among the classes that are in the image.
-
-    Args:
-        kwargs: those of :class:`torchmetrics.Metric`.
-
-    Example:
-        >>> metric = PointHits()
-        >>> points, kinds = torch.tensor([[5.0, 5.0], [50.0, 5.0], [5.0, 5.0]]), torch.tensor([0, 0, 1])
-        >>> metric.update(points, kinds, torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.tensor([0]), "a.jpg")
-        >>> metric.compute()  # class 1 is not there, so its point is an error of its count
-        {'n_points': 2, 'point_hits': 0.5}
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(("hits", "points"), **kwargs)
-
-    def update(self, points: Tensor, kinds: Tensor, boxes: Tensor, box_kinds: Tensor, image_id: str) -> None:
-        """Add one image.
-
-        Args:
-            points: ``(N, 2)`` x, y.
-            kinds: ``(N,)`` classes of the points.
-            boxes: ``(M, 4)`` x1, y1, x2, y2 of all objects, in the frame of the points.
-            box_kinds: ``(M,)`` their classes.
-            image_id: of the image.
-        """
-        x, y = points[:, None].unbind(-1)  # (N, 1)
-        x1, y1, x2, y2 = boxes.to(points).unbind(-1)  # (M,)
-        same = kinds[:, None] == box_kinds.to(kinds)
-        on = (same & (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)).any(1)
-        present = same.any(1)
-        self.append([image_id], hits=on.sum()[None, None], points=present.sum()[None, None])
-
-    def compute(self) -> dict[str, float]:
-        """``point_hits``, a share, and ``n_points``, of how many; only the latter where there are none."""
-        rows = self.rows()
-        n = int(rows["points"].sum())
-        return {"n_points": n} | ({"point_hits": float(rows["hits"].sum() / n)} if n else {})
-
-
-def _checked(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the exact type on one device."""
     if predicted.shape != target.shape or target.ndim != 2:
         raise InputError(
             f"predicted counts of shape {tuple(predicted.shape)} for targets of {tuple(target.shape)}; expected "
@@ -723,8 +634,17 @@ def _checked(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return predicted.detach().to(target), target
 
 
-def _weighted(predicted: Tensor, target: Tensor, statistic: ClassStatistic, weight: Tensor) -> Tensor:
-    """A statistic of each class over images that count ``weight`` ``(R, N)`` times: ``(R, K)``, NaN where none do."""
+def weighted_errors(predicted: Tensor, target: Tensor, statistic: ClassStatistic, weight: Tensor) -> Tensor:
+    """Compute a figure of each class over images that count several times.
+
+    Args:
+        predicted, target: as :func:`checked_counts` gives them.
+        statistic: one of :data:`CLASS_STATISTICS`.
+        weight: ``(R, N)`` how often each image counts in each of R draws.
+
+    Returns:
+        ``(R, K)``, NaN where no image decides a class.
+    """
     used = target > 0 if statistic.endswith("_nz") else ~target.isnan()
     error = predicted - target
     error = error.abs() if statistic == "mae" else error.square()
@@ -735,7 +655,7 @@ def _weighted(predicted: Tensor, target: Tensor, statistic: ClassStatistic, weig
 
 
 def _means(by_class: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over the classes that are defined, which a NaN among the predictions does not make undefined."""
+    """Average over the classes that are annotated; a NaN among the predictions stays."""
     result = {}
     for mean, statistic in MEAN_STATISTICS.items():
         defined = by_class["n_nz" if mean.endswith("_nz") else "n"] > 0
@@ -757,8 +677,3 @@ def _warn_of_absent(by_class: Mapping[str, Tensor], classes: Sequence[str] | Non
                 f"{len(names)} of {len(left_out)} classes are {why}: {listed(names, 10)}",
                 stacklevel=stacklevel,
             )
-
-
-def _split(n: int, most: int) -> list[int]:
-    """n in parts of at most ``most``."""
-    return [min(most, n - first) for first in range(0, n, most)]

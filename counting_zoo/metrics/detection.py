@@ -25,7 +25,7 @@ SEEN, PREDICTED, TRUE = range(3)  # what a row of an image is about
 
 
 def mask_iou(masks: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of every mask with every other; 0 where both are empty.
+    """Compute the intersection over union of every mask with every other; 0 where both are empty.
 
     Args:
         masks: ``(N, H, W)`` or ``(N, pixels)`` bool.
@@ -84,7 +84,7 @@ def match_masks(iou: Tensor, scores: Tensor, thresholds: Sequence[float] = THRES
 
 
 def average_precision(right: Tensor, scores: Tensor, n_true: int) -> float:
-    """Area under the precision-recall curve, with precision made to fall with recall (PASCAL VOC since 2010).
+    """Compute the area under the precision-recall curve, made monotonic (PASCAL VOC since 2010).
 
     Predictions of equal score enter together, so that the order of images plays no role.
 
@@ -159,7 +159,7 @@ class InstancePrecision(ImageRows):
         self.append([image_id], **dict(zip(self.columns, rows.T[:, None], strict=True)))
 
     def per_class(self) -> dict[int, dict[str, float]]:
-        """The figures of each class that has objects, with ``n_true`` and ``n_predicted``, by label."""
+        """Compute the figures of each class that has objects, with ``n_true`` and ``n_predicted``, by label."""
         rows = self.rows()
         result: dict[int, dict[str, float]] = {}
         for kind in rows["label"][rows["role"] == TRUE].unique().tolist():
@@ -173,7 +173,7 @@ class InstancePrecision(ImageRows):
         return result
 
     def compute(self) -> dict[str, float]:
-        """The figures of the class docstring."""
+        """Compute the figures of the class docstring."""
         rows, classes = self.rows(), self.per_class().values()
         result: dict[str, float] = {
             key: int((rows["role"] == role).sum())
@@ -307,7 +307,7 @@ def average_precision_50(
     true_boxes: Sequence[Tensor],
     true_labels: Sequence[Tensor],
 ) -> float:
-    """AP50 of B images at once, as :class:`BoxPrecision` has it.
+    """Compute AP50 of B images at once, as :class:`BoxPrecision` has it.
 
     Args:
         boxes: B tensors ``(N_i, 4)`` x1, y1, x2, y2.
@@ -332,3 +332,44 @@ def average_precision_50(
     if "map50" not in figures:
         raise InputError("average precision without a true box is undefined; expected at least one image with one")
     return figures["map50"]
+
+
+class PointHits(ImageRows):
+    """Share of predicted points that lie on an object of their class, among the classes that are in the image.
+
+    Args:
+        kwargs: those of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = PointHits()
+        >>> points, kinds = torch.tensor([[5.0, 5.0], [50.0, 5.0], [5.0, 5.0]]), torch.tensor([0, 0, 1])
+        >>> metric.update(points, kinds, torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.tensor([0]), "a.jpg")
+        >>> metric.compute()  # class 1 is not there, so its point is an error of its count
+        {'n_points': 2, 'point_hits': 0.5}
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(("hits", "points"), **kwargs)
+
+    def update(self, points: Tensor, kinds: Tensor, boxes: Tensor, box_kinds: Tensor, image_id: str) -> None:
+        """Add one image.
+
+        Args:
+            points: ``(N, 2)`` x, y.
+            kinds: ``(N,)`` classes of the points.
+            boxes: ``(M, 4)`` x1, y1, x2, y2 of all objects, in the frame of the points.
+            box_kinds: ``(M,)`` their classes.
+            image_id: of the image.
+        """
+        x, y = points[:, None].unbind(-1)  # (N, 1)
+        x1, y1, x2, y2 = boxes.to(points).unbind(-1)  # (M,)
+        same = kinds[:, None] == box_kinds.to(kinds)
+        on = (same & (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)).any(1)
+        present = same.any(1)
+        self.append([image_id], hits=on.sum()[None, None], points=present.sum()[None, None])
+
+    def compute(self) -> dict[str, float]:
+        """Compute ``point_hits``, a share, and ``n_points``, of how many; only the latter where there are none."""
+        rows = self.rows()
+        n = int(rows["points"].sum())
+        return {"n_points": n} | ({"point_hits": float(rows["hits"].sum() / n)} if n else {})

@@ -73,7 +73,7 @@ class IntervalCalibration:
             raise InputError(f"edges of strata are {list(self.edges)}; expected ascending predicted counts")
 
     def strata(self, predicted: np.ndarray) -> np.ndarray:
-        """Index of the stratum of each count; those beyond what was calibrated are in the last."""
+        """Find the index of the stratum of each count; counts beyond the calibrated ones are in the last."""
         return np.searchsorted(np.array(self.edges, np.float64), np.maximum(predicted, 0), side="right")
 
     def bounds(self, predicted: np.ndarray, spread: np.ndarray | None = None) -> np.ndarray:
@@ -111,7 +111,7 @@ class IntervalCalibration:
         return np.where(np.isfinite(counts)[..., None], np.maximum(found, 0) + 0.0, math.nan)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it is stored in a checkpoint."""
+        """Convert to plain data, as it is stored in a checkpoint."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
@@ -243,7 +243,7 @@ def rows_needed(level: float) -> int:
 
 
 def count_strata(predicted: np.ndarray, min_rows: int = MIN_ROWS) -> list[float]:
-    """Predicted counts at which a new stratum begins: below 1, then half decades, joined until each has enough rows.
+    """Choose the predicted counts at which strata begin: half decades, joined until each has enough rows.
 
     Edges are 1, 3.16, 10, 31.6, ...; going up, a stratum ends at the first of them at which it has ``min_rows``, and
     what is left above the last belongs to it. They depend on the predictions alone, not on the errors.
@@ -268,7 +268,7 @@ def count_strata(predicted: np.ndarray, min_rows: int = MIN_ROWS) -> list[float]
 
 
 def _errors(predicted: np.ndarray, target: np.ndarray, width: Width, spread: np.ndarray | None) -> np.ndarray:
-    """``(N,)`` signed errors in the unit of the width."""
+    """Compute ``(N,)`` signed errors in the unit of the width."""
     counts = np.maximum(predicted, 0)
     if width == "residual":
         return np.log1p(target) - np.log1p(counts)

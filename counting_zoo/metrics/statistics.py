@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,12 +13,16 @@ from scipy.special import betaincinv
 
 from counting_zoo.errors import InputError
 from counting_zoo.metrics.counts import (
+    CLASS_STATISTICS,
     GAME_COLUMNS,
+    MEAN_STATISTICS,
+    ClassStatistic,
     CountTable,
     MeanStatistic,
-    bootstrap_interval,
+    checked_counts,
     class_count_errors,
     count_errors,
+    weighted_errors,
 )
 
 RESAMPLED_AT_ONCE = 2**21
@@ -52,32 +56,55 @@ class Bootstrap:
                 "and a level between 0 and 1"
             )
 
-    def sums(self, sums: np.ndarray) -> Iterator[np.ndarray]:
-        """Sums over as many images as there are, drawn with replacement.
+    def weights(self, n: int, generator: Literal["numpy", "torch"] = "numpy") -> Iterator[np.ndarray]:
+        """Draw as many of ``n`` images as there are, with replacement.
+
+        Args:
+            n: the number of images.
+            generator: source of the draws. Figures of classes have always come from torch's; both stay, so that the
+                intervals of stored results can be reproduced.
+
+        Yields:
+            ``(R, n)`` float64, how often each image was drawn: parts of all resamples that fit into memory.
+        """
+        numpy_generator, torch_generator = np.random.default_rng(self.seed), torch.Generator().manual_seed(self.seed)
+        most = max(1, RESAMPLED_AT_ONCE // n)
+        for first in range(0, self.resamples, most):
+            size = (min(most, self.resamples - first), n)
+            if generator == "torch":
+                chosen = torch.randint(n, size, generator=torch_generator).numpy()
+            else:
+                chosen = numpy_generator.integers(n, size=size)
+            chosen = chosen + np.arange(size[0])[:, None] * n
+            yield np.bincount(chosen.ravel(), minlength=size[0] * n).reshape(size).astype(np.float64)
+
+    def sums(self, sums: np.ndarray) -> np.ndarray:
+        """Sum over as many images as there are, drawn with replacement.
 
         Args:
             sums: ``(P, C)`` sums over the rows of each image.
 
         Returns:
-            Parts of ``(resamples, C)`` that fit into memory.
+            ``(resamples, C)``.
         """
-        generator = np.random.default_rng(self.seed)
-        n = len(sums)
-        most = max(1, RESAMPLED_AT_ONCE // n)
-        for first in range(0, self.resamples, most):
-            drawn = min(most, self.resamples - first)
-            chosen = generator.integers(n, size=(drawn, n)) + np.arange(drawn)[:, None] * n
-            times = np.bincount(chosen.ravel(), minlength=drawn * n).reshape(drawn, n)
-            yield times.astype(np.float64) @ sums
+        return np.concatenate([weights @ sums for weights in self.weights(len(sums))])
 
-    def interval(self, values: np.ndarray) -> list[float]:
-        """Lower and upper bound of a figure, given its value for each draw; draws without one (NaN) are left out."""
+    def interval(self, values: np.ndarray) -> np.ndarray:
+        """Lower and upper bound of figures, given their values for each draw; draws without one (NaN) are left out.
+
+        Args:
+            values: ``(R,)`` or ``(R, K)``.
+
+        Returns:
+            ``(2,)`` or ``(2, K)``; NaN where no draw has a value.
+        """
         tail = (1 - self.level) / 2
-        return np.nanquantile(values, [tail, 1 - tail]).tolist()
+        ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+        return torch.from_numpy(values).double().nanquantile(ends, dim=0).numpy()
 
 
 def summed_by_picture(rows: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """Sums over the rows of each image.
+    """Sum over the rows of each image.
 
     Args:
         rows: ``(N, C)``.
@@ -95,7 +122,7 @@ def summed_by_picture(rows: np.ndarray, picture: np.ndarray) -> np.ndarray:
 
 
 def binomial_bounds(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Exact bounds of a share (Clopper and Pearson, Biometrika 1934).
+    """Compute exact bounds of a share (Clopper and Pearson, Biometrika 1934).
 
     Args:
         hits: how many of ``n`` independent trials succeeded.
@@ -126,7 +153,7 @@ Constants = Mapping[str, "float | Mapping[str, float]"]
 def summarise(
     table: CountTable, constants: Constants | None = None, bootstrap: Bootstrap | None = None
 ) -> dict[str, Any]:
-    """The figures of one model on one data set, ready for JSON.
+    """Summarise one model on one data set, ready for JSON.
 
     Args:
         table: its counts.
@@ -201,7 +228,7 @@ def summarise(
 
 
 def errors_by_decade(predicted: np.ndarray, target: np.ndarray) -> list[dict[str, float]]:
-    """Errors by true count: none, 1 to 9, 10 to 99, and so on.
+    """Compute errors by true count: none, 1 to 9, 10 to 99, and so on.
 
     Args:
         predicted, target: ``(N,)``.
@@ -290,7 +317,7 @@ def _scores(
     game: np.ndarray | None,
     bootstrap: Bootstrap,
 ) -> dict[str, dict[str, Any]]:
-    """Figures and intervals of each prediction over the known rows; GAME belongs to the first, the model.
+    """Compute figures and intervals of each prediction over the known rows; GAME belongs to the first, the model.
 
     All predictions are scored on the same draws.
     """
@@ -306,7 +333,7 @@ def _scores(
     placed = np.isfinite(grid).all(1)
     columns += [placed, *np.where(placed[:, None], grid, 0).T]
     sums = summed_by_picture(np.column_stack(columns), picture)
-    drawn = np.concatenate([_figures(part) for part in bootstrap.sums(sums)]) if len(sums) > 1 else None
+    drawn = _figures(bootstrap.sums(sums)) if len(sums) > 1 else None
     result: dict[str, dict[str, Any]] = {}
     for i, (name, said) in enumerate(predictions.items()):
         errors = count_errors(torch.from_numpy(said[known]), torch.from_numpy(target))
@@ -316,13 +343,15 @@ def _scores(
             found |= dict(zip(GAME_COLUMNS, grid[placed].mean(0).tolist(), strict=True)) | {"n_game": int(placed.sum())}
             place |= {key: len(METRICS) * len(predictions) + j for j, key in enumerate(GAME_COLUMNS)}
         if drawn is not None:
-            found["interval"] = {key: bootstrap.interval(drawn[:, j]) for key, j in place.items() if key in found}
+            found["interval"] = {
+                key: bootstrap.interval(drawn[:, j]).tolist() for key, j in place.items() if key in found
+            }
         result[name] = found
     return result
 
 
 def _figures(sums: np.ndarray) -> np.ndarray:
-    """``(R, 4 M + 3)``: MAE, RMSE, NAE and bias of M predictions and GAME of the model, from R rows of sums."""
+    """Compute ``(R, 4 M + 3)`` MAE, RMSE, NAE and bias of M predictions and GAME of the model from R rows of sums."""
     shape = (len(sums), (sums.shape[1] - 6) // len(METRICS), len(METRICS))
     rows, some = sums[:, 0, None], sums[:, 1, None]
     size, square, relative, error = np.moveaxis(sums[:, 2:-4].reshape(shape), -1, 0)  # each (R, M)
@@ -334,7 +363,7 @@ def _figures(sums: np.ndarray) -> np.ndarray:
 def _class_means(
     table: CountTable, predictions: Mapping[str, np.ndarray], bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
-    """The mRMSE family of each prediction, where every image is asked about the same several names."""
+    """Compute the mRMSE family of each prediction, where every image is asked about the same several names."""
     images, picture = np.unique(table.image, return_inverse=True)
     names = {name: k for k, name in enumerate(dict.fromkeys(table.name))}
     if len(names) < 2 or len(table) != len(images) * len(names) or np.isnan(table.target).all():
@@ -357,16 +386,60 @@ def _class_means(
             found["interval"] = {}
             for mean in get_args(MeanStatistic):
                 if mean in found:
-                    ends = bootstrap_interval(
-                        matrix(values), target, mean, bootstrap.resamples, bootstrap.seed, bootstrap.level
-                    )
-                    found["interval"][mean] = [float(end) for end in ends]
+                    ends = bootstrap_interval(matrix(values), target, mean, bootstrap)
+                    found["interval"][mean] = ends.tolist()
         result[name] = found
     return result
 
 
+def bootstrap_interval(
+    predicted: torch.Tensor,
+    target: torch.Tensor,
+    statistic: ClassStatistic | MeanStatistic,
+    bootstrap: Bootstrap | None = None,
+) -> np.ndarray:
+    """Make the bootstrap interval of a figure of each class, or of a mean over classes.
+
+    A resample without a class that occurs leaves that class out, as
+    :func:`~counting_zoo.metrics.counts.class_count_errors` does. The interval of a class
+    that occurs in no image is NaN.
+
+    Args:
+        predicted, target: ``(N, K)``, as for :func:`~counting_zoo.metrics.counts.errors_by_class`.
+        statistic: a figure of each class (:func:`~counting_zoo.metrics.counts.errors_by_class`) or a mean over classes
+            (:func:`~counting_zoo.metrics.counts.class_count_errors`).
+        bootstrap: how the interval is made; 1000 resamples by default.
+
+    Returns:
+        Lower and upper bound: ``(2, K)`` for a figure of each class, ``(2,)`` for a mean.
+
+    Raises:
+        InputError: as for :func:`~counting_zoo.metrics.counts.errors_by_class`; or an unknown statistic, no image, or a
+            prediction that is not finite.
+
+    Example:
+        >>> low, high = bootstrap_interval(torch.ones(50, 1), torch.arange(50.0)[:, None] % 3, "mae")
+        >>> bool(low < 2 / 3) and bool(high > 2 / 3)
+        True
+    """
+    bootstrap = bootstrap or Bootstrap(1000)
+    of_class: Any = MEAN_STATISTICS.get(statistic, statistic)
+    if of_class not in CLASS_STATISTICS:
+        raise InputError(f"statistic {statistic!r}; choose one of {', '.join((*CLASS_STATISTICS, *MEAN_STATISTICS))}")
+    predicted, target = checked_counts(predicted, target)
+    if not len(target):
+        raise InputError("a bootstrap of 0 images; expected at least one")
+    if not bool(predicted[~target.isnan()].isfinite().all()):
+        raise InputError("predicted counts hold NaN or infinity, which have no interval; score finite counts")
+    drawn = []
+    for weights in bootstrap.weights(len(target), "torch"):
+        values = weighted_errors(predicted, target, of_class, torch.from_numpy(weights).to(target))  # (R, K)
+        drawn.append(values.nanmean(1) if statistic in MEAN_STATISTICS else values)
+    return bootstrap.interval(torch.cat(drawn).cpu().numpy())
+
+
 def _decades(counts: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Lower and upper end and the rows of each decade that occurs; the first holds all below 1."""
+    """Yield lower end, upper end and rows of each decade that occurs; the first holds all below 1."""
     index = np.searchsorted(10.0 ** np.arange(16), counts, side="right")
     for i in np.unique(index).tolist():
         yield (10 ** (i - 1) if i else 0), 10**i, index == i
@@ -377,7 +450,7 @@ JOIN = " + "
 
 
 def compare(a: CountTable, b: CountTable, bootstrap: Bootstrap | None = None) -> dict[str, Any]:
-    """Two models on the same images: the difference of their errors, and how sure it is.
+    """Compare two models on the same images: the difference of their errors, with its bootstrap interval.
 
     Rows of the same image and name are compared. Where one model counts without names, so that its rows carry the
     joined names of the other's, the totals of images are compared instead.
@@ -431,13 +504,13 @@ def compare(a: CountTable, b: CountTable, bootstrap: Bootstrap | None = None) ->
     picture = np.unique(images, return_inverse=True)[1]
     error = np.stack([said_a - target, said_b - target], 1)[usable]  # (N, 2)
     sums = summed_by_picture(np.column_stack([np.abs(error), error**2, np.ones(rows)]), picture)  # (P, 5)
-    drawn = np.concatenate(list(bootstrap.sums(sums)))
+    drawn = bootstrap.sums(sums)
     for name, of in (("mae", lambda s: s[..., :2] / s[..., 4:]), ("rmse", lambda s: np.sqrt(s[..., 2:4] / s[..., 4:]))):
         value_a, value_b = of(sums.sum(0)).tolist()
         result[name] = {"a": value_a, "b": value_b, "difference": value_a - value_b}
         if len(sums) > 1:
             each = of(drawn)
-            result[name]["interval"] = bootstrap.interval(each[:, 0] - each[:, 1])
+            result[name]["interval"] = bootstrap.interval(each[:, 0] - each[:, 1]).tolist()
     return result | {
         "a_better": float((sums[:, 0] < sums[:, 1]).mean()),
         "b_better": float((sums[:, 1] < sums[:, 0]).mean()),
@@ -482,13 +555,13 @@ def _parts(names: set[str]) -> frozenset[str]:
 
 
 def _rows(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple[float, float]]:
-    """True and predicted count by image and name."""
+    """Collect true and predicted count by image and name."""
     keys = zip(table.image, table.name, table.target.tolist(), table.predicted.tolist(), strict=True)
     return {(image, name): (target, said) for image, name, target, said in keys if image in common}
 
 
 def _totals(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple[float, float]]:
-    """True and predicted total by image and everything it is asked about."""
+    """Sum true and predicted counts by image, with all names that it is asked about."""
     images, picture = table.images()
     asked: list[set[str]] = [set() for _ in images]
     for i, name in zip(picture.tolist(), table.name, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from counting_zoo.evaluation.audit import EMPTY, NONSENSE, plural, singular, variants
+from counting_zoo.evaluation.audit_prompts import EMPTY, NONSENSE, plural, singular, variants
 
 
 @pytest.mark.parametrize(

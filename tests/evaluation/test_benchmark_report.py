@@ -16,7 +16,14 @@ import pytest
 from pages import Page, markdown_tables
 
 from counting_zoo.errors import InputError
-from counting_zoo.evaluation.benchmark_report import Run, read_results, results_section, write_benchmark, write_costs
+from counting_zoo.evaluation.benchmark_report import (
+    Run,
+    read_results,
+    results_section,
+    summarise_runs,
+    write_benchmark,
+    write_costs,
+)
 from counting_zoo.evaluation.report import Drawing
 from counting_zoo.metrics.counts import CountTable
 from counting_zoo.metrics.statistics import Bootstrap, compare, summarise
@@ -64,7 +71,7 @@ def three() -> list[Run]:
 
 
 def write(folder: Path, runs: list[Run]) -> dict[str, Path]:
-    return write_benchmark(folder, runs, title=f"All {NASTY}", resamples=100)
+    return write_benchmark(folder, summarise_runs(runs, title=f"All {NASTY}", bootstrap=Bootstrap(100)), runs)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

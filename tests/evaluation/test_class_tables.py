@@ -10,7 +10,8 @@ import torch
 from pages import Page
 
 from counting_zoo.evaluation.report import class_rows, write_report
-from counting_zoo.metrics.counts import CountTable, PointHits
+from counting_zoo.metrics.counts import CountTable
+from counting_zoo.metrics.detection import PointHits
 
 ROWS = [
     ("a.jpg", "figs", 2.0, 1.0),

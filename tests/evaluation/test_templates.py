@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -27,7 +28,7 @@ def test_every_row_of_markdown_keeps_its_cells(rows: list[list[str]], title: str
     lines = [line for line in written.splitlines() if line.startswith("|")]
     assert "<" not in "".join(lines).replace("&lt;", "")
     assert "](" not in "".join(lines)
-    assert "://" not in "".join(lines)
+    assert not re.search(r"(?<!\\)://", "".join(lines))  # an escaped colon makes no link
 
 
 @settings(max_examples=40, deadline=None)

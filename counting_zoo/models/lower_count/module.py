@@ -13,7 +13,8 @@ from torch import Tensor
 from counting_zoo.errors import InputError
 from counting_zoo.geometry import Preprocess
 from counting_zoo.images import as_image
-from counting_zoo.metrics.counts import PointHits, reported_counts
+from counting_zoo.metrics.counts import reported_counts
+from counting_zoo.metrics.detection import PointHits
 from counting_zoo.models.lower_count.instances import Instances, Retrieval, proposed_masks, traced_instances
 from counting_zoo.models.lower_count.loss import LowerCountLoss, Mean, SpatialNorm, picture_uniform, total_count_terms
 from counting_zoo.models.lower_count.network import (
