@@ -125,15 +125,15 @@ class CountingDataModule(L.LightningDataModule):
 
     @abstractmethod
     def read_split(self, split: Split) -> list[Record]:
-        """Every image of a split with its annotation; opens no image."""
+        """Read every image of a split with its annotation; open no image."""
 
     def read_bytes(self, record: Record) -> bytes:
-        """The encoded image of a record."""
+        """Read the encoded image of a record."""
         assert record.path is not None, f"{record.image_id}: a record without a path needs its own read_bytes"
         return record.path.read_bytes()
 
     def read_verified(self, record: Record) -> bytes:
-        """The encoded image of a record, compared with its checksum where ``data.checksums`` is given.
+        """Read the encoded image of a record, compared with its checksum where ``data.checksums`` is given.
 
         Raises:
             ImageError: the image is not what the checksum says.
@@ -144,7 +144,7 @@ class CountingDataModule(L.LightningDataModule):
         return data
 
     def find_root(self, *variants: str, holding: str = ".") -> Path:
-        """The first of ``root / variant`` that has ``holding`` in it; a reader's first step.
+        """Find the first of ``root / variant`` that has ``holding`` in it; a reader's first step.
 
         Args:
             variants: folders below the root that may be meant; ``root`` itself comes first.
@@ -169,7 +169,7 @@ class CountingDataModule(L.LightningDataModule):
     # -- what models and reports ask for --------------------------------------------------------------------------
 
     def records(self, split: Split) -> list[Record]:
-        """The checked records of a split, read once.
+        """Return the checked records of a split, read once.
 
         Raises:
             InputError: the annotation is inconsistent or the split is empty.
@@ -251,7 +251,7 @@ class CountingDataModule(L.LightningDataModule):
         return draw_names(record, self.prompts, self.class_names("train"), rng)
 
     def train_points(self) -> list[np.ndarray]:
-        """``(N_i, 2)`` points of every training image, from the annotation alone.
+        """Return ``(N_i, 2)`` points of every training image, from the annotation alone.
 
         Raises:
             InputError: the data has no points.
@@ -261,7 +261,7 @@ class CountingDataModule(L.LightningDataModule):
         return [record.points for record in self.records("train") if record.points is not None]
 
     def train_sizes(self) -> list[tuple[int, int]]:
-        """(H, W) of every training image, in the order of :meth:`train_points`.
+        """Return (H, W) of every training image, in the order of :meth:`train_points`.
 
         Raises:
             InputError: the size of an image is not known.
@@ -340,7 +340,7 @@ class CountingDataModule(L.LightningDataModule):
             check_duplicates(self._separate_splits(), action=self.duplicates)
 
     def _separate_splits(self) -> dict[str, list[Record]]:
-        """The splits that must share no image; where validation is on the test split on purpose, that counts once."""
+        """Collect the splits that must share no image; one that is validated on purpose counts once."""
         splits = {"train": self.records("train"), "val": self.records("val")}
         validated = {record.path for record in splits["val"]}
         try:
@@ -378,7 +378,7 @@ class CountingDataModule(L.LightningDataModule):
         tolerate: bool = False,
         records: Sequence[Record] | None = None,
     ) -> CountingDataset:
-        """The images of a split as evaluation sees them, for counting without a trainer.
+        """Build the images of a split as evaluation sees them, for counting without a trainer.
 
         Args:
             split: whose names are asked about.
@@ -405,7 +405,7 @@ class CountingDataModule(L.LightningDataModule):
         return data
 
     def _preprocess(self) -> Preprocess:
-        """The geometry that the model asks for."""
+        """Return the geometry that the model asks for."""
         model = self.trainer.lightning_module if self.trainer is not None else None
         return Preprocess.of(getattr(model, "preprocess", None))
 

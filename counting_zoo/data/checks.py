@@ -31,7 +31,7 @@ _LABELS_OF = {"points": "labels", "boxes": "box_labels", "exemplars": None}
 
 
 def as_points(values: Any, source: str) -> np.ndarray:
-    """Coordinates as a reader finds them, as an array.
+    """Convert coordinates as a reader finds them to an array.
 
     Args:
         values: anything of the shape ``(N, 2)``: nested lists, an array, strings of numbers; empty is allowed.
@@ -51,7 +51,7 @@ def as_points(values: Any, source: str) -> np.ndarray:
 
 
 def as_boxes(values: Any, source: str) -> np.ndarray:
-    """The same as :func:`as_points` for ``(M, 4)`` boxes x1, y1, x2, y2.
+    """Convert ``(M, 4)`` boxes x1, y1, x2, y2 as :func:`as_points` does points.
 
     Raises:
         InputError: the shape is another one, a coordinate is no finite number, or x2 < x1 or y2 < y1.
@@ -83,7 +83,7 @@ def _as_rows(values: Any, source: str, columns: int, what: str) -> np.ndarray:
 
 
 def _first_bad_row(values: Any, columns: int, what: str) -> str:
-    """Says which row cannot be turned into numbers; only called when one cannot."""
+    """Find the row that cannot be turned into numbers; only called when one cannot."""
     if isinstance(values, (list, tuple, np.ndarray)):
         for row, value in enumerate(values):
             try:
@@ -156,7 +156,7 @@ def keep_inside(record: Record, size: tuple[int, int], outside: str) -> tuple[Re
 
 
 def check_inside(record: Record, size: tuple[int, int], outside: str) -> Record:
-    """:func:`keep_inside` with a warning for an image in which something was touched.
+    """Apply :func:`keep_inside`, with a warning for an image in which something was touched.
 
     Raises:
         InputError: as :func:`keep_inside`.
@@ -258,7 +258,7 @@ class Checksums:
             )
 
     def _name(self, record: Record) -> str:
-        """The image's path as the file lists it; nothing listed where the image is no file."""
+        """Return the image's path as the file lists it; nothing listed where the image is no file."""
         return "" if record.path is None else os.path.relpath(record.path, self.path.parent)
 
 
@@ -292,7 +292,7 @@ class Fingerprint(TypedDict):
 
 
 def fingerprint(records: Iterable[Record]) -> Fingerprint:
-    """Numbers and hash of an annotation; the place and the pixels of the images do not enter.
+    """Summarise an annotation by numbers and a hash; the place and the pixels of the images do not enter.
 
     Args:
         records: in their order, which matters.
@@ -335,7 +335,7 @@ _THREADS = 8  # reading headers waits for the disk
 
 
 def inside_root(root: str | Path, relative: str | Path, source: str) -> Path:
-    """The file that an annotation names, which must lie below the root.
+    """Resolve the file that an annotation names, which must lie below the root.
 
     Args:
         root: the data set's folder; may itself be a link.
@@ -522,7 +522,7 @@ def _check_counts(record: Record) -> None:
 
 
 def _existing(records: list[Record], missing: str, where: str) -> list[Record]:
-    """The records whose file is there, or that have none."""
+    """Select the records whose file is there, or that have none."""
     absent = [record for record in records if record.path is not None and not record.path.is_file()]
     if not absent:
         return records
@@ -535,7 +535,7 @@ def _existing(records: list[Record], missing: str, where: str) -> list[Record]:
 
 
 def _describe(record: Record) -> str:
-    """The missing file, with what may be meant instead."""
+    """Describe the missing file, with what may be meant instead."""
     path = record.path
     assert path is not None  # only called for records with one
     if path.is_symlink():

@@ -202,7 +202,7 @@ def _moved(
     old: tuple[int, int],
     new: tuple[int, int],
 ) -> np.ndarray:
-    """The annotation in the resized frame; an empty array where there is none."""
+    """Scale the annotation to the resized frame; an empty array where there is none."""
     if values is None:
         return np.zeros((0, columns), np.float32)
     return scale(torch.from_numpy(np.asarray(values, np.float32)), old, new).numpy()

@@ -88,7 +88,7 @@ class FSC147(CountingDataModule):
         self.split_names = {"train": "train", "val": val_split, "test": test_split}
 
     def read_split(self, split: Split) -> list[Record]:
-        """Every image of a split; those whose annotation or file is absent follow ``missing``."""
+        """Read every image of a split; those whose annotation or file is absent follow ``missing``."""
         root = self.find_root(holding=self.images)
         split_path = self._find(root, SPLIT_FILES)
         splits = read_json(split_path)
@@ -153,7 +153,7 @@ class FSC147(CountingDataModule):
         )
 
     def _read_texts(self, root: Path) -> dict[str, str]:
-        """The prompt of every image."""
+        """Read the prompt of every image."""
         if self.texts == "FSC-147-D":
             path = self._find(root, TEXT_FILES)
             found = read_json(path)
@@ -171,7 +171,7 @@ class FSC147(CountingDataModule):
         return texts
 
     def _find(self, root: Path, names: tuple[str, ...]) -> Path:
-        """The first of the spellings that is there."""
+        """Find the first of the spellings that is there."""
         for name in names:
             if (root / name).is_file():
                 return root / name

@@ -224,7 +224,7 @@ class PackedCounts(CountingDataModule):
         self._opened: tuple[int, h5py.File] | None = None
 
     def read_split(self, split: Split) -> list[Record]:
-        """The records of a split; without a ``predict`` split, that is ``test`` without its annotation."""
+        """Return the records of a split; without a ``predict`` split, that is ``test`` without its annotation."""
         contents = self._read()
         if split == "predict" and split not in contents.records:
             bare = [without_annotation(record) for record in self._split("test")]
@@ -239,7 +239,7 @@ class PackedCounts(CountingDataModule):
         return list(names[split]) if split in names else super().annotated_names(split)
 
     def read_bytes(self, record: Record) -> bytes:
-        """The encoded image, byte for byte as it was packed.
+        """Read the encoded image, byte for byte as it was packed.
 
         Raises:
             ImageError: its bytes are damaged.
@@ -262,7 +262,7 @@ class PackedCounts(CountingDataModule):
         return self.root
 
     def _handle(self) -> h5py.File:
-        """This process's own handle; one inherited from a parent is left alone."""
+        """Return this process's own handle; one inherited from a parent is left alone."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), h5py.File(self._file, "r", locking=False))
         return self._opened[1]
@@ -307,7 +307,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _read_records(file: h5py.File, path: Path) -> _Contents:
-    """All annotation, checked against its hash."""
+    """Read all annotation, checked against its hash."""
     schema = file.attrs.get("schema")
     if schema != SCHEMA:
         raise InputError(f"{path}: pack schema is {schema}; expected {SCHEMA}: pack the data again with this version")
@@ -333,7 +333,7 @@ def _read_records(file: h5py.File, path: Path) -> _Contents:
 
 
 def _read_part(file: h5py.File, part: str, labels: str | None) -> dict[str, list[np.ndarray | None]]:
-    """The values, and labels where there are any, of one kind of annotation: one entry a record."""
+    """Read the values, and labels where there are any, of one kind of annotation: one entry a record."""
     inner = file[f"{part}/offset"][1:-1]
     known = file[f"{part}/known"][:]
     names = {part: "values"} | ({labels: "labels"} if labels is not None else {})

@@ -72,7 +72,7 @@ class Sample:
 
 
 def ask(record: Record, names: list[str]) -> Record:
-    """The record as seen by somebody who asks about ``names`` only: other objects go, absent names count 0.
+    """Restrict a record to the ``names`` asked about: other objects go, absent names count 0.
 
     Raises:
         ValueError: a name is asked about twice.
@@ -118,7 +118,7 @@ def present_names(record: Record) -> list[str]:
 
 
 def merged(record: Record, name: str) -> Record:
-    """The record with every object under one name, as a model sees it that counts without names.
+    """Merge every object of a record under one name, as a model sees it that counts without names.
 
     Example:
         >>> r = Record("a", classes=["cat", "dog"], points=np.float32([[1, 1], [2, 2]]), labels=np.array([0, 1]))

@@ -73,7 +73,7 @@ class ScenePreset(ABC):
 
     @abstractmethod
     def class_splits(self) -> dict[str, list[Attributes]]:
-        """The classes of train, val and test."""
+        """Return the classes of train, val and test."""
 
     @abstractmethod
     def plan(self, rng: np.random.Generator, classes: Sequence[Attributes]) -> list[tuple[Attributes, int]]:
@@ -103,7 +103,7 @@ class TargetPreset(ScenePreset):
     n_classes: tuple[int, int, int] | None = None
 
     def class_splits(self) -> dict[str, list[Attributes]]:
-        """Val and test hold (shape, colour) pairs that train, and the other of the two, never show.
+        """Give val and test (shape, colour) pairs that train, and the other of the two, never show.
 
         Every single word of them occurs in train.
         """
@@ -127,12 +127,12 @@ class TargetPreset(ScenePreset):
         return splits
 
     def held_out_pairs(self) -> list[tuple[str, str]]:
-        """The (shape, colour) pairs that training never shows."""
+        """Return the (shape, colour) pairs that training never shows."""
         places = product(range(len(self.shapes)), range(len(self.colours)))
         return [(self.shapes[s], self.colours[c]) for s, c in places if (s + c) % self.held_out == 0]
 
     def plan(self, rng: np.random.Generator, classes: Sequence[Attributes]) -> list[tuple[Attributes, int]]:
-        """The target with a log-normal count, and 0 to 3 distractors."""
+        """Draw the target with a log-normal count, and 0 to 3 distractors."""
         target = classes[int(rng.integers(len(classes)))]
         others = [c for c in classes if c != target]
         n_distractors = min(int(rng.choice(4, p=[0.25, 0.4, 0.25, 0.1])), len(others))
@@ -162,7 +162,7 @@ class CommonPreset(TargetPreset):
     of: tuple[TargetPreset, ...] = ()
 
     def class_splits(self) -> dict[str, list[Attributes]]:
-        """Every texture of the pairs of each split."""
+        """Return every texture of the pairs of each split."""
         held = sorted({pair for preset in self.of for pair in preset.held_out_pairs()})
         seen = [pair for pair in product(self.shapes, self.colours) if pair not in held]
         chosen = {"train": seen, "val": held[::2], "test": held[1::2]}
@@ -186,11 +186,11 @@ class EachClassPreset(ScenePreset):
     max_each: int = 8
 
     def class_splits(self) -> dict[str, list[Attributes]]:
-        """The same list for every split."""
+        """Return the same list for every split."""
         return {split: list(self.classes) for split in ("train", "val", "test")}
 
     def plan(self, rng: np.random.Generator, classes: Sequence[Attributes]) -> list[tuple[Attributes, int]]:
-        """At least one class, the most numerous first."""
+        """Draw at least one class, the most numerous first."""
         weights = 1 / np.arange(1, self.max_each + 1)
         counts = rng.choice(np.arange(1, self.max_each + 1), len(classes), p=weights / weights.sum())
         counts *= rng.random(len(classes)) < self.present
@@ -331,7 +331,7 @@ class _Objects:
 
 
 def render(preset: ScenePreset, classes: Sequence[Attributes], seed: Sequence[int]) -> Scene:
-    """One scene: a function of its arguments alone.
+    """Render one scene: a function of its arguments alone.
 
     Args:
         preset: what the scenes look like.
@@ -411,7 +411,7 @@ def _crescent() -> np.ndarray:
 
 
 def _centred(corners: np.ndarray) -> np.ndarray:
-    """The polygon moved so that its centroid is the origin."""
+    """Move a polygon so that its centroid is the origin."""
     after = np.roll(corners, -1, 0)
     cross = corners[:, 0] * after[:, 1] - corners[:, 1] * after[:, 0]
     return corners - ((corners + after) * cross[:, None]).sum(0) / (3 * cross.sum())
@@ -500,7 +500,7 @@ def _place(
 
 
 def _exemplars(objects: _Objects, rng: np.random.Generator) -> np.ndarray:
-    """``(E, 4)`` boxes of up to three objects among the better visible half of the target's."""
+    """Choose ``(E, 4)`` boxes of up to three objects among the better visible half of the target's."""
     mine = np.flatnonzero(objects.labels == 0)
     mine = mine[np.argsort(-objects.visible[mine], kind="stable")][: max(3, len(mine) // 2)]
     return objects.boxes[rng.permutation(mine)[:3]].astype(np.float32)
@@ -510,7 +510,7 @@ def _exemplars(objects: _Objects, rng: np.random.Generator) -> np.ndarray:
 
 
 def _background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """``(H, W, 3)`` float32: soft, pale patches of colour under coarse grain."""
+    """Draw an ``(H, W, 3)`` float32 background: soft, pale patches of colour under coarse grain."""
     patches = rng.uniform(40, 215, (int(rng.integers(2, 7)), int(rng.integers(2, 9)), 3)).astype(np.float32)
     grey = patches.mean(2, keepdims=True)
     smooth = cv2.resize(grey + 0.35 * (patches - grey), (width, height), interpolation=cv2.INTER_CUBIC)

@@ -61,7 +61,7 @@ def draw_split(names: Sequence[str], sizes: Mapping[str, float], seed: int, spli
 
 
 def take_ranges(names: Sequence[str], ranges: Mapping[str, Sequence[int | None]]) -> dict[str, list[str]]:
-    """Images ``start`` (counted from 0) to before ``stop`` of each split; ``null`` is an open end.
+    """Take images ``start`` (counted from 0) to before ``stop`` of each split; ``null`` is an open end.
 
     Raises:
         InputError: a range is no pair, reaches beyond the images, is empty, or shares images with another.
@@ -88,7 +88,7 @@ def take_ranges(names: Sequence[str], ranges: Mapping[str, Sequence[int | None]]
 
 
 def read_splits(path: Path) -> dict[str, list[str]]:
-    """Splits from a file: JSON ``{"train": ["a.png", ...], ...}`` or CSV with the columns ``image,split``.
+    """Read splits from a file: JSON ``{"train": ["a.png", ...], ...}`` or CSV with the columns ``image,split``.
 
     Raises:
         InputError: the file cannot be read, has another structure, or names an image in two splits.

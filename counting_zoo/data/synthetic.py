@@ -101,7 +101,7 @@ class SceneSet:
         return f"{self.preset}-{digest[:10]}"
 
     def class_splits(self) -> dict[str, list[Attributes]]:
-        """The classes of each split, also those that no image happens to show."""
+        """Return the classes of each split, also those that no image happens to show."""
         splits = PRESETS[self.preset].class_splits()
         if self.split_by == "class" or isinstance(PRESETS[self.preset], EachClassPreset):
             return splits
@@ -166,7 +166,7 @@ def _holds(scenes: SceneSet, folder: Path) -> bool:
 
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` at the end, unless there is one by then."""
+    """Give a temporary folder that becomes ``folder`` at the end, unless there is one by then."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -255,12 +255,12 @@ def _draw(job: _Job) -> dict[str, Any]:
 
 
 def _rounded(values: np.ndarray) -> list[Any]:
-    """To 1/1000 pixel, which shortens the files by half."""
+    """Round to 1/1000 pixel, which shortens the files by half."""
     return np.asarray(values, np.float64).round(3).tolist()
 
 
 def _as_fsc147(picture: dict[str, Any]) -> dict[str, Any]:
-    """The target's points and exemplars as FSC-147's annotation file has them."""
+    """Convert the target's points and exemplars to what FSC-147's annotation file has."""
     height, width = picture["size"]
     corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in picture["exemplars"]]
     points = [point for point, label in zip(picture["points"], picture["labels"], strict=True) if label == 0]
@@ -275,7 +275,7 @@ def _as_fsc147(picture: dict[str, Any]) -> dict[str, Any]:
 
 
 def captions(classes: list[Attributes], counts: list[int]) -> list[str]:
-    """Three sentences about what is there: with numbers, with vague amounts, with names only.
+    """Write three sentences about what is there: with numbers, with vague amounts, with names only.
 
     Example:
         >>> captions([Attributes("rings", "yellow", "striped"), Attributes("discs", "red", "plain")], [7, 1])[0]
@@ -357,7 +357,7 @@ class SyntheticScenes(CountingDataModule):
         return list(self._split_names["test" if split == "predict" else split])
 
     def read_split(self, split: Split) -> list[Record]:
-        """Scenes with everything in them; those of ``predict`` are the test images, for the names of their queries."""
+        """Read scenes with everything in them; those of ``predict`` are the test images with their queries."""
         self.prepare_data()
         assert self.root is not None
         wanted = "test" if split == "predict" else split

@@ -105,7 +105,7 @@ def affine(sample: Sample, matrix: np.ndarray) -> Sample:
 
 
 def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """``(..., 2)`` points under a ``(2, 3)`` matrix, in float64."""
+    """Transform ``(..., 2)`` points by a ``(2, 3)`` matrix, in float64."""
     moved: np.ndarray = points.astype(np.float64) @ matrix[:, :2].T + matrix[:, 2]
     return moved
 
@@ -116,7 +116,7 @@ def _moved(
     matrix: np.ndarray,
     keep: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Sample:
-    """The sample with another picture and everything annotated moved along.
+    """Replace the image of a sample, with everything annotated moved along.
 
     Args:
         sample: before.
@@ -149,7 +149,7 @@ def _centres(boxes: np.ndarray) -> np.ndarray:
 
 
 def _moved_boxes(boxes: np.ndarray, matrix: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """The upright boxes around moved boxes, clipped to the frame."""
+    """Enclose moved boxes in upright boxes, clipped to the frame."""
     corners = _apply(matrix, boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]])  # (M, 4, 2)
     limits = np.concatenate([corners.min(1), corners.max(1)], 1)
     return np.clip(limits, 0, np.tile(frame, 2)).astype(np.float32)
@@ -236,7 +236,7 @@ class PixelTransforms:
 
 
 def _colour_jitter(strength: tuple[float, float, float, float], p: float = 1.0) -> dict[str, Any]:
-    """Brightness, contrast, saturation and hue changed as torchvision does, in random order."""
+    """Change brightness, contrast, saturation and hue as torchvision does, in random order."""
     ranges = [(max(0.0, 1 - own), 1 + own) for own in strength[:3]]
     names = ("brightness", "contrast", "saturation")
     return {"ColorJitter": {**dict(zip(names, ranges, strict=True)), "hue": (-strength[3], strength[3]), "p": p}}
@@ -326,7 +326,7 @@ class PlainAugmentation(Augmentation):
         return self.pixel(sample, rng)
 
     def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """A crop larger than every picture is an error, one larger than some is said: those are padded."""
+        """Refuse a crop larger than every image; warn of one larger than some, which are padded."""
         if self.crop is None:
             return
         height, width = (side / self.scale[1] for side in self.crop)
@@ -430,7 +430,7 @@ class CLIPCountAugmentation(Augmentation):
         return self.pixel(sample, rng) if augment else sample
 
     def _random_matrix(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """Shear, then turn and scale, about the centre; then shift."""
+        """Compose shear, then turn and scale, about the centre; then shift."""
         height, width = size
         centre = np.array([width, height]) / 2
         angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
@@ -465,7 +465,7 @@ def random_crop(sample: Sample, rng: np.random.Generator, height: int, width: in
 
 
 def _mosaic(sample: Sample, rng: np.random.Generator, side: int) -> Sample:
-    """``side`` x ``side`` from 2 x 2 random squares of the picture, cross-faded over ``2 * margin`` pixels.
+    """Compose ``side`` x ``side`` from 2 x 2 random squares of the image, cross-faded over ``2 * margin`` pixels.
 
     The spec's numbers, for 384: squares of 150 to 384 pixels, a margin of 10 to 20.
     """
@@ -495,7 +495,7 @@ def _mosaic(sample: Sample, rng: np.random.Generator, side: int) -> Sample:
 
 
 def _cross_faded(left: np.ndarray, right: np.ndarray, margin: int) -> np.ndarray:
-    """Two pictures side by side, each without ``margin`` columns at its outer edge, blended over ``2 * margin``."""
+    """Blend two images side by side over ``2 * margin``, each without ``margin`` columns at its outer edge."""
     overlap = 2 * margin
     weight = ((np.arange(overlap, dtype=np.float32) + 0.5) / overlap)[:, None]
     blend = left[:, -overlap:] * (1 - weight) + right[:, :overlap] * weight
@@ -644,7 +644,7 @@ def blurred(image: np.ndarray, _: np.random.Generator, sigmas: tuple[float, floa
 
 
 def salted_channels(image: np.ndarray, rng: np.random.Generator, share: tuple[float, float]) -> np.ndarray:
-    """Salt and pepper on single channels: each value becomes 255, 0, or stays, independently of the others.
+    """Salt and pepper single channels: each value becomes 255, 0, or stays, independently of the others.
 
     Args:
         image: ``(H, W, 3)`` uint8; stays as it is.

@@ -40,7 +40,7 @@ _URL = "https://download.pytorch.org/models/"
 
 
 def torchvision_weights(name: str, source: str) -> dict[str, Tensor]:
-    """The state dict of a published network, under torchvision's names.
+    """Load the state dict of a published network, under torchvision's names.
 
     Args:
         name: ``vgg19``, ``resnet50``, ...
@@ -58,7 +58,7 @@ def torchvision_weights(name: str, source: str) -> dict[str, Tensor]:
 
 
 def resnet_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A ResNet under the names of transformers' ``ResNetModel`` and ``ResNetBackbone``; the classifier is dropped.
+    """Rename a ResNet as transformers' ``ResNetModel`` and ``ResNetBackbone`` have it; the classifier is dropped.
 
     Strides are where torchvision has them with ``downsample_in_bottleneck=False``, the default of ``ResNetConfig``.
 
@@ -192,7 +192,7 @@ def _from_pretrained(source: str) -> Any:
 
 
 def _load(place: str, *, local_only: bool) -> tuple[Any, dict[str, Any]]:
-    """The backbone and what its loading left out. AutoBackbone itself asks the hub even for a folder."""
+    """Load a backbone and list what its loading left out. AutoBackbone itself asks the hub even for a folder."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 

@@ -48,7 +48,7 @@ class PublishedCLIP:
     patch: int | None = None
 
     def config(self) -> dict[str, Any]:
-        """The config that ``build_towers`` takes for a model of these sizes with random weights."""
+        """Return the config that ``build_towers`` takes for a model of these sizes with random weights."""
         text = _published_tower(self.text_width, 12) | {
             "vocab_size": 49408,
             "max_position_embeddings": 77,
@@ -90,7 +90,7 @@ PUBLISHED = {
 
 
 def clip_config_of_openai(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> dict[str, Any]:
-    """The config an OpenAI-layout CLIP ViT state dict was made with, read off its shapes.
+    """Infer the config of an OpenAI-layout CLIP ViT state dict from its shapes.
 
     Args:
         state: the weights.
@@ -116,7 +116,7 @@ def clip_config_of_openai(state: Mapping[str, Tensor], activation: str = "quick_
 
 
 def resnet_config_of_openai(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> dict[str, Any]:
-    """The config of :class:`~counting_zoo.nn.clip_resnet.CLIPResNetModel`, read off an OpenAI-layout state dict.
+    """Infer the config of :class:`~counting_zoo.nn.clip_resnet.CLIPResNetModel` from an OpenAI-layout state dict.
 
     Args:
         state: the weights, with or without ``visual.attnpool.*``.
@@ -226,7 +226,7 @@ _DROPPED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 def openai_to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's CLIP ViT state dict under the names of ``transformers.CLIPModel``.
+    """Rename OpenAI's CLIP ViT state dict as ``transformers.CLIPModel`` has it.
 
     Raises:
         WeightsError: a key has no place in a CLIP ViT (ResNet towers have no counterpart in transformers).
@@ -235,7 +235,7 @@ def openai_to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def openai_to_resnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's CLIP ResNet state dict under the names of :class:`~counting_zoo.nn.clip_resnet.CLIPResNetModel`.
+    """Rename OpenAI's CLIP ResNet state dict as :class:`~counting_zoo.nn.clip_resnet.CLIPResNetModel` has it.
 
     Raises:
         WeightsError: a key has no place in a CLIP ResNet.
@@ -270,7 +270,7 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -
 
 
 def text_to_openai(clip: nn.Module) -> dict[str, Tensor]:
-    """The text tower of a CLIP under OpenAI's names, the inverse of :func:`openai_to_huggingface`.
+    """Rename the text tower of a CLIP as OpenAI does, the inverse of :func:`openai_to_huggingface`.
 
     Args:
         clip: a ``transformers.CLIPModel`` or a :class:`~counting_zoo.nn.clip_resnet.CLIPResNetModel`.
@@ -280,7 +280,7 @@ def text_to_openai(clip: nn.Module) -> dict[str, Tensor]:
 
 
 def to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names of transformers, or of this package's CLIP ResNet, under OpenAI's; others are left out.
+    """Rename weights of transformers, or of this package's CLIP ResNet, as OpenAI does; others are left out.
 
     Args:
         state: a whole CLIP or a part of one.
@@ -304,7 +304,7 @@ CLIPSource = str | dict[str, Any]
 
 
 def build_towers(source: CLIPSource | Path | CLIPModel | CLIPResNetModel) -> CLIPModel | CLIPResNetModel:
-    """Both towers of a CLIP, whose image tower is a vision transformer or a ResNet.
+    """Build both towers of a CLIP, whose image tower is a vision transformer or a ResNet.
 
     Args:
         source: one of
@@ -356,7 +356,7 @@ _OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file of settings, or nothing where there is none."""
+    """Read a file of settings; nothing where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -389,7 +389,7 @@ def _from_export(path: Path, state: dict[str, Tensor], settings: dict[str, Any])
 
 
 def _download(repository: str) -> Path:
-    """open_clip's file of a hub repository, out of the local cache where it is there."""
+    """Download open_clip's file of a hub repository, or take it from the local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -411,7 +411,7 @@ def _download(repository: str) -> Path:
 
 
 def towers_config(model: CLIPModel | CLIPResNetModel) -> dict[str, Any]:
-    """The plain-data config from which :func:`build_towers` makes a CLIP of the same shapes."""
+    """Return the plain-data config from which :func:`build_towers` makes a CLIP of the same shapes."""
     return clip_resnet_config(model) if isinstance(model, CLIPResNetModel) else clip_config(model)
 
 
@@ -437,7 +437,7 @@ def tokenizer_of(source: Any) -> str | None:
 
 
 def build_clip(source: CLIPSource | Path) -> CLIPModel:
-    """Both towers of a CLIP whose image tower is a vision transformer.
+    """Build both towers of a CLIP whose image tower is a vision transformer.
 
     Args:
         source: a hub name (``openai/clip-vit-base-patch16``), a folder written by ``save_pretrained``, or a mapping
@@ -529,7 +529,7 @@ def hub_answers(timeout: float = 4.0) -> bool:
 
 
 def random_clip(config: Mapping[str, Any]) -> CLIPModel:
-    """A CLIP with random weights: Xavier matrices and embeddings of deviation 0.5, which train from scratch.
+    """Draw a CLIP with random weights: Xavier matrices and embeddings of deviation 0.5, which train from scratch.
 
     Args:
         config: ``CLIPConfig`` arguments as plain data; ``attn_implementation`` may be among them.
@@ -554,7 +554,7 @@ def random_clip(config: Mapping[str, Any]) -> CLIPModel:
 
 
 def random_clip_resnet(config: Mapping[str, Any]) -> CLIPResNetModel:
-    """A CLIP ResNet with random weights: convolutions as He et al. draw them, the rest as in :func:`random_clip`.
+    """Draw a CLIP ResNet with random weights: convolutions as He et al. draw them, the rest as in :func:`random_clip`.
 
     Args:
         config: see :class:`~counting_zoo.nn.clip_resnet.CLIPResNetModel`.
@@ -571,7 +571,7 @@ def random_clip_resnet(config: Mapping[str, Any]) -> CLIPResNetModel:
 
 
 def _draw(model: nn.Module) -> None:
-    """Weights that train from scratch."""
+    """Draw weights that train from scratch."""
     for name, p in model.named_parameters():
         if "embedding.weight" in name and p.ndim == 2:
             # A position must not drown the word or patch it stands for.
@@ -581,12 +581,12 @@ def _draw(model: nn.Module) -> None:
 
 
 def clip_resnet_config(model: CLIPResNetModel) -> dict[str, Any]:
-    """The plain-data config from which :func:`random_clip_resnet` builds a CLIP of the same shapes."""
+    """Return the plain-data config from which :func:`random_clip_resnet` builds a CLIP of the same shapes."""
     return deepcopy(model.config)
 
 
 def clip_config(model: CLIPModel) -> dict[str, Any]:
-    """The plain-data config from which :func:`random_clip` builds a CLIP of the same shapes."""
+    """Return the plain-data config from which :func:`random_clip` builds a CLIP of the same shapes."""
     both = model.config.to_dict()
     keep: dict[str, Any] = {"projection_dim": both["projection_dim"]}
     for tower in ("vision_config", "text_config"):
@@ -618,7 +618,7 @@ _CONFIG_KEYS = (
 
 
 def load_openai_towers(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> CLIPModel | CLIPResNetModel:
-    """A CLIP with the weights of an OpenAI-layout state dict, loaded strictly.
+    """Build a CLIP with the weights of an OpenAI-layout state dict, loaded strictly.
 
     What counting does without may be missing, and then the model has ``None`` in its place: the projection of a
     vision transformer (``visual_projection``) and the attention pool of a ResNet (``attnpool``).
@@ -636,7 +636,7 @@ def load_openai_towers(state: Mapping[str, Tensor], activation: str = "quick_gel
 
 
 def load_openai_clip(state: Mapping[str, Tensor]) -> CLIPModel:
-    """A CLIP ViT with the weights of an OpenAI-layout state dict, loaded strictly.
+    """Build a CLIP ViT with the weights of an OpenAI-layout state dict, loaded strictly.
 
     Raises:
         WeightsError: keys are missing or do not fit; lists them.
@@ -645,7 +645,7 @@ def load_openai_clip(state: Mapping[str, Tensor]) -> CLIPModel:
 
 
 def load_openai_clip_resnet(state: Mapping[str, Tensor], activation: str = "quick_gelu") -> CLIPResNetModel:
-    """A CLIP ResNet with the weights of an OpenAI-layout state dict, loaded strictly, with or without attention pool.
+    """Build a CLIP ResNet with the weights of an OpenAI-layout state dict, strictly, with or without attention pool.
 
     Args:
         state: the weights, in any precision; they become float32.

@@ -187,7 +187,7 @@ class CLIPResNetModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07)
 
     def image_encoder(self, reduction: int, *, train: bool = True) -> CLIPResNet:
-        """``visual`` for counting in blocks of ``reduction`` pixels: a stride of 16 for up to 16, else CLIP's 32.
+        """Return ``visual`` for blocks of ``reduction`` pixels: a stride of 16 for up to 16, else CLIP's 32.
 
         Args:
             reduction: side of a block in pixels.
@@ -199,7 +199,7 @@ class CLIPResNetModel(nn.Module):
         return self.visual.train(self.visual.training)
 
     def encode_image(self, x: Tensor) -> Tensor:
-        """``(B, projection_dim)`` features of normalised images, as CLIP compares them with texts.
+        """Encode normalised images to ``(B, projection_dim)`` features, as CLIP compares them with texts.
 
         Raises:
             InputError: these weights came without an attention pool.
@@ -217,7 +217,7 @@ _TEXT_DEFAULTS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 
 def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with its defaults filled in, as plain data."""
+    """Fill in the defaults of a config, as plain data."""
     needed = {"vision_config", "text_config", "projection_dim"}
     if not needed <= set(config) <= needed | {"attn_implementation"}:
         raise InputError(f"clip as a mapping has {sorted(config)}; expected {sorted(needed)} (and attn_implementation)")

@@ -123,7 +123,7 @@ def small_file() -> Path:
 
 
 def read_pretrained(source: str | Path) -> PretrainedCLIP:
-    """A CLIP that :func:`write_pretrained` wrote, or another one in OpenAI's layout.
+    """Read a CLIP that :func:`write_pretrained` wrote, or another one in OpenAI's layout.
 
     Args:
         source: ``small`` for the one that comes with the package, or a ``.safetensors`` file.
@@ -208,7 +208,7 @@ def _check_settings(module: nn.Module, pretrained: PretrainedCLIP, tower: str) -
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of a module's weights that are a CLIP's: transformers' and its own."""
+    """Name the weights of a module that are a CLIP's: transformers' names and its own."""
     prefixes = next(table for kind, table in _PARTS.items() if isinstance(module, kind))
     for key in module.state_dict():
         prefix = next((p for p in prefixes if key.startswith(p)), None)

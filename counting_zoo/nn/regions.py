@@ -108,7 +108,7 @@ def roi_align(
 
 
 def _flat_boxes(boxes: Tensor | Sequence[Tensor], n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Image indices ``(K,)`` and corners ``(K, 4)`` in the type and on the device of ``like``."""
+    """Return image indices ``(K,)`` and corners ``(K, 4)`` in the type and on the device of ``like``."""
     if isinstance(boxes, Tensor):
         if boxes.ndim != 2 or boxes.shape[1] != 5:
             raise InputError(f"boxes are {tuple(boxes.shape)}; expected (K, 5), image index first, or a list")
@@ -134,7 +134,7 @@ def _check_finite(values: Tensor, name: str) -> None:
 
 
 def _bin_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
-    """``(R, bins, length)``: what each cell of one axis contributes to each bin of R regions."""
+    """Compute ``(R, bins, length)``: what each cell of one axis contributes to each bin of R regions."""
     bin_size = size / bins
     samples = bin_size.ceil() if sampling_ratio <= 0 else torch.full_like(size, sampling_ratio)
     most = max(int(samples.max()), 0)
@@ -154,13 +154,13 @@ def _bin_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_r
 
 
 def _support(weights: Tensor) -> tuple[int, int]:
-    """First and last + 1 of the cells that have a weight in any bin, at least one cell."""
+    """Find first and last + 1 of the cells that have a weight in any bin, at least one cell."""
     used = weights.flatten(0, 1).any(0).nonzero()
     return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy non-maximum suppression: a box stays unless it overlaps a kept one of higher score too much.
+    """Suppress non-maxima greedily: a box stays unless it overlaps a kept one of higher score too much.
 
     Whether a box stays depends on those before it alone, so repeating ``keep[j] = not any(keep[i] and iou[i, j] >
     threshold for i < j)`` for all boxes together ends where the greedy loop does. It is done a block at a time, and
@@ -186,7 +186,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """:func:`nms` within each group: boxes of different groups leave each other alone.
+    """Apply :func:`nms` within each group: boxes of different groups leave each other alone.
 
     Args:
         boxes, scores, iou_threshold: as in :func:`nms`.
@@ -211,7 +211,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
 
 def _suppresses(boxes: Tensor, idxs: Tensor, first: Tensor, second: Tensor, threshold: float) -> Tensor:
-    """``(N, M)``: whether the boxes of one index overlap those of the other, in their group, by more than allowed."""
+    """Tell ``(N, M)`` if the boxes of one index overlap those of the other, in their group, by more than allowed."""
     iou = box_iou(boxes[first], boxes[second])
     limit = torch.tensor(threshold, dtype=iou.dtype)
     if float(limit) > threshold:  # as though the IoU were compared in float64, which torchvision does
@@ -241,7 +241,7 @@ def soft_nms(
     iou_threshold: float = 0.3,
     prune: float = 0.001,
 ) -> tuple[Tensor, Tensor]:
-    """Soft non-maximum suppression: overlap lowers a score in place of removing the box (Bodla et al., ICCV 2017).
+    """Suppress non-maxima softly: overlap lowers a score in place of removing the box (Bodla et al., ICCV 2017).
 
     The highest box is taken, and scores of the rest fall by ``exp(-iou^2 / sigma)`` or, above the threshold, by
     ``1 - iou``; those not above ``prune`` go. There is one step for each box kept, as each needs the last one's scores.
@@ -356,7 +356,7 @@ class ResNetRegions(nn.Module):
         self.stride = self.multiple = 16
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """``(B, 3, H, W)`` normalised images to ``(B, C, H / 16, W / 16)``; whole images are regions too."""
+        """Encode ``(B, 3, H, W)`` normalised images to ``(B, C, H / 16, W / 16)``; whole images are regions too."""
         _check_size(images, self.multiple)
         visual, x = self.visual, images
         for conv, norm in ((visual.conv1, visual.bn1), (visual.conv2, visual.bn2), (visual.conv3, visual.bn3)):
@@ -364,7 +364,7 @@ class ResNetRegions(nn.Module):
         return visual.layer3(visual.layer2(visual.layer1(avg_pool2d(x, 2)))), None
 
     def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """``(N, D)`` embeddings of all boxes, in the order of the images; see :func:`region_embeddings`."""
+        """Embed all boxes, ``(N, D)``, in the order of the images; see :func:`region_embeddings`."""
         bins = 2 * self.attnpool.grid
         return torch.cat(
             [
@@ -408,7 +408,7 @@ class ViTRegions(nn.Module):
         self.multiple = self.stride
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Normalised images to a map, and to what CLIP itself makes of them.
+        """Encode normalised images to a map, and to what CLIP itself makes of them.
 
         Args:
             images: ``(B, 3, H, W)``.
@@ -434,7 +434,7 @@ class ViTRegions(nn.Module):
         return hidden[:, 1:].transpose(1, 2).unflatten(2, grid), whole
 
     def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """``(N, D)`` embeddings of all boxes, in the order of the images; see :func:`region_embeddings`."""
+        """Embed all boxes, ``(N, D)``, in the order of the images; see :func:`region_embeddings`."""
         # The projection is linear, so the mean of projected patches is the projected mean, which costs less.
         return self.visual_projection(_means(features, boxes, self.stride))
 
@@ -462,17 +462,17 @@ class StemRegions(nn.Module):
         self.stride, self.multiple = self.vision.stride, self.vision.patch
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """``(B, 3, H, W)`` normalised images to ``(B, C, H / 8, W / 8)``."""
+        """Encode ``(B, 3, H, W)`` normalised images to ``(B, C, H / 8, W / 8)``."""
         _check_size(images, self.multiple)
         return self.vision(images), None
 
     def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """``(N, D)`` embeddings of all boxes, in the order of the images; see :func:`region_embeddings`."""
+        """Embed all boxes, ``(N, D)``, in the order of the images; see :func:`region_embeddings`."""
         return self.visual_projection(_means(features, boxes, self.stride))
 
 
 def _means(features: Tensor, boxes: Sequence[Tensor], stride: int) -> Tensor:
-    """``(N, C)`` means of the features over boxes."""
+    """Average the features over boxes: ``(N, C)``."""
     return roi_align(features, _indexed(boxes, features), 1, 1 / stride, 0, aligned=True).flatten(1)
 
 
@@ -482,7 +482,7 @@ RegionEncoder = ResNetRegions | ViTRegions | StemRegions
 def region_encoder(
     clip: CLIPModel | CLIPResNetModel, *, stem: Stem = "patch", dense: DenseMode = "patch", freeze_at: int = 2
 ) -> RegionEncoder:
-    """The encoder of regions for a CLIP, which gives its modules away.
+    """Build the encoder of regions for a CLIP, which gives its modules away.
 
     Args:
         clip: a vision transformer or a ResNet.
@@ -502,7 +502,7 @@ def region_encoder(
 
 
 def region_embeddings(encoder: RegionEncoder, images: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Embeddings of boxes, to be compared with texts by their cosine.
+    """Embed boxes, to be compared with texts by their cosine.
 
     What of a box lies outside its image counts as the nearest cell, or as zeros from one cell beyond the edge on; a
     box without area, or one that is inverted, has the embedding of an empty map. None of it is NaN.
@@ -525,7 +525,7 @@ def region_embeddings(encoder: RegionEncoder, images: Tensor, boxes: Sequence[Te
 def region_and_picture_embeddings(
     encoder: RegionEncoder, images: Tensor, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings of boxes and of whole images, from one pass over the images.
+    """Embed boxes and whole images, from one pass over the images.
 
     Args:
         encoder, images, boxes: as in :func:`region_embeddings`.
@@ -551,7 +551,7 @@ def _check_size(images: Tensor, multiple: int) -> None:
 
 
 def _indexed(boxes: Sequence[Tensor], features: Tensor) -> Tensor:
-    """``(N, 5)`` rows of image index and corners."""
+    """Join ``(N, 5)`` rows of image index and corners."""
     if len(boxes) != len(features) or any(own.ndim != 2 or own.shape[1] != 4 for own in boxes):
         shapes = [tuple(own.shape) for own in boxes]
         raise InputError(f"boxes are {shapes} for {len(features)} images; expected one (N, 4) tensor for each")

@@ -81,7 +81,7 @@ class Tokenizer:
         return self._cut(prompt, row, f"kept {str(self._hf.decode(kept[1:])).strip()!r} of ")
 
     def _cut(self, prompt: str, row: list[int], kept: str = "") -> list[int]:
-        """A row of ids that fits, its end-of-text id kept."""
+        """Cut a row of ids to what fits, its end-of-text id kept."""
         if len(row) <= self.max_tokens:
             return row
         warnings.warn(f"prompt of {len(row)} tokens cut to {self.max_tokens}: {kept}{prompt!r}", stacklevel=5)
@@ -103,7 +103,7 @@ class Tokenizer:
         return [self.known[p] for p in prompts]
 
     def to_json(self) -> str:
-        """Everything a checkpoint needs to make the same ids again."""
+        """Serialise everything a checkpoint needs to make the same ids again."""
         if self._hf is None:
             return json.dumps({"known": self.known})
         backend = json.loads(self._hf.backend_tokenizer.to_str())  # type: ignore[attr-defined]
@@ -112,7 +112,7 @@ class Tokenizer:
 
 
 def _load(source: str) -> Any:
-    """A tokenizer from JSON, a folder or a hub name."""
+    """Load a tokenizer from JSON, a folder or a hub name."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if source.lstrip().startswith("{"):
@@ -140,7 +140,7 @@ def _load(source: str) -> Any:
 
 
 def word_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer in which each word of ``texts`` is one token and any other text still encodes.
+    """Build a byte-level BPE tokenizer in which each word of ``texts`` is one token and any other text still encodes.
 
     Args:
         texts: names or sentences of the data it is for.
@@ -236,11 +236,11 @@ class TextTower(nn.Module):
         return word_tokenizer(texts, self.model.embeddings.token_embedding.num_embeddings)
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
-        """``(n, D)`` features of n prompts."""
+        """Encode n prompts to ``(n, D)`` features."""
         return self.encode(prompts)[0]
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Pooled ``(n, D)`` features, and ``(n, L, D)`` token features with zeros behind each end of text.
+        """Encode to pooled ``(n, D)`` features, and ``(n, L, D)`` token features with zeros behind each end of text.
 
         Raises:
             InputError: there is no tokenizer yet, or a prompt is empty.

@@ -59,7 +59,7 @@ class TextBias(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, text: Tensor) -> Tensor:
-        """``(B, 1, dim)`` -> ``(B, 1, dim)`` to add to each patch."""
+        """Map ``(B, 1, dim)`` to ``(B, 1, dim)`` to add to each patch."""
         return self.dropout(self.proj(self.wv(text)))
 
 
@@ -144,7 +144,7 @@ class VisualPrompts(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, layer: int) -> Tensor:
-        """``(width, dim)`` prompts of one layer."""
+        """Return ``(width, dim)`` prompts of one layer."""
         row = layer if self.indexing == "layer" else max(0, layer - 1)
         return self.dropout(self.proj(self.embeddings[row]))
 
@@ -197,7 +197,7 @@ def _conv(inside: int, out: int, stride: int = 1) -> nn.Sequential:
 
 
 def grid_positions(table: Tensor, native: int, grid: tuple[int, int]) -> Tensor:
-    """Position embeddings for any grid, by bicubic interpolation where it is not the native one.
+    """Interpolate position embeddings for any grid, bicubic where it is not the native one.
 
     Args:
         table: ``(1 + native * native, dim)``, the first row for the token that has no place.
@@ -298,7 +298,7 @@ class DenseViT(nn.Module):
         return self.fuse(skip + interpolate(lateral, scale_factor=2.0, mode="nearest"))
 
     def _transform(self, tokens: Tensor) -> Tensor:
-        """``(B, 1 + N, dim)`` through the transformer; prompts come and go inside."""
+        """Run ``(B, 1 + N, dim)`` through the transformer; prompts come and go inside."""
         width, depth, batch = 0, 0, tokens.shape[0]
         if self.prompts is not None:
             depth, width = self.prompts.depth, self.prompts.embeddings.shape[1]
@@ -398,7 +398,7 @@ class PromptedViT(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, grid)
 
     def _transform(self, hidden: Tensor) -> Tensor:
-        """``(B, 1 + N, dim)`` class token and patches to ``(B, N, dim)`` patches; prompts come and go inside."""
+        """Map ``(B, 1 + N, dim)`` class token and patches to ``(B, N, dim)`` patches; prompts come and go inside."""
         kept = 1  # tokens in front of the patches
         for i, layer in enumerate(self.model.encoder.layers):
             if self.prompts is not None and i < len(self.prompts):

@@ -97,7 +97,7 @@ def _damaged_record(path: Path) -> str | None:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, a file of ``torch.save``, or a TorchScript archive such as OpenAI's.
+    """Read the tensors of a ``.safetensors`` file, a file of ``torch.save``, or a TorchScript archive such as OpenAI's.
 
     What kind it is follows from its content. A state dict may stand under ``state_dict``, and its keys under
     ``module.``.
@@ -145,7 +145,7 @@ def stored_settings(path: Path) -> dict[str, Any]:
 
 
 def _torchscript_records(path: Path) -> str | None:
-    """The folder inside a TorchScript archive, which has constants beside its data; ``None`` for other archives."""
+    """Find the folder inside a TorchScript archive, which has constants too; ``None`` for other archives."""
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             root, _, leaf = name.rpartition("/")

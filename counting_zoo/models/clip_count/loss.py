@@ -42,7 +42,7 @@ def positive_patches(
 
 
 def positive_patches_of_density(density: Tensor, inner: Size, patch: int) -> Tensor:
-    """The positives as the reference of CLIP-Count finds them: in a map subsampled to the encoder's input size.
+    """Find the positives as the reference of CLIP-Count does: in a map subsampled to the encoder's input size.
 
     Args:
         density: ``(B, K, H, W)`` target map, already blurred.
@@ -61,7 +61,7 @@ DensityMask = Literal["none", "pixel", "official"]
 def patch_text_contrastive(
     patches: Tensor, text: Tensor, positive: Tensor, *, temperature: float = 0.07, normalize_positives: bool = False
 ) -> Tensor:
-    """Patches that hold an object are pulled to the prompt, the others pushed away (paper, section 3.3).
+    """Pull patches that hold an object to the prompt, and push the others away (paper, section 3.3).
 
     ``mean(-log((P + 1e-5) / (P + N + 2e-5)))`` with P and N the sums of ``exp(cos / temperature)`` over positive and
     negative patches (reference: models/contrastive_loss.py). A prompt without any positive patch only pushes.
@@ -94,7 +94,7 @@ def region_text(
     cap: int = 12,
     total: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of the features at object centres against the texts of all training classes.
+    """Compute the cross-entropy of the features at object centres against the texts of all training classes.
 
     The density loss alone learns to ignore the text; this one makes it name what it sees.
 
@@ -149,7 +149,7 @@ def region_weights(targets: list[Tensor], n_classes: int, cap: int = 12) -> Tens
 
 
 def density_mse(raw: Tensor, target: Tensor, mask: DensityMask = "none", keep: float = 0.8) -> Tensor:
-    """Mean squared error of density maps in the reference's scale.
+    """Compute the mean squared error of density maps in the reference's scale.
 
     Args:
         raw: ``(B, K, h, w)`` predicted.

@@ -262,7 +262,7 @@ class CLIPCount(CountingModule):
         return terms
 
     def _target(self, batch: Batch, size: tuple[int, int], cells: torch.Size) -> Tensor:
-        """``(B, K, h, w)`` objects per cell."""
+        """Derive the target: ``(B, K, h, w)`` objects per cell."""
         stride = size[0] // cells[0]
         if (cells[0] * stride, cells[1] * stride) != size:
             raise InputError(
@@ -282,7 +282,7 @@ class CLIPCount(CountingModule):
         )
 
     def _contrast(self, features: Tensor, text: Tensor, batch: Batch, size: tuple[int, int]) -> Tensor:
-        """The contrastive loss of ``(B, D, gh, gw)`` features and ``(B, K, D)`` texts."""
+        """Compute the contrastive loss of ``(B, D, gh, gw)`` features and ``(B, K, D)`` texts."""
         if self.contrast == "region":
             return self._region_text(features, batch, size)
         k = len(batch["queries"][0].names)
@@ -332,9 +332,9 @@ class CLIPCount(CountingModule):
         return self.tower_lr if name.startswith(_TOWERS) else 1.0
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW (reference: run.py)."""
+        """Build AdamW (reference: run.py)."""
         return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
 
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """A drop to a third every 100 epochs (reference: run.py)."""
+        """Drop the rate to a third every 100 epochs (reference: run.py)."""
         return torch.optim.lr_scheduler.StepLR(optimizer, step_size=100, gamma=0.33)

@@ -24,7 +24,7 @@ TextKeys = Literal["pooled", "tokens"]
 
 
 def position_table(n: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """``(n, dim)`` fixed sinusoids over patches in reading order, sine and cosine interleaved.
+    """Compute ``(n, dim)`` fixed sinusoids over patches in reading order, sine and cosine interleaved.
 
     Not cached: a table first made while the network is exported would be a symbol and not numbers.
 
@@ -59,7 +59,7 @@ class InteractionBlock(nn.Module):
         self.drop_path = DropPath()
 
     def forward(self, x: Tensor, text: Tensor, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-        """One step for ``(B, N, D)`` patches that no text has met yet, or ``(B K, N, D)`` that have.
+        """Run one layer on ``(B, N, D)`` patches that no text has met yet, or ``(B K, N, D)`` that have.
 
         Args:
             x: patches in reading order.
@@ -204,7 +204,7 @@ class TextHead(nn.Module):
     out: nn.Conv2d
 
     def _decode(self, x: Tensor) -> Tensor:
-        """``(B, K, inside, h, w)`` -> logits."""
+        """Decode ``(B, K, inside, h, w)`` to logits."""
         b, k = x.shape[:2]
         x = self.mix(x.flatten(0, 1).contiguous(memory_format=torch.channels_last)).relu()
         return self.out(self._between(x)).unflatten(0, (b, k))[:, :, 0]
@@ -279,7 +279,7 @@ class SimilarityHead(TextHead):
 
 
 def cosines(features: Tensor, text: Tensor, groups: int) -> Tensor:
-    """Cosine of every cell with every text, in ``groups`` equal parts of the channels.
+    """Compute the cosine of every cell with every text, in ``groups`` equal parts of the channels.
 
     Args:
         features: ``(B, D, h, w)``.
@@ -458,7 +458,7 @@ class CLIPCountNet(nn.Module):
         return self.window // cells
 
     def embed(self, image: Tensor, classes: list[list[str]]) -> Embeddings:
-        """Patch and text embeddings; all that the contrastive stage needs."""
+        """Embed patches and texts; all that the contrastive stage needs."""
         x = image if torch.is_floating_point(image) else image.float() / 255
         size = self._input_shape(image.shape[-2], image.shape[-1])
         # An exported graph serves every size, so there the resize stays in even where it changes nothing.
@@ -476,7 +476,7 @@ class CLIPCountNet(nn.Module):
         )
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:
-        """The encoder's input for an image: scaled as the window is, to the nearest multiple of the patch."""
+        """Compute the encoder's input for an image: scaled as the window is, to the nearest multiple of the patch."""
         unit = self.window * self.vision.patch
         cells = [(2 * side * self.input_size + unit) // (2 * unit) for side in (height, width)]
         if not torch.compiler.is_exporting():
@@ -484,7 +484,7 @@ class CLIPCountNet(nn.Module):
         return cells[0] * self.vision.patch, cells[1] * self.vision.patch
 
     def count(self, embeddings: Embeddings, size: tuple[int, int]) -> CLIPCountOutput:
-        """Density of images of ``size`` (H, W) from their embeddings."""
+        """Compute the density of images of ``size`` (H, W) from their embeddings."""
         patches, text = embeddings.patches, embeddings.text
         grid = (patches.shape[-2], patches.shape[-1])
         if isinstance(self.decoder, TextHead):

@@ -19,7 +19,7 @@ from counting_zoo.nn.text import TokenizerLike
 
 
 def _key_map() -> dict[str, str | None]:
-    """Every key of the reference and what it is called here; ``None`` is dropped, with its reason."""
+    """Map every key of the reference to its name here; ``None`` is dropped, with its reason."""
     layers: dict[str, str | None] = {
         "img_encoder.vpt_norm": "vision.norm",
         "img_encoder.vpt_proj": "vision.prompts.proj",
@@ -137,7 +137,7 @@ def from_official(
     clip: CLIPSource | Path | Mapping[str, Tensor] | None = None,
     tokenizer: TokenizerLike | None = None,
 ) -> CLIPCount:
-    """The zoo's CLIPCount with the reference's weights, predicting as the reference does.
+    """Build a CLIPCount with the reference's weights, predicting as the reference does.
 
     Args:
         state: the reference's state dict, without ``model.`` prefixes; with or without frozen CLIP weights, which
@@ -238,7 +238,7 @@ def _is_clip(key: str) -> bool:
 
 
 def _towers(frozen: Mapping[str, Tensor], clip: Any, backbone: str) -> Any:
-    """CLIP from the file itself, or else from where the caller says."""
+    """Take CLIP from the file itself, or else from where the caller says."""
     parts: dict[str, Tensor] = {}
     for key, value in frozen.items():
         for alias in _CLIP_ALIASES:
@@ -266,7 +266,7 @@ def _towers(frozen: Mapping[str, Tensor], clip: Any, backbone: str) -> Any:
 
 
 def _rename(own: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """The reference's own tensors under the zoo's names; every key is mapped or knowingly dropped."""
+    """Rename the reference's own tensors; every key is mapped or knowingly dropped."""
     unknown = sorted(set(own) - set(_KEYS))
     if unknown:
         raise WeightsError(f"no place in CLIPCount for {len(unknown)} keys of this file: {unknown[:8]}")

@@ -58,7 +58,7 @@ class Bins:
 
     @classmethod
     def of(cls, value: Bins | Sequence[Any]) -> Bins:
-        """Bins from plain data: ``[[0, 0], [1, 1], [2, inf]]``; the end may be ``inf``, ``"inf"`` or ``None``.
+        """Build bins from plain data: ``[[0, 0], [1, 1], [2, inf]]``; the end may be ``inf``, ``"inf"`` or ``None``.
 
         Raises:
             InputError: not a list of pairs of whole numbers, or what the class itself refuses.
@@ -75,7 +75,7 @@ class Bins:
 
     @classmethod
     def make(cls, granularity: Granularity, maximum: int) -> Bins:
-        """Bins up to a maximum count, which the last bin, without an upper end, holds.
+        """Build bins up to a maximum count, which the last bin, without an upper end, holds.
 
         Args:
             granularity: ``fine`` has a bin for each count, ``coarse`` pairs from 1 on, ``dynamic`` single counts
@@ -97,7 +97,7 @@ class Bins:
 
     @classmethod
     def for_block(cls, block: int, head_size: int, granularity: Granularity = "fine") -> Bins:
-        """Bins for blocks of which the smallest recognisable objects fill ``(block // head_size) ** 2`` (paper, 3.1).
+        """Build bins for blocks that hold up to ``(block // head_size) ** 2`` recognisable objects (paper, 3.1).
 
         Raises:
             InputError: objects larger than the block, or sizes below 1.
@@ -117,15 +117,15 @@ class Bins:
         return self.edges[-1][1] is not None
 
     def to_list(self) -> list[list[int | None]]:
-        """Plain data, as it is stored in a checkpoint."""
+        """Convert to plain data, as it is stored in a checkpoint."""
         return [[low, high] for low, high in self.edges]
 
     def middle(self) -> list[float]:
-        """The middle of each bin; the lowest count of one without an upper end."""
+        """Return the middle of each bin; the lowest count of one without an upper end."""
         return [float(low) if high is None else (low + high) / 2 for low, high in self.edges]
 
     def check(self, representatives: Sequence[float]) -> list[float]:
-        """The representatives, if there is one inside each bin.
+        """Check that there is one representative inside each bin, and return them.
 
         Raises:
             InputError: another number of them, or one outside its bin.
@@ -138,7 +138,7 @@ class Bins:
         return [float(value) for value in representatives]
 
     def classes_of(self, counts: Tensor, *, validate: bool = True) -> Tensor:
-        """The bin of each count.
+        """Find the bin of each count.
 
         Args:
             counts: any shape.
@@ -217,7 +217,7 @@ def block_count_histogram(
 
 
 def _pixels(xy: np.ndarray, size: tuple[int, int], unique: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows and columns of the pixels that hold points, and how many each holds."""
+    """Find rows and columns of the pixels that hold points, and how many each holds."""
     pixel = np.clip(np.floor(xy.reshape(-1, 2)).astype(np.int64), 0, [size[1] - 1, size[0] - 1])
     key, times = np.unique(pixel[:, 1] * size[1] + pixel[:, 0], return_counts=True)
     return key // size[1], key % size[1], np.ones_like(times) if unique else times
@@ -230,7 +230,7 @@ def _aligned(row: np.ndarray, column: np.ndarray, times: np.ndarray, size: tuple
 
 
 def _sliding(row: np.ndarray, column: np.ndarray, times: np.ndarray, size: tuple[int, int], block: int) -> np.ndarray:
-    """Lengths of the stretches between the places where a row of windows begins or ceases to see a point."""
+    """Measure the stretches between the places where a row of windows begins or ceases to see a point."""
     rows, columns = size[0] - block + 1, size[1] - block + 1
     if rows < 1 or columns < 1:
         return np.zeros(1, np.int64)
@@ -248,7 +248,7 @@ def _sliding(row: np.ndarray, column: np.ndarray, times: np.ndarray, size: tuple
 
 
 def mean_representatives(bins: Bins, histogram: np.ndarray) -> list[float]:
-    """The mean count of the blocks in each bin: the choice that makes expected counts unbiased (paper, section 3.2).
+    """Average the counts of the blocks in each bin, which makes expected counts unbiased (paper, section 3.2).
 
     A bin that no block falls into gets its middle, with a warning.
 
@@ -335,7 +335,7 @@ _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 
 
 def number_word(number: int) -> str:
-    """0 to 99, whole hundreds to 900, and 1000 in words, others in digits, as the reference has them.
+    """Write 0 to 99, whole hundreds to 900, and 1000 in words, others in digits, as the reference has them.
 
     Example:
         >>> number_word(21), number_word(300), number_word(121)
@@ -354,7 +354,7 @@ def number_word(number: int) -> str:
 def bin_prompts(
     bins: Bins, style: Style = "word", wording: Wording = "corrected", singular: str = "person", plural: str = "people"
 ) -> list[str]:
-    """One sentence for each bin.
+    """Write one sentence for each bin.
 
     Args:
         bins: the bins.
@@ -439,7 +439,7 @@ DATA_SETS = ("sha", "shb", "nwpu", "qnrf", "jhu")
 def published_bins(
     reduction: int, truncation: int, dataset: str, granularity: str = "fine", anchors: str = "average"
 ) -> tuple[Bins, list[float]]:
-    """Bins and representatives of the reference's configs/reduction_*.json.
+    """Return bins and representatives of the reference's configs/reduction_*.json.
 
     Args:
         reduction: side of a block in pixels.

@@ -72,7 +72,7 @@ class Representatives(nn.Module):
         return self._known
 
     def forward(self, logits: Tensor) -> Tensor:
-        """``(B, 1, h, w)`` expected counts of ``(B, n_bins, h, w)`` logits, in float32.
+        """Compute ``(B, 1, h, w)`` expected counts of ``(B, n_bins, h, w)`` logits, in float32.
 
         Raises:
             InputError: the counts were never set.
@@ -82,7 +82,7 @@ class Representatives(nn.Module):
         return (chances * self.values[:, None, None]).sum(1, keepdim=True)
 
     def variance(self, logits: Tensor) -> Tensor:
-        """``(B, 1, h, w)`` variance of the count of each block; counts within a bin are taken for its representative.
+        """Compute the ``(B, 1, h, w)`` variance of block counts; counts within a bin are taken for its representative.
 
         Raises:
             InputError: the counts were never set.
@@ -120,7 +120,7 @@ class LinearHead(nn.Module):
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inside, h, w)`` to ``(B, n_out, h, w)``."""
+        """Map ``(B, inside, h, w)`` to ``(B, n_out, h, w)``."""
         return self.layers(x)
 
 
@@ -154,7 +154,7 @@ class TextHead(nn.Module):
         self.text_features.copy_(text.eval()(self.prompts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inside, h, w)`` to ``(B, n_prompts, h, w)`` in float32."""
+        """Map ``(B, inside, h, w)`` to ``(B, n_prompts, h, w)`` in float32."""
         texts = self._tower[0](self.prompts) if self._tower else self.text_features
         features = self.projection(x).float()
         # Under autocast einsum would be rounded to bfloat16, and cosines lie close together.

@@ -39,7 +39,7 @@ def transport_loss(
     tolerance: float = 1e-9,
     log_domain: bool = False,
 ) -> Tensor:
-    """Transport term of DM-Count for each image (Wang et al., "Distribution Matching for Crowd Counting", 2020).
+    """Compute the transport term of DM-Count for each image (Wang et al., NeurIPS 2020).
 
     Its gradient with respect to the density is :func:`transport_gradient`. Its value is the inner product of the two,
     which is zero up to rounding, whatever the density: what is left is the noise of a difference of large numbers.
@@ -77,7 +77,7 @@ def transport_gradient(
     tolerance: float = 1e-9,
     log_domain: bool = False,
 ) -> Tensor:
-    """Gradient of the transport cost with respect to the density that is not normalised.
+    """Compute the gradient of the transport cost with respect to the density that is not normalised.
 
     With S the sum of the density and beta the potential of the cells, ``S / (S^2 + 1e-8) * beta - <beta, density> /
     (S^2 + 1e-8)``. Arguments and errors are those of :func:`transport_loss`.
@@ -111,7 +111,7 @@ def transport_potentials(
     tolerance: float = 1e-9,
     log_domain: bool = False,
 ) -> Tensor:
-    """Dual potentials of the cells, by Sinkhorn's iterations between the points and the normalised density.
+    """Compute dual potentials of the cells, by Sinkhorn's iterations between the points and the normalised density.
 
     The plain iteration in float32 repeats the reference's arithmetic. It does not solve the problem on real crops:
     the kernel of a cell further than about 32 pixels from a point is zero (epsilon 10), so mass beyond that stays
@@ -193,18 +193,18 @@ class Sinkhorn:
         self._columns = self._transport_columns()
 
     def step(self) -> None:
-        """One iteration: v from u, then u from v."""
+        """Iterate once: v from u, then u from v."""
         torch.div(self.mass, self._columns.add_(TINY), out=self.v)
         torch.bmm(self.ky, self.v, out=self._rows)
         torch.div(self.supply, self._rows.mul_(self.kx).sum(-1).add_(TINY), out=self.u)
         self._columns = self._transport_columns()
 
     def marginal(self) -> Tensor:
-        """``(B, h, w)``: mass that the plan brings to each cell."""
+        """Compute the mass that the plan brings to each cell, ``(B, h, w)``."""
         return self._columns * self.v
 
     def potential(self) -> Tensor:
-        """``(B, h, w)`` in squared pixels."""
+        """Return the potential, ``(B, h, w)`` in squared pixels."""
         return self.epsilon * (self.v + TINY).log_()
 
     def _transport_columns(self) -> Tensor:
@@ -238,7 +238,7 @@ class LogSinkhorn:
         self._started = False
 
     def step(self) -> None:
-        """One iteration: v from u, then u from v."""
+        """Iterate once: v from u, then u from v."""
         wanted = self.mass.clamp(min=TINY)
         if not self._started:
             self._started = True
@@ -256,21 +256,21 @@ class LogSinkhorn:
         self.u = self.u + self.supply - brought.log()
 
     def marginal(self) -> Tensor:
-        """``(B, h, w)``: mass that the plan brings to each cell."""
+        """Compute the mass that the plan brings to each cell, ``(B, h, w)``."""
         return torch.cat([_exp(self._exponents(rows)).sum(1) for rows in self._chunks], 1)
 
     def potential(self) -> Tensor:
-        """``(B, h, w)`` in squared pixels."""
+        """Return the potential, ``(B, h, w)`` in squared pixels."""
         return self.epsilon * self.v
 
     def _exponents(self, rows: slice) -> Tensor:
-        """Logarithm of the plan between all points and some rows of cells, ``(B, N, rows, w)``."""
+        """Compute the logarithm of the plan between all points and some rows of cells, ``(B, N, rows, w)``."""
         along_y = self.ky[:, :, rows, None] + self.u[:, :, None, None]
         return (along_y + self.kx[:, :, None]).add_(self.v[:, None, rows])
 
 
 def _exp(exponents: Tensor) -> Tensor:
-    """Exponentials in place; what would be less than 1.6e-38 is that."""
+    """Exponentiate in place; what would be less than 1.6e-38 is that."""
     return exponents.clamp_(min=LOWEST).exp_()
 
 
@@ -289,7 +289,7 @@ def _solve(solver: Sinkhorn | LogSinkhorn, usable: Tensor, iterations: int, tole
 
 
 def _groups(lengths: Sequence[int], together: bool) -> list[list[int]]:
-    """Images that share a batch: those with points, all of them or such that little is padded.
+    """Group images that share a batch: those with points, all of them or such that little is padded.
 
     Example:
         >>> _groups([800, 0, 100, 120, 700], together=False)
@@ -305,7 +305,7 @@ def _groups(lengths: Sequence[int], together: bool) -> list[list[int]]:
 
 
 def _costs(points: Sequence[Tensor], mass: Tensor, cell: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared distances along y ``(B, N, h)`` and along x ``(B, N, w)``, and the mass of each point ``(B, N)``.
+    """Compute squared distances along y ``(B, N, h)`` and x ``(B, N, w)``, and the mass of each point ``(B, N)``.
 
     The square is expanded, term by term as the reference does it (losses/ot_loss.py): its rounding is part of what
     official results contain. Padded points have no mass.
@@ -321,7 +321,7 @@ def _costs(points: Sequence[Tensor], mass: Tensor, cell: int) -> tuple[Tensor, T
 
 
 def _probabilities(density: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B, h, w)`` densities that sum to one, and ``(B,)`` where that is possible; elsewhere they are zero."""
+    """Normalise densities to sum to one, ``(B, h, w)``, and tell ``(B,)`` where that is possible; others are zero."""
     mass = density.float().clamp(min=0)
     total = mass.sum((1, 2))
     usable = total.isfinite() & (total > 0)
@@ -330,7 +330,7 @@ def _probabilities(density: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _true_float32() -> Iterator[None]:
-    """Matrix products without TF32 or bfloat16, which :func:`torch.set_float32_matmul_precision` switches on."""
+    """Switch off TF32 and bfloat16 in matrix products, which :func:`torch.set_float32_matmul_precision` switches on."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -355,7 +355,7 @@ SMALL = 1e-8  # the reference adds it inside every logarithm
 
 
 def zip_nll(zero_logits: Tensor, rate: Tensor, counts: Tensor) -> Tensor:
-    """Negative log-likelihood of counts under a Poisson distribution whose zeros are inflated.
+    """Compute the negative log-likelihood of counts under a Poisson distribution whose zeros are inflated.
 
     With p the probability that a block can hold objects, and r their rate: ``-log(1 - p + p * exp(-r))`` for an empty
     block, ``-log(p) - y * log(r) + r`` for one with y objects. The constant ``log(y!)`` is left out, as the reference
@@ -374,7 +374,7 @@ def zip_nll(zero_logits: Tensor, rate: Tensor, counts: Tensor) -> Tensor:
 
 
 def positive_bins_loss(logits: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy of the bins of blocks that are not empty; 0, with a gradient of 0, where all are.
+    """Compute the cross-entropy of the bins of blocks that are not empty; 0, with a gradient of 0, where all are.
 
     Args:
         logits: ``(B, n - 1, h, w)`` of the bins from 1 on; bin 0 holds the empty blocks and has no logit.
@@ -386,7 +386,7 @@ def positive_bins_loss(logits: Tensor, classes: Tensor) -> Tensor:
 def multiscale_mae(
     density: Tensor, counts: Tensor, *, scales: Sequence[int] = (1, 2, 4), weights: Sequence[float] = (0.25, 0.5, 1.0)
 ) -> Tensor:
-    """Weighted sum, over scales, of the absolute errors of mean counts in squares of ``scale`` blocks a side.
+    """Sum, over scales and weighted, the absolute errors of mean counts in squares of ``scale`` blocks a side.
 
     Where a square reaches beyond the map, the blocks outside count as zeros in both maps.
 
@@ -414,7 +414,7 @@ def multiscale_mae(
 
 
 def count_error(density: Tensor, counts: Tensor) -> Tensor:
-    """Absolute error of the whole count, averaged over images.
+    """Average the absolute error of the whole count over images.
 
     Args:
         density: ``(B, 1, h, w)`` predicted.
@@ -427,7 +427,7 @@ OTReduction = Literal["mean", "sum"]
 
 
 def classification_loss(logits: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy of the bins, summed over blocks and averaged over images (paper, equation 7).
+    """Compute the cross-entropy of the bins, summed over blocks and averaged over images (paper, equation 7).
 
     Args:
         logits: ``(B, n, h, w)``.
@@ -437,7 +437,7 @@ def classification_loss(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def block_mae(density: Tensor, counts: Tensor) -> Tensor:
-    """Absolute errors of the blocks, summed over blocks and averaged over images.
+    """Compute absolute errors of the blocks, summed over blocks and averaged over images.
 
     Args:
         density: ``(B, 1, h, w)`` predicted.
@@ -447,7 +447,7 @@ def block_mae(density: Tensor, counts: Tensor) -> Tensor:
 
 
 def block_mse(density: Tensor, counts: Tensor) -> Tensor:
-    """Squared errors of the blocks, summed over blocks and averaged over images.
+    """Compute squared errors of the blocks, summed over blocks and averaged over images.
 
     Args:
         density: ``(B, 1, h, w)`` predicted.
@@ -471,7 +471,7 @@ def dm_loss(
     iterations: int = 100,
     tolerance: float = 1e-9,
 ) -> dict[str, Tensor]:
-    """Distribution matching: optimal transport, total variation and count (Wang et al., DM-Count, 2020).
+    """Match distributions: optimal transport, total variation and count (Wang et al., DM-Count, 2020).
 
     With N the number of points of an image, S the sum of its density, y its true and y' its predicted blocks::
 

@@ -162,7 +162,7 @@ class BlockwiseCounter(CountingModule):
         return self.reduction
 
     def _representatives(self) -> Representatives:
-        """Of all bins, or of those above zero."""
+        """Return the representatives of all bins, or of those above zero."""
         first = 1 if self.head == "zip" else 0
         if first and self.bins.edges[0] != (0, 0):
             raise InputError(
@@ -238,11 +238,11 @@ class BlockwiseCounter(CountingModule):
         }
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Adam (reference: trainer.py)."""
+        """Build Adam (reference: trainer.py)."""
         return torch.optim.Adam(groups, lr=1e-4, weight_decay=1e-4)
 
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Cosine restarts behind a warm-up of 50 epochs (reference: trainer.py)."""
+        """Build cosine restarts behind a warm-up of 50 epochs (reference: trainer.py)."""
         return WarmupCosineRestarts(optimizer)
 
 
@@ -426,7 +426,7 @@ _NO_TEXT = {
 
 
 def _published_decoder(encoder: Any) -> list[int]:
-    """Channels of the reference's decoder (models/utils.py): a ResNet-101's has two blocks, an RN50x4's is narrower."""
+    """Return the channels of the reference's decoder (models/utils.py), which differ by encoder."""
     if isinstance(encoder, CLIPResNet):
         published = {2560: [1280], 3072: [1536], 4096: [2048]}
         deep = len(encoder.layer3) > 6 and encoder.dim == 2048

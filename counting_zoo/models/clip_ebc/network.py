@@ -33,7 +33,7 @@ NAMES = (
 
 
 def build_encoder(name: str | Mapping[str, Any], reduction: int, pretrained: str | None = None) -> nn.Module:
-    """An encoder with one feature vector for each block of ``reduction`` pixels.
+    """Build an encoder with one feature vector for each block of ``reduction`` pixels.
 
     All of them have ``dim`` (channels), ``stride`` (the reduction) and ``multiple`` (sides of the input must be
     multiples of it), and take normalised images.
@@ -172,7 +172,7 @@ def _conv(inside: int, out: int, batch_norm: bool, dilation: int = 1) -> list[nn
 
 
 def _to_blocks(features: Tensor, x: Tensor, reduction: int) -> Tensor:
-    """Features of an image on its grid of blocks."""
+    """Resample features of an image to its grid of blocks."""
     size = (x.shape[-2] // reduction, x.shape[-1] // reduction)
     if not torch.compiler.is_exporting() and tuple(features.shape[-2:]) == size:
         return features
@@ -187,7 +187,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _load_vgg(features: nn.Module, name: str, source: str) -> None:
-    """Torchvision's ImageNet weights into the convolutions that are there."""
+    """Load torchvision's ImageNet weights into the convolutions that are there."""
     state = torchvision_weights(name, source)
     target = features.state_dict()
     own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
@@ -222,7 +222,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(inside, out)
 
     def forward(self, x: Tensor, resize: Resize) -> Tensor:
-        """``(B, inside, h, w)`` to ``(B, out, *)`` at the size that ``resize`` gives."""
+        """Map ``(B, inside, h, w)`` to ``(B, out, *)`` at the size that ``resize`` gives."""
         shortcut = _bridge(self.downsample, x, resize)
         y = relu(self.bn1(self.conv1(resize(x))))
         return relu(self.bn2(self.conv2(y)) + shortcut)
@@ -246,7 +246,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(inside, out)
 
     def forward(self, x: Tensor, resize: Resize) -> Tensor:
-        """``(B, inside, h, w)`` to ``(B, out, *)`` at the size that ``resize`` gives."""
+        """Map ``(B, inside, h, w)`` to ``(B, out, *)`` at the size that ``resize`` gives."""
         shortcut = _bridge(self.downsample, x, resize)
         y = relu(self.bn1(resize(self.conv1(x))))
         y = relu(self.bn2(self.conv2(y)))
@@ -288,7 +288,7 @@ class Decoder(nn.Sequential):
         self.apply(_initialise)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        """``(B, inside, h, w)`` to ``(B, dim, *size)``."""
+        """Map ``(B, inside, h, w)`` to ``(B, dim, *size)``."""
 
         def resize(features: Tensor) -> Tensor:
             if not torch.compiler.is_exporting() and tuple(features.shape[-2:]) == size:
@@ -354,6 +354,6 @@ class BlockwiseNet(nn.Module):
 
 
 def _cut(output: CountOutput, rows: int, columns: int) -> CountOutput:
-    """Every map of an output without what lies beyond ``rows`` and ``columns``."""
+    """Cut every map of an output to what lies within ``rows`` and ``columns``."""
     maps = {name: value[..., :rows, :columns] for name, value in vars(output).items() if value is not None}
     return type(output)(**maps)

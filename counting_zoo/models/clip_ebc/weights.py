@@ -81,7 +81,7 @@ def from_official(
     clip: Any = None,
     tokenizer: TokenizerLike | None = None,
 ) -> CLIPEBC | EBC:
-    """The zoo's CLIPEBC (or EBC, for backbones without CLIP) with the reference's weights, predicting as it does.
+    """Build a CLIPEBC (or EBC, for backbones without CLIP) with the reference's weights, predicting as it does.
 
     Args:
         state: the reference's state dict, without ``model.`` or ``module.`` prefixes.
@@ -112,7 +112,7 @@ def from_official(
 
 
 def _bins(settings: Mapping[str, Any], reduction: int) -> tuple[Bins, list[float]]:
-    """Bins and representatives as the settings state them; never guessed."""
+    """Read bins and representatives as the settings state them; never guessed."""
     if "bins" in settings and "anchor_points" in settings:
         anchors = settings["anchor_points"]
         if isinstance(anchors, str):
@@ -194,14 +194,14 @@ def _clip_model(
 
 
 def _text_of(clip: Any) -> dict[str, Tensor]:
-    """The text tower of a CLIP under OpenAI's names."""
+    """Extract the text tower of a CLIP under OpenAI's names."""
     if isinstance(clip, Mapping) and any(isinstance(v, Tensor) for v in clip.values()):
         return {k: v for k, v in clip.items() if not k.startswith("visual.") and k != "logit_scale"}
     return text_to_openai(build_towers(clip))
 
 
 def _visual_prompts(own: dict[str, Tensor], settings: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """``(layers, n, width)`` prompts out of ``vpt_0 ...``, and the other tensors."""
+    """Split ``(layers, n, width)`` prompts out of ``vpt_0 ...``, and the other tensors."""
     rows = sorted((k for k in own if re.fullmatch(r"vpt_\d+", k)), key=lambda k: int(k[4:]))
     rest = {k: v for k, v in own.items() if k not in rows}
     if not rows:
@@ -246,7 +246,7 @@ def _plain_model(state: Mapping[str, Tensor], settings: Mapping[str, Any], reduc
 
 
 def _load(module: CLIPEBC | EBC, tensors: Mapping[str, Tensor], given: tuple[str, ...] = ()) -> None:
-    """Strictly; ``given`` are prefixes whose weights are in place, and what the zoo keeps beside them stays too."""
+    """Load strictly; ``given`` are prefixes whose weights are in place, and buffers of the zoo's own stay too."""
     ours = ("network.mean", "network.std", "network.head.representatives.values", "network.head.logits.text_features")
     what = f"a {type(module).__name__} of these settings"
     load_tensors(module, tensors, what, optional=lambda key: key in ours or key.startswith(given))

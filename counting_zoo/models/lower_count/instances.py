@@ -112,7 +112,7 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    """The arguments of :func:`torch.nn.functional.conv2d`, named padding written out."""
+    """Return the arguments of :func:`torch.nn.functional.conv2d`, named padding written out."""
     odd = (0, 0)
     if padding == "same":  # where an odd number of rows is added torch puts the odd one below, and columns likewise
         reach = [d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[2:], strict=True)]
@@ -130,7 +130,7 @@ def _pair(value: Any) -> tuple[int, int]:
 def peak_response_maps(
     network: Callable[[Tensor], Tensor], image: Tensor, peaks: Tensor, *, together: int = 1
 ) -> Tensor:
-    """Where in the picture each peak of the class maps comes from.
+    """Trace where in the image each peak of the class maps comes from.
 
     Parameters and buffers are left as they are and get no gradient; the mode of the caller (``no_grad``,
     ``inference_mode``, autocast) plays no role, everything is computed in the precision of ``image`` and the weights.
@@ -201,7 +201,7 @@ def _checked(peaks: Tensor, class_maps: Tensor) -> list[list[int]]:
 
 
 def _responses(class_maps: Tensor, leaf: Tensor, where: list[list[int]]) -> Tensor:
-    """``(n, 3, H, W)`` gradients of n peaks."""
+    """Compute ``(n, 3, H, W)`` gradients of n peaks."""
     seeds = class_maps.new_zeros(len(where), *class_maps.shape)
     for seed, (kind, row, column) in zip(seeds, where, strict=True):
         seed[0, kind, row, column] = 1
@@ -290,7 +290,7 @@ def select_peaks(
     peak_threshold: float = 3.0,
     fallback: bool = False,
 ) -> Tensor:
-    """The peaks worth a mask: high ones of classes that are present.
+    """Select the peaks worth a mask: high ones of classes that are present.
 
     Args:
         class_maps: ``(C, h, w)``.
@@ -357,7 +357,7 @@ def prepare_proposals(
 
 
 def _sampled(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pixel centres looked up in the larger or smaller grid (Pillow's nearest neighbour)."""
+    """Look up pixel centres in the larger or smaller grid (Pillow's nearest neighbour)."""
     if tuple(masks.shape[1:]) == size or not len(masks):
         return masks if len(masks) else masks.new_zeros(0, *size)
     return interpolate(masks[:, None].to(torch.uint8), size=size, mode="nearest-exact")[:, 0].bool()
@@ -370,7 +370,7 @@ def _contours(masks: Tensor) -> Tensor:
 
 
 def background_maps(class_maps: Tensor, frame: tuple[int, int], share: float = 0.95) -> Tensor:
-    """Where a class is not: its map, as a grey picture of the network's frame, is below ``share`` of its mean.
+    """Find where a class is not: its map, as a grey image of the network's frame, is below ``share`` of its mean.
 
     The map is stretched to 0 to 255 and rounded, resized with Pillow's bicubic kernel and rounded again, as in the
     reference. A constant map has no background.
@@ -400,7 +400,7 @@ def retrieval_scores(
     raw_density: Tensor,
     retrieval: Retrieval | None = None,
 ) -> Tensor:
-    """How well each proposal fits each peak (Cholakkal et al., CVPR 2019, section 3.4; Zhou et al., CVPR 2018).
+    """Score how well each proposal fits each peak (Cholakkal et al., CVPR 2019, section 3.4; Zhou et al., CVPR 2018).
 
     ``a * sum R[mask] + sum R[contour] - b * sum Q[mask] - g * |1 - sum of density in mask|`` with the peak's response
     R and its class's background Q in the network's pixels, and the density of its class, ``D / (h * w)``, in cells.
@@ -507,7 +507,7 @@ class _Choice:
 def _choose(
     values: Tensor, kinds: Sequence[int], masks: Tensor, retrieval: Retrieval, quota: list[int] | None
 ) -> list[_Choice]:
-    """Instances, the best first: greedy suppression, then what the counts ask back."""
+    """Choose instances, the best first: greedy suppression, then what the counts ask back."""
     table = values.cpu().numpy()
     best = table.argmax(1)  # the first of equal ones
     used, place = np.unique(best, return_inverse=True)
@@ -551,7 +551,7 @@ def _refill(
 
 
 def proposed_masks(proposals: Tensor | Proposals | str | Path | None, stored: Tensor, image_id: str) -> Tensor:
-    """``(N, H, W)`` bool proposals of a picture, from wherever :meth:`LowerCount.instances` takes them.
+    """Collect ``(N, H, W)`` bool proposals of an image, from wherever :meth:`LowerCount.instances` takes them.
 
     Args:
         proposals: masks, a file or folder of them, or ``None`` for those found in the picture itself.
@@ -585,7 +585,7 @@ def traced_instances(
     by_count: bool,
     together: int,
 ) -> Instances:
-    """The masks that a network in evaluation finds for some of its classes.
+    """Find masks with a network in evaluation for some of its classes.
 
     Args:
         network: on the device of the picture.

@@ -27,7 +27,7 @@ class Mean(NamedTuple):
     n: Tensor
 
     def value(self) -> Tensor:
-        """The mean, 0 of nothing."""
+        """Return the mean, 0 of nothing."""
         return self.total / self.n.clamp(min=1)
 
 
@@ -59,7 +59,7 @@ class LowerCountLoss:
         object.__setattr__(self, "target", float(self.limit + 1 if self.rank_target is None else self.rank_target))
 
     def seen(self, counts: Tensor) -> Tensor:
-        """Counts as this supervision knows them: 0 to ``limit``, or ``limit + 1`` for more; NaN stays unknown.
+        """Limit counts to what this supervision knows: 0 to ``limit``, or ``limit + 1`` for more; NaN stays unknown.
 
         Example:
             >>> import torch
@@ -79,7 +79,7 @@ class LowerCountLoss:
         counted: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> dict[str, Mean]:
-        """The weighted terms of one batch.
+        """Compute the weighted terms of one batch.
 
         Args:
             class_scores: ``(B, C)``.
@@ -162,7 +162,7 @@ def total_count_terms(total_map: Tensor, counts: Tensor, countable: Tensor, loss
 
 
 def picture_uniform(image_ids: Sequence[str], n: int, step: int) -> np.ndarray:
-    """Random numbers that depend on image, class and step alone, and so are the same on any number of processes.
+    """Draw random numbers that depend on image, class and step alone, and so are the same on any number of processes.
 
     Args:
         image_ids: B ids.

@@ -194,7 +194,7 @@ class LowerCount(CountingModule):
     # -- losses ---------------------------------------------------------------------------------------------------
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """All of the model's classes, those that the data does not speak of as unknown."""
+        """Compute the losses of all of the model's classes, those that the data does not speak of as unknown."""
         images = batch["image"]
         assert isinstance(images, Tensor), "training images come as one tensor"
         assert self.classes is not None, "setup names them"
@@ -241,7 +241,7 @@ class LowerCount(CountingModule):
         return self.loss.kept_negatives(torch.stack(positive) / n, drawn)
 
     def _whole_batch(self, terms: dict[str, Mean]) -> dict[str, Tensor]:
-        """Means over the images of all processes, whose gradients DDP averages."""
+        """Average over the images of all processes, whose gradients DDP averages."""
         n = torch.stack([term.n.float() for term in terms.values()])
         total = self._summed(n)
         world = self.trainer.world_size if self._distributed() else 1
@@ -261,11 +261,11 @@ class LowerCount(CountingModule):
         return self.backbone_lr if name.startswith("network.encoder.") else 1.0
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """SGD with momentum (reference: config_counting_pascal07.yml)."""
+        """Build SGD with momentum (reference: config_counting_pascal07.yml)."""
         return torch.optim.SGD(groups, lr=1e-2, momentum=0.9, weight_decay=1e-4)
 
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Half as fast every 50 epochs (reference: config_counting_pascal07.yml)."""
+        """Halve the rate every 50 epochs (reference: config_counting_pascal07.yml)."""
         return torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.5)
 
     # -- what is reported -----------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ class LowerCount(CountingModule):
     def to_prediction(
         self, output: CountOutput, names: list[str], size: tuple[int, int], image_id: str, seen: Tensor
     ) -> Prediction:
-        """As every model's, but the points are the highest peaks of the class maps: as many as were counted."""
+        """Convert to plain data; points are the highest peaks of the class maps, as many as were counted."""
         prediction = super().to_prediction(output, names, size, image_id, seen)
         if isinstance(output, LowerCountOutput):
             prediction.points = [p.cpu() for p in self._points(output, size, prediction.extent)]
@@ -285,7 +285,7 @@ class LowerCount(CountingModule):
     def _points(
         self, output: LowerCountOutput, size: tuple[int, int], extent: tuple[float, float] | None
     ) -> list[Tensor]:
-        """K tensors ``(N_k, 2)`` of x, y in an image of ``size``: the highest peaks, as many as were counted."""
+        """Find K tensors ``(N_k, 2)`` of x, y in an image of ``size``: the highest peaks, as many as were counted."""
         maps, net = output.class_maps[0].float(), self.network
         peaks = find_peaks(maps[None], radius=net.config.radius, above_median=net.config.above_median)[0]
         cells = extent or maps.shape[-2:]
@@ -294,7 +294,7 @@ class LowerCount(CountingModule):
         return [torch.minimum(xy * scale, edge) for xy in peak_positions(maps, peaks, output.counts[0])]
 
     def score_more(self, outputs: list[CountOutput], batch: Batch, split: str) -> None:
-        """Boxes are used here alone, to see whether peaks are objects."""
+        """Score peaks by boxes, which are used here alone."""
         if "boxes" not in batch or "box_labels" not in batch:
             return
         for i, output in enumerate(outputs):
@@ -328,7 +328,7 @@ class LowerCount(CountingModule):
         by_count: bool = True,
         together: int = 1,
     ) -> Instances:
-        """A mask for each object of one image, from the peaks of the class maps (section 3.4 of the paper).
+        """Find a mask for each object of one image, from the peaks of the class maps (section 3.4 of the paper).
 
         About half a second for each peak of a ResNet-50 at 448 x 448 on one core.
 
@@ -363,7 +363,7 @@ class LowerCount(CountingModule):
         by_count: bool = True,
         together: int = 1,
     ) -> Instances:
-        """:meth:`instances` of an image that is preprocessed: ``(3, h, w)`` uint8, with ``(N, H, W)`` bool masks."""
+        """Find :meth:`instances` of a preprocessed image ``(3, h, w)`` uint8, with ``(N, H, W)`` bool masks."""
         rule = retrieval or Retrieval(max_proposals=None)
         training = self.training
         self.eval()

@@ -34,7 +34,7 @@ RESNETS: dict[str, dict[str, Any]] = {
 def build_encoder(
     name: str | Mapping[str, Any], reduction: int, pretrained: str | None = None, width: int = 32
 ) -> nn.Module:
-    """An encoder with one feature vector for each cell of ``reduction`` pixels.
+    """Build an encoder with one feature vector for each cell of ``reduction`` pixels.
 
     All of them have ``dim`` (channels), ``stride`` (the reduction) and ``multiple`` (sides of the input must be
     multiples of it), and take normalised images.
@@ -80,7 +80,7 @@ PeakGradient = Literal["mean", "sum"]
 
 
 def find_peaks(maps: Tensor, *, radius: int = 1, above_median: bool = True) -> Tensor:
-    """Cells that are the maximum of the square around them; of equal ones the first in reading order.
+    """Find cells that are the maximum of the square around them; of equal ones the first in reading order.
 
     Zhou et al., "Weakly Supervised Instance Segmentation using Class Peak Response", CVPR 2018, section 3.1. Every map
     of finite values has at least one peak.
@@ -113,7 +113,7 @@ def _lower_median(values: Tensor) -> Tensor:
 
 
 def peak_scores(maps: Tensor, peaks: Tensor, *, gradient: PeakGradient = "mean") -> Tensor:
-    """The class score of each map: the mean over its peaks.
+    """Score the class of each map: the mean over its peaks.
 
     Args:
         maps: ``(B, C, h, w)``.
@@ -130,7 +130,7 @@ def peak_scores(maps: Tensor, peaks: Tensor, *, gradient: PeakGradient = "mean")
 
 
 def highest_peaks(maps: Tensor, peaks: Tensor, counts: Tensor, *, limit: int) -> Tensor:
-    """The pseudo-mask B: the ``t`` highest peaks of a map whose class was counted ``t`` times (section 3.3).
+    """Mark the ``t`` highest peaks of a map whose class was counted ``t`` times: the pseudo-mask B (section 3.3).
 
     Peaks as high as the ``t``-th are in it too; where there are fewer than ``t``, all are.
 
@@ -156,7 +156,7 @@ def highest_peaks(maps: Tensor, peaks: Tensor, counts: Tensor, *, limit: int) ->
 
 
 def peak_positions(maps: Tensor, peaks: Tensor, counts: Tensor) -> list[Tensor]:
-    """The highest peaks of each map, as many as were counted (to the nearest whole number).
+    """Find the highest peaks of each map, as many as were counted (to the nearest whole number).
 
     Args:
         maps: ``(C, h, w)``.
@@ -206,7 +206,7 @@ class LowerCountOutput(CountOutput):
     total_map: Tensor | None = None
 
     def of(self, columns: Tensor) -> LowerCountOutput:
-        """The same for some of the classes: ``(B, K)`` int64 columns."""
+        """Select some of the classes: ``(B, K)`` int64 columns."""
         rows = torch.arange(len(columns), device=columns.device)[:, None]
         return LowerCountOutput(
             self.density[rows, columns],
@@ -291,11 +291,11 @@ class LowerCountNet(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
 
     def normalised(self, image: Tensor) -> Tensor:
-        """An image in [0, 1] as the encoder takes it."""
+        """Normalise an image in [0, 1] as the encoder takes it."""
         return (image - self.mean) / self.std
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, P, h, w)`` inputs of the class branch and of the density branch, of a normalised image."""
+        """Compute ``(B, P, h, w)`` inputs of the class branch and of the density branch, of a normalised image."""
         rows, columns = -(-x.shape[-2] // self.stride), -(-x.shape[-1] // self.stride)
         down, right = -x.shape[-2] % self.multiple, -x.shape[-1] % self.multiple
         # An exported graph serves every size, so there the padding stays in even where it adds nothing.
@@ -305,7 +305,7 @@ class LowerCountNet(nn.Module):
         return first, second
 
     def class_maps(self, x: Tensor) -> Tensor:
-        """``(B, C, h, w)`` M alone of a normalised image, to be traced back to its pixels."""
+        """Compute ``(B, C, h, w)`` M alone of a normalised image, to be traced back to its pixels."""
         return self.class_branch(self.features(x)[0])
 
     def forward(self, image: Tensor) -> LowerCountOutput:
@@ -344,7 +344,7 @@ class ModulatedDensity(nn.Module):
         self.total = nn.Conv2d(width, 1, 1)
 
     def forward(self, features: Tensor, class_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, P, h, w)`` features and ``(C, P, 1, 1)`` weights -> ``(B, C, h, w)`` D and ``(B, 1, h, w)``."""
+        """Map ``(B, P, h, w)`` features and ``(C, P, 1, 1)`` weights to ``(B, C, h, w)`` D and ``(B, 1, h, w)``."""
         x = self.norm(features)
         # What presence alone teaches must not be bent by the counts of some of the classes.
         weight = self.modulate(class_weight.detach().flatten(1))

@@ -135,7 +135,7 @@ class _Mismatch(InputError):
 
 
 def decode_proposal(row: Mapping[str, Any], size: Size) -> np.ndarray:
-    """One mask of any of the formats.
+    """Decode one mask of any of the formats.
 
     Args:
         row: the mask, or what holds it as ``segmentation``.
@@ -171,7 +171,7 @@ def decode_proposal(row: Mapping[str, Any], size: Size) -> np.ndarray:
 
 
 def _decode_spans(data: Any, size: Size) -> np.ndarray:
-    """CountSeg's: base64 of little-endian uint32 pairs of start (the first pixel is 1, row by row) and length."""
+    """Decode CountSeg's masks: base64 of little-endian uint32 pairs of start (the first pixel is 1) and length."""
     try:
         numbers = np.frombuffer(base64.b64decode(data, validate=True), "<u4").astype(np.int64)
     except (TypeError, ValueError, binascii.Error) as error:
@@ -191,7 +191,7 @@ def _decode_spans(data: Any, size: Size) -> np.ndarray:
 
 
 def _decode_counts(counts: Any, size: Size) -> np.ndarray:
-    """COCO's: lengths of runs, column by column, the first of background; as numbers or as its string."""
+    """Decode COCO's masks: lengths of runs, column by column, the first of background; as numbers or as its string."""
     if isinstance(counts, str):
         runs = _decode_string(counts)
     elif isinstance(counts, list) and all(isinstance(n, int) and abs(n) < 1 << 40 for n in counts):
@@ -208,7 +208,7 @@ def _decode_counts(counts: Any, size: Size) -> np.ndarray:
 
 
 def _decode_string(text: str) -> np.ndarray:
-    """COCO's string: 5 bits a character from 48, the sixth says that more follow; signed; from the fourth number on
+    """Decode COCO's string: 5 bits a character from 48, the sixth says that more follow; signed; from the fourth on
     the difference to the last but one."""
     codes = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64) - 48
     if not len(codes):
@@ -228,7 +228,7 @@ def _decode_string(text: str) -> np.ndarray:
 
 
 def encode_mask(mask: np.ndarray | Tensor) -> dict[str, Any]:
-    """COCO's uncompressed run lengths of a mask, which :class:`Proposals` and pycocotools read.
+    """Encode a mask as COCO's uncompressed run lengths, which :class:`Proposals` and pycocotools read.
 
     Args:
         mask: ``(H, W)`` bool.
@@ -245,7 +245,7 @@ def encode_mask(mask: np.ndarray | Tensor) -> dict[str, Any]:
 
 
 def polygon_mask(polygons: Sequence[Any], size: Size) -> np.ndarray:
-    """The union of COCO polygons ``[x1, y1, x2, y2, ...]``: all pixels whose centre is inside one.
+    """Fill COCO polygons ``[x1, y1, x2, y2, ...]``: all pixels whose centre is inside one.
 
     Coordinates are continuous: the first pixel reaches from 0 to 1. (``cv2.fillPoly`` would add the pixels that the
     border touches.)
@@ -270,7 +270,7 @@ def polygon_mask(polygons: Sequence[Any], size: Size) -> np.ndarray:
 
 
 def _inside(corners: np.ndarray, size: Size) -> np.ndarray:
-    """Pixels whose centre lies inside: those with an odd number of edges on their left."""
+    """Find pixels whose centre lies inside: those with an odd number of edges on their left."""
     centre = np.arange(size[0]) + 0.5
     start, end = corners[:, None], np.roll(corners, -1, axis=0)[:, None]  # (E, 1, 2)
     edge, row = np.nonzero((start[..., 1] <= centre) != (end[..., 1] <= centre))
@@ -328,7 +328,7 @@ class _Part:
 
 
 def segment_proposals(image: np.ndarray | Tensor, most: int = 200) -> Tensor:
-    """Masks of whatever may be an object, the most distinct first; the same for the same image.
+    """Propose masks of whatever may be an object, the most distinct first; the same for the same image.
 
     About half a second for 448 x 448 on one core. They follow visible borders, so objects of one colour on a calm
     ground come out well and a dressed person in parts; better ones from a segmentation network can be read from a file
@@ -377,7 +377,7 @@ def segment_proposals(image: np.ndarray | Tensor, most: int = 200) -> Tensor:
 
 
 def _edges(colours: np.ndarray) -> np.ndarray:
-    """``(h, w)`` how far colours differ between a pixel's neighbours."""
+    """Measure how far colours differ between a pixel's neighbours, ``(h, w)``."""
     spread = cv2.morphologyEx(colours, cv2.MORPH_GRADIENT, NEXT).astype(np.float32)
     return np.sqrt(np.square(spread).sum(2))
 
@@ -401,7 +401,7 @@ def _level_sets(colours: np.ndarray) -> Iterator[_Part]:
 
 
 def _variants(plane: np.ndarray) -> Iterator[np.ndarray]:
-    """The plane and the plane without holes, each also opened."""
+    """Return the plane and the plane without holes, each also opened."""
     borders, _ = cv2.findContours(plane, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     filled = cv2.drawContours(np.zeros_like(plane), borders, -1, 1, cv2.FILLED)
     for variant in (plane,) if np.array_equal(filled, plane) else (plane, filled):
@@ -410,7 +410,7 @@ def _variants(plane: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _regions(colours: np.ndarray, edges: np.ndarray) -> Iterator[_Part]:
-    """Regions that differ more from what they are joined to than their halves do from each other."""
+    """Join regions until they differ more from what they are joined to than their halves do from each other."""
     cells = _flat_cells(colours, edges)
     tree = _Hierarchy(cells, colours)
     spans, rank = tree.spans()
@@ -425,7 +425,7 @@ def _regions(colours: np.ndarray, edges: np.ndarray) -> Iterator[_Part]:
 
 
 def _flat_cells(colours: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """``(h, w)`` int64 labels from 0: a watershed from the flattest places."""
+    """Label ``(h, w)`` int64 cells from 0: a watershed from the flattest places."""
     smooth = cv2.GaussianBlur(edges, (0, 0), 1)
     _, seeds = cv2.connectedComponents((smooth <= cv2.erode(smooth, FLAT)).astype(np.uint8))
     cells = cv2.watershed(colours, seeds).astype(np.float32)  # exact: there are fewer than 2^24
@@ -490,7 +490,7 @@ class _Hierarchy:
                 heapq.heappush(queue, (self._cost(other, new), other, new))
 
     def spans(self) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """Leaves in an order in which those of every node follow each other.
+        """Order leaves such that those of every node follow each other.
 
         Returns:
             where each node's begin and end, and the place of each leaf.
@@ -511,7 +511,7 @@ class _Hierarchy:
 
 
 def _distinct(parts: list[_Part], edges: np.ndarray, most: int) -> list[int]:
-    """The parts of strongest border that are not nearly the same as a stronger one."""
+    """Select the parts of strongest border that are not nearly the same as a stronger one."""
     strength = np.array([_border_strength(part, edges) for part in parts])
     heights, widths = (np.array([part.mask.shape[axis] for part in parts]) for axis in (0, 1))
     left, top = np.array([part.x for part in parts]), np.array([part.y for part in parts])
@@ -530,7 +530,7 @@ def _distinct(parts: list[_Part], edges: np.ndarray, most: int) -> list[int]:
 
 
 def _border_strength(part: _Part, edges: np.ndarray) -> float:
-    """Edge strength that most of the border has; the frame of the image is no border."""
+    """Measure the edge strength that most of the border has; the frame of the image is no border."""
     h, w = part.mask.shape
     inner = np.pad(part.mask.view(np.uint8), 1)
     around = np.pad(edges, 1, constant_values=-1)[part.y : part.y + h + 2, part.x : part.x + w + 2]

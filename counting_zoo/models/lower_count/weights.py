@@ -26,7 +26,7 @@ _BRANCHES = {"branch1": "class_branch", "branch2": "density_branch"}
 
 
 def from_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowerCount:
-    """The zoo's LowerCount with the reference's weights, predicting as it does.
+    """Build a LowerCount with the reference's weights, predicting as it does.
 
     Args:
         state: the reference's state dict, without ``module.`` prefixes: ``backbond.features.*`` (its spelling),
@@ -72,7 +72,7 @@ def from_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Low
 
 
 def _renamed(key: str) -> str:
-    """The zoo's name of one of the reference's tensors; its own where there is none."""
+    """Map one of the reference's names to the zoo's; itself where there is none."""
     if found := re.fullmatch(r"backbond\.features\.([0-9])\.(.+)", key):
         part = _PARTS.get(found[1])
         plain = f"{part}.{found[2]}"

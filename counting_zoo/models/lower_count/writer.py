@@ -30,7 +30,7 @@ TURN = 0.618034  # of the hue circle: neighbours in the list never look alike
 
 
 def draw_instances(picture: np.ndarray, instances: Instances, names: Sequence[str]) -> np.ndarray:
-    """Each instance in a colour of its own, with its outline, class and score; the best on top.
+    """Draw each instance in a colour of its own, with its outline, class and score; the best on top.
 
     Args:
         picture: ``(H, W, 3)`` uint8 RGB, as it is stored; it is not changed.
@@ -78,7 +78,7 @@ def draw_instances(picture: np.ndarray, instances: Instances, names: Sequence[st
 
 
 def _inside(mask: np.ndarray) -> tuple[int, int]:
-    """The x, y that is farthest from the border of the mask: a centre that is inside, whatever the shape."""
+    """Find the x, y that is farthest from the border of the mask: a centre that is inside, whatever the shape."""
     depth = cv2.distanceTransform(np.pad(mask.view(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
     y, x = np.unravel_index(int(depth.argmax()), depth.shape)
     return int(x), int(y)

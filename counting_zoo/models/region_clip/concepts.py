@@ -115,7 +115,7 @@ _SETS = {"region_clip": TEMPLATES, "clip": TEMPLATES[1:], "photo": ("a photo of 
 
 
 def prompt_templates(templates: TemplateSet | Sequence[str] = "region_clip") -> tuple[str, ...]:
-    """Templates by the name of a set, or one's own.
+    """Return templates by the name of a set, or one's own.
 
     Args:
         templates: ``region_clip`` for all 81, ``clip`` for the 80 without the bare name, ``photo`` for "a photo of a
@@ -142,7 +142,7 @@ def prompt_templates(templates: TemplateSet | Sequence[str] = "region_clip") -> 
 def region_prompts(
     name: str, templates: TemplateSet | Sequence[str] = "region_clip", wording: Wording = "corrected"
 ) -> list[str]:
-    """A name in each template.
+    """Put a name into each template.
 
     Args:
         name: such as ``traffic_light`` or ``stop+sign``.
@@ -198,7 +198,7 @@ _PHRASE_END = re.compile(r"[^\w\s'’\-]|_|\d")
 def concepts_from_captions(
     captions: Iterable[str], *, min_count: int = 100, max_words: int = 2, limit: int | None = None
 ) -> list[str]:
-    """Frequent words and short phrases of captions.
+    """Collect frequent words and short phrases of captions.
 
     The rule: captions in lower case are cut at everything that is no letter, space, hyphen or apostrophe; in what is
     left, every run of 1 to ``max_words`` neighbouring words is a candidate if none of them is in :data:`STOP_WORDS`.
@@ -244,7 +244,7 @@ def _candidates(caption: str, max_words: int) -> Iterator[str]:
 
 
 def concepts_from_file(path: str | Path) -> list[str]:
-    """Names out of a text file, one in each line, or a JSON list.
+    """Read names out of a text file, one in each line, or a JSON list.
 
     Empty lines are left out, and so is a name that stood there before, with a warning that says how many.
 
@@ -265,7 +265,7 @@ def concepts_from_file(path: str | Path) -> list[str]:
 
 
 def concepts_from_classes(names: Iterable[str], distractors: Iterable[str] = COCO_CLASSES) -> list[str]:
-    """Class names of a data set, and other names that a region may be instead.
+    """Collect class names of a data set, and other names that a region may be instead.
 
     Args:
         names: of the classes, in any order; each comes once.
@@ -301,7 +301,7 @@ def concept_pool(
     max_words: int = 2,
     limit: int | None = None,
 ) -> list[str]:
-    """The pool of a training run, by the setting that names where it comes from.
+    """Build the pool of a training run, by the setting that names where it comes from.
 
     Args:
         source: ``captions``, ``classes``, a file as in :func:`concepts_from_file`, or the names themselves.
@@ -345,7 +345,7 @@ def embed_concepts(
     ensemble: Ensemble = "normalised",
     together: int = 256,
 ) -> Tensor:
-    """One embedding for each name, from its sentences.
+    """Embed each name, from its sentences.
 
     Args:
         encode: ``list[str] -> (n, D)``, such as a :class:`~counting_zoo.nn.text.TextTower` in evaluation.
@@ -389,7 +389,7 @@ def trained_concepts(
     wording: Wording,
     ensemble: Ensemble,
 ) -> Tensor:
-    """``(len(names), D)`` of :func:`embed_concepts` up to their length, with gradient and all prompts together."""
+    """Embed names as :func:`embed_concepts` does, ``(len(names), D)``, with gradient and not normalised."""
     prompts = [prompt for name in names for prompt in region_prompts(name, templates, wording)]
     features = encode(prompts).unflatten(0, (len(names), -1))  # (names, templates, D)
     return (normalize(features.float(), dim=2) if ensemble == "normalised" else features).mean(1)
@@ -407,7 +407,7 @@ def _check_distinct(names: Sequence[str], templates: Sequence[str], wording: Wor
 
 
 def _text_fingerprint(tower: TextTower, prompts: Sequence[str]) -> str:
-    """A hash of all that decides about embeddings but the prompts: weights, tokenizer, where the feature is read.
+    """Hash all that decides about embeddings but the prompts: weights, tokenizer, where the feature is read.
 
     Args:
         tower: with its tokenizer.
@@ -430,7 +430,7 @@ def cached_concepts(
     wording: Wording = "corrected",
     ensemble: Ensemble = "normalised",
 ) -> Tensor:
-    """:func:`embed_concepts`, calculated once for names, templates and weights, and then read from a file.
+    """Apply :func:`embed_concepts` once for names, templates and weights, and read the result from a file then.
 
     The file is ``concepts-<hash>.safetensors``, and appears whole or not at all, so that several processes may share
     the folder. One that cannot be read, or is of something else, is written anew with a warning.

@@ -33,7 +33,7 @@ class PseudoLabels:
 
 @torch.no_grad()
 def teacher_probabilities(regions: Tensor, concepts: Tensor, temperature: float = 0.01) -> Tensor:
-    """Softmax of the cosines over the whole pool, without gradient.
+    """Compute the softmax of the cosines over the whole pool, without gradient.
 
     Args:
         regions: ``(N, D)`` features of the teacher.
@@ -52,7 +52,7 @@ def teacher_probabilities(regions: Tensor, concepts: Tensor, temperature: float 
 
 
 def pseudo_labels(probabilities: Tensor, threshold: float = 0.1, *, fallback: Fallback = "none") -> PseudoLabels:
-    """The most probable concept of each region, kept where its probability is above a threshold.
+    """Choose the most probable concept of each region, kept where its probability is above a threshold.
 
     Args:
         probabilities: ``(N, C)``, see :func:`teacher_probabilities`.
@@ -113,7 +113,7 @@ PLANE = 1 << 24
 
 
 def heat_target(points: Tensor, sizes: Tensor, grid: tuple[int, int], cell: int) -> Tensor:
-    """The highest of Gaussians around objects, exactly 1 in the cell of each (CenterNet, arXiv 1904.07850).
+    """Draw the highest of Gaussians around objects, exactly 1 in the cell of each (CenterNet, arXiv 1904.07850).
 
     Args:
         points: ``(N, 2)`` centres x, y in pixels.
@@ -144,13 +144,13 @@ def heat_target(points: Tensor, sizes: Tensor, grid: tuple[int, int], cell: int)
 
 
 def cells_of(points: Tensor, grid: tuple[int, int], cell: int) -> Tensor:
-    """``(N, 2)`` int64 column and row of the cell each point is in; points on the far border are in the last one."""
+    """Find the cell of each point, ``(N, 2)`` int64 column and row; points on the far border are in the last one."""
     last = torch.tensor([grid[1] - 1, grid[0] - 1], device=points.device)
     return torch.minimum((points / cell).floor().long().clamp(min=0), last)
 
 
 def focal_heat_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """CenterNet's focal loss, over the number of centres.
+    """Compute CenterNet's focal loss, over the number of centres.
 
     ``-(1 - p)^2 log p`` where the target is 1, and ``-(1 - t)^4 p^2 log(1 - p)`` elsewhere, in logarithms throughout.
 
@@ -166,7 +166,7 @@ def focal_heat_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def size_loss(log_sizes: Tensor, boxes: Sequence[Tensor], cell: int, unit: float) -> Tensor:
-    """Mean absolute error of the logarithms of width and height, at the centres of boxes.
+    """Average the absolute error of the logarithms of width and height, at the centres of boxes.
 
     Args:
         log_sizes: ``(B, 2, h, w)`` over ``unit``.
@@ -191,7 +191,7 @@ def size_loss(log_sizes: Tensor, boxes: Sequence[Tensor], cell: int, unit: float
 
 
 def typical_sides(points: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Width and height that objects of an image have, where only some or none have a box.
+    """Estimate width and height of the objects of an image, where only some or none have a box.
 
     The mean of the boxes; without any, both are the median distance of a point to its nearest neighbour, between 8
     pixels and a quarter of the image's shorter side, which is also taken for a single point.
@@ -225,7 +225,7 @@ def typical_sides(points: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tenso
 
 
 def object_sides(points: Tensor, labels: Tensor, boxes: Tensor, box_labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Width and height of each object: of the box of its name whose centre is nearest, where it lies in that box.
+    """Measure width and height of each object: of the nearest box of its name, where it lies in that box.
 
     Others have the sides that are typical of the boxes of their name, or of all boxes where it has none, or of the
     points (:func:`typical_sides`).
@@ -263,12 +263,12 @@ def object_sides(points: Tensor, labels: Tensor, boxes: Tensor, box_labels: Tens
 
 
 def around(points: Tensor, sides: Tensor) -> Tensor:
-    """``(N, 4)`` boxes of ``(N, 2)`` or ``(2,)`` sides around points."""
+    """Build ``(N, 4)`` boxes of ``(N, 2)`` or ``(2,)`` sides around points."""
     return torch.cat([points - sides / 2, points + sides / 2], 1)
 
 
 def away_from(boxes: Tensor, points: Tensor) -> Tensor:
-    """``(N,)`` bool: the boxes whose centre is more than half their size from every point, along x or y."""
+    """Tell ``(N,)`` the boxes whose centre is more than half their size from every point, along x or y."""
     if not len(points):
         return torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
     centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
@@ -286,7 +286,7 @@ def region_examples(
     n_regions: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes of one image that names are trained on: around objects, and beside all of those asked about.
+    """Choose boxes of one image that names are trained on: around objects, and beside all of those asked about.
 
     Args:
         points: ``(N, 2)`` of the objects asked about.
@@ -322,7 +322,7 @@ def region_examples(
 
 
 def region_score_loss(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
-    """Binary cross-entropy of regions and names, summed over names and averaged over regions.
+    """Compute the binary cross-entropy of regions and names, summed over names and averaged over regions.
 
     Args:
         logits: ``(N, K)``.
@@ -340,7 +340,7 @@ Gather = Literal["image_text", "all", "none"]
 
 
 def text_logits(features: Tensor, texts: Tensor, temperature: float = 0.01) -> Tensor:
-    """Cosines over a temperature, in float32 also under autocast.
+    """Compute cosines over a temperature, in float32 also under autocast.
 
     Args:
         features: ``(N, D)`` of regions or images, of any length; a zero vector has cosine 0 with everything.
@@ -365,7 +365,7 @@ def text_logits(features: Tensor, texts: Tensor, temperature: float = 0.01) -> T
 
 
 def contrastive_loss(logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
-    """Minus the logarithm of the share that the columns of a row's own label have, averaged over kept rows.
+    """Compute minus the logarithm of the share that the columns of a row's own label have, averaged over kept rows.
 
     In logarithms throughout: the quotient of exponentials that the reference takes is inf from logits of 104 on.
 
@@ -387,7 +387,7 @@ def contrastive_loss(logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
 def region_text_loss(
     regions: Tensor, labels: Tensor, kept: Tensor, concepts: Tensor, temperature: float = 0.01
 ) -> Tensor:
-    """Regions against the concepts of all kept regions; every region of the same concept is a positive.
+    """Contrast regions with the concepts of all kept regions; every region of the same concept is a positive.
 
     With ``z_ij`` the logit of region i and the concept of region j, both kept::
 
@@ -411,7 +411,7 @@ def region_text_loss(
 def distillation_loss(
     regions: Tensor, probabilities: Tensor, kept: Tensor, concepts: Tensor, temperature: float = 0.01
 ) -> Tensor:
-    """Kullback-Leibler divergence of the student's from the teacher's probabilities over the whole pool.
+    """Compute the Kullback-Leibler divergence of the student's from the teacher's probabilities over the whole pool.
 
     Args:
         regions: ``(N, D)`` features of the student.
@@ -440,7 +440,7 @@ def image_text_loss(
     captions: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE of images and their captions (CLIP, arXiv 2103.00020).
+    """Compute symmetric InfoNCE of images and their captions (CLIP, arXiv 2103.00020).
 
     Args:
         images: ``(B, D)`` features of images.
@@ -464,7 +464,7 @@ def image_text_loss(
 
 
 def _mean(values: Tensor, kept: Tensor) -> Tensor:
-    """Mean of the kept values; 0 of none."""
+    """Average the kept values; 0 of none."""
     return values.where(kept, 0).sum() / kept.sum().clamp(min=1)
 
 
@@ -486,7 +486,7 @@ def pretraining_losses(
     gather: Gather = "image_text",
     all_gather: Callable[[Tensor], Tensor] = _alone,
 ) -> dict[str, Tensor]:
-    """The three terms of RegionCLIP's pretraining, none of them weighed, on the batch of one process or of all.
+    """Compute the three terms of RegionCLIP's pretraining, none of them weighed, on the batch of one process or of all.
 
     Args:
         regions, probabilities, labels, kept, concepts: as in :func:`region_text_loss` and :func:`distillation_loss`.

@@ -90,7 +90,7 @@ class ThresholdErrors(ImageRows):
         self.append([image_id], error=(counts - target).abs().sum(1)[None])
 
     def compute(self) -> float | None:
-        """The threshold of the least mean error; ``None`` without an image."""
+        """Find the threshold of the least mean error; ``None`` without an image."""
         errors = self.rows()["error"].reshape(-1, len(THRESHOLDS), 1)
         return best_threshold(errors, errors.new_zeros(len(errors), 1), THRESHOLDS.to(errors)) if len(errors) else None
 
@@ -232,7 +232,7 @@ class RegionCLIPCounter(CountingModule):
         return super().load_state_dict(*args, **kwargs)
 
     def embed_names(self, names: Sequence[str]) -> Tensor:
-        """``(K, D)`` embeddings of names through the templates, of any length; remembered while texts do not train."""
+        """Embed names through the templates: ``(K, D)``, of any length; remembered while texts do not train."""
         if any(not name.strip() for name in names):
             raise InputError(f"an empty name in {list(names)[:5]}; name what is to be counted")
         options: Any = {"wording": self.config.wording, "ensemble": self.config.ensemble}
@@ -258,7 +258,7 @@ class RegionCLIPCounter(CountingModule):
         return GRID
 
     def forward(self, images: Tensor, queries: Sequence[Query]) -> RegionOutput:
-        """Detections in evaluation; in training the maps that they are made of, and no detection."""
+        """Detect in evaluation; in training return the maps that detections are made of, and no detection."""
         if not self.training:
             return joined([self._detect(image, query) for image, query in zip(images, queries, strict=True)])
         x = self.network.normalised(images)
@@ -326,7 +326,7 @@ class RegionCLIPCounter(CountingModule):
     def peaks(
         self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[Proposed]:
-        """Peaks of images of any size; those of one size together."""
+        """Find peaks of images of any size; those of one size together."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, image in enumerate(images):
             by_size.setdefault((int(image.shape[-2]), int(image.shape[-1])), []).append(i)
@@ -342,7 +342,7 @@ class RegionCLIPCounter(CountingModule):
     def _probabilities(
         self, features: Tensor, boxes: Tensor, names: Sequence[str], against: Sequence[str] = ()
     ) -> Tensor:
-        """``(N, K)`` of the boxes of one image; names that compete are those ``against``, or else the model's."""
+        """Compute ``(N, K)`` probabilities of the boxes of one image; names compete with ``against``."""
         if not len(boxes):
             return features.new_zeros(0, len(names), dtype=torch.float32)
         regions = self.network.encoder.pool(features, [boxes])
@@ -504,7 +504,7 @@ class RegionCLIPCounter(CountingModule):
         return {name: self.weights[name] * term for name, term in terms.items()}
 
     def _known_boxes(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
-        """``(E, 4)`` boxes of objects of an image, all or a few examples, and ``(E,)`` which name each has."""
+        """Collect ``(E, 4)`` boxes of objects of an image, all or a few examples, and ``(E,)`` which name each has."""
         if self.boxes == "all" and "boxes" in batch and "box_labels" in batch:
             return batch["boxes"][i], batch["box_labels"][i]
         points = batch["points"][i]
@@ -515,7 +515,7 @@ class RegionCLIPCounter(CountingModule):
         return examples, torch.zeros(len(examples), dtype=torch.int64, device=points.device)
 
     def _text_loss(self, features: Tensor, batch: Batch, sides: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Regions on objects against all names of training, and regions beside them against those asked about."""
+        """Compare regions on objects with all names of training, and regions beside them with those asked about."""
         names = list(dict.fromkeys([*self.train_classes, *(n for query in batch["queries"] for n in query.names)]))
         place = {name: i for i, name in enumerate(names)}
         generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, ())))

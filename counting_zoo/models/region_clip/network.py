@@ -137,7 +137,7 @@ def text_probabilities(
 
 
 def fuse(probabilities: Tensor, objectness: Tensor | None, fusion: Fusion) -> Tensor:
-    """The score of each region and name, from what the texts and what the proposals say.
+    """Fuse what the texts and what the proposals say to the score of each region and name.
 
     Args:
         probabilities: ``(N, K)``, see :func:`text_probabilities`.
@@ -189,7 +189,7 @@ def detect(
     limit: int | None = None,
     deltas: Tensor | None = None,
 ) -> Detections:
-    """The boxes to report: regressed, above the threshold, one for each object of a name, and clipped.
+    """Select the boxes to report: regressed, above the threshold, one for each object of a name, and clipped.
 
     The scores of the boxes that stay do not depend on the threshold, so what a higher threshold would report is among
     what a lower one does: :func:`counts_at` counts for all of them at once (without a limit).
@@ -290,7 +290,7 @@ def counts_at(scores: Tensor, labels: Tensor, n_names: int, thresholds: Tensor) 
 
 
 def best_threshold(counts: Tensor, targets: Tensor, thresholds: Tensor) -> float:
-    """The threshold of the least mean absolute error over images and names.
+    """Find the threshold of the least mean absolute error over images and names.
 
     Several may be as good: often all between the scores of objects and those of everything else. Then it is the middle
     of the longest run of them (of the first such run, and the lower of two in the middle), far from either.
@@ -333,7 +333,7 @@ def best_threshold(counts: Tensor, targets: Tensor, thresholds: Tensor) -> float
 
 
 def _regressed(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """``(N, 4)`` boxes moved and grown (Girshick et al., CVPR 2014, appendix C)."""
+    """Move and grow ``(N, 4)`` boxes (Girshick et al., CVPR 2014, appendix C)."""
     low, high = boxes.split(2, 1)
     shift, growth = (deltas / deltas.new_tensor(DELTA_WEIGHTS)).split(2, 1)
     side = high - low
@@ -419,21 +419,21 @@ class RegionOutput(CountOutput):
 def detected(
     boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int], n_names: int, saturated: bool
 ) -> RegionOutput:
-    """The output of one image of ``size`` (H, W), with a density of the centres of its boxes."""
+    """Build the output of one image of ``size`` (H, W), with a density of the centres of its boxes."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     density = points_to_counts([centres], size, GRID, labels=[labels], num_classes=n_names)
     return RegionOutput(density, [boxes], [scores], [labels], [saturated])
 
 
 def above(output: RegionOutput, threshold: float, size: tuple[int, int]) -> RegionOutput:
-    """The detections of one image that score higher."""
+    """Select the detections of one image that score higher."""
     kept = output.scores[0] > threshold
     (boxes,), (scores,), (labels,) = output.boxes, output.scores, output.labels
     return detected(boxes[kept], scores[kept], labels[kept], size, output.density.shape[1], output.saturated[0])
 
 
 def joined(outputs: Sequence[RegionOutput]) -> RegionOutput:
-    """Outputs of images of one size as one."""
+    """Join outputs of images of one size to one."""
     lists: dict[str, Any] = {
         name: [value for output in outputs for value in getattr(output, name)]
         for name in ("boxes", "scores", "labels", "saturated")
@@ -576,7 +576,7 @@ class RegionCLIPNet(nn.Module):
         return math.lcm(self.encoder.multiple, CELL)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """``(B, 3, H', W')`` normalised images with zeros on the right and at the bottom, up to whole cells."""
+        """Normalise images and pad them with zeros to whole cells, right and bottom: ``(B, 3, H', W')``."""
         x = images if images.is_floating_point() else images.float() / 255
         height, width = x.shape[-2:]
         return pad((x - self.mean) / self.std, (0, -width % self.multiple, 0, -height % self.multiple))
@@ -585,7 +585,7 @@ class RegionCLIPNet(nn.Module):
     def proposed(
         self, features: Tensor, images: Tensor, sizes: Sequence[tuple[int, int]], floor: float
     ) -> list[Proposed]:
-        """A box at every peak, of which equal neighbours are one.
+        """Propose a box at every peak, of which equal neighbours are one.
 
         Args:
             features: of the encoder.

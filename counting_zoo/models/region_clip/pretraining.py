@@ -107,7 +107,7 @@ class RegionAccuracy(ImageRows):
                 self.append([image_id], region=region.reshape(1, 1), whole=whole.reshape(1, 1))
 
     def compute(self) -> dict[str, float]:
-        """``region_accuracy, picture_accuracy``; nothing where no image has named regions."""
+        """Compute ``region_accuracy, picture_accuracy``; nothing where no image has named regions."""
         rows = self.rows()
         if not len(rows["image_key"]):
             return {}
@@ -129,7 +129,7 @@ CHOICES = {
 
 
 def term_weights(given: Mapping[str, float] | None) -> dict[str, float]:
-    """The weight of each term of the loss, 1 where none is given.
+    """Return the weight of each term of the loss, 1 where none is given.
 
     Raises:
         InputError: an unknown term, a weight that is negative or not finite, or no weight above 0.
@@ -213,14 +213,14 @@ CAPTIONS = 5
 
 
 def picture_generators(image_ids: Sequence[str]) -> list[torch.Generator]:
-    """A generator for each image, seeded by its name: what it draws depends on no other image, batch or process."""
+    """Build a generator for each image, seeded by its name, so that draws depend on no other image or process."""
     return [torch.Generator().manual_seed(zlib.crc32(image_id.encode())) for image_id in image_ids]
 
 
 def padded_pictures(
     images: Tensor | Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int
 ) -> tuple[Tensor, list[Size]]:
-    """Normalised images with zeros on the right and at the bottom.
+    """Pad normalised images with zeros on the right and at the bottom.
 
     Args:
         images: B images ``(3, H_i, W_i)`` in [0, 1] or uint8.
@@ -257,7 +257,7 @@ def drawn_rows(boxes: Sequence[Tensor], n: int, generators: Sequence[torch.Gener
 
 
 def parted_rows(rows: Tensor, boxes: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of boxes, and of more boxes that came behind those of the same image.
+    """Split rows of boxes from those of more boxes that came behind those of the same image.
 
     Args:
         rows: ``(N + M, D)``, of each image first ``boxes``, then ``more``.
@@ -271,7 +271,7 @@ def parted_rows(rows: Tensor, boxes: Sequence[Tensor], more: Sequence[Tensor]) -
 
 
 def named_labels(names: Sequence[str], pool: Sequence[str], device: torch.device | str = "cpu") -> PseudoLabels:
-    """Labels that are known: all are kept, with the probability 1.
+    """Build labels that are known: all are kept, with the probability 1.
 
     Args:
         names: of N regions.
@@ -292,7 +292,7 @@ def named_labels(names: Sequence[str], pool: Sequence[str], device: torch.device
 
 
 def drawn_captions(batch: Batch, template: str, generators: Sequence[torch.Generator]) -> list[str]:
-    """One caption for each image: one of its first :data:`CAPTIONS`, or the names in it.
+    """Draw one caption for each image: one of its first :data:`CAPTIONS`, or the names in it.
 
     Args:
         batch: with ``captions``, ``present`` or ``classes``.
@@ -318,12 +318,12 @@ def drawn_captions(batch: Batch, template: str, generators: Sequence[torch.Gener
 
 
 def sentence_numbers(sentences: Sequence[str]) -> Tensor:
-    """``(B,)`` int64, equal for equal sentences: hashes, so that those of other processes have the same number."""
+    """Number sentences ``(B,)`` int64, equal for equal ones: hashes, so that those of other processes have the same."""
     return torch.tensor([int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) for text in sentences])
 
 
 def filled_rows(regions: Tensor, pseudo: PseudoLabels, rows: int) -> tuple[Tensor, PseudoLabels]:
-    """Regions and their labels with rows behind them that are not kept, so that every process has as many.
+    """Fill regions and their labels with rows that are not kept, so that every process has as many.
 
     Args:
         regions: ``(N, D)``.
@@ -553,7 +553,7 @@ class RegionCLIPPretraining(TrainingModule):
             )
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The reference's SGD for a ResNet (arXiv 2112.09106), CLIPSelf's AdamW for a ViT (arXiv 2310.01403).
+        """Build the reference's SGD for a ResNet (arXiv 2112.09106), CLIPSelf's AdamW for a ViT (arXiv 2310.01403).
 
         A ``conv`` stem, which nobody published, has the AdamW of all models here.
         """
@@ -564,7 +564,7 @@ class RegionCLIPPretraining(TrainingModule):
         return torch.optim.AdamW(groups, lr=1e-5, weight_decay=0.1)
 
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The reference's for a ResNet: warm-up, then a tenth of the rate from step 300000 on, and from 525000 on."""
+        """Build the reference's for a ResNet: warm-up, then a tenth of the rate from steps 300000 and 525000 on."""
         return WarmupSteps(optimizer) if isinstance(self.encoder, ResNetRegions) else None
 
     # -- concepts -------------------------------------------------------------------------------------------------
@@ -592,7 +592,7 @@ class RegionCLIPPretraining(TrainingModule):
             )
 
     def _embeddings(self, names: list[str]) -> Tensor:
-        """``(C, D)`` embeddings of names, calculated once where texts do not train, else once in each validation."""
+        """Embed names, ``(C, D)``, once where texts do not train, else once in each validation."""
         options: Any = {"wording": self.wording, "ensemble": self.ensemble}
         if self.train_text and self.training:
             return trained_concepts(self.text, names, self.templates, **options)
@@ -611,7 +611,7 @@ class RegionCLIPPretraining(TrainingModule):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor | Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The student's embeddings of boxes ``(N, D)`` and of whole images ``(B, D)``, not normalised.
+        """Embed boxes ``(N, D)`` and whole images ``(B, D)`` by the student, not normalised.
 
         Args:
             image: B images ``(3, H_i, W_i)`` in [0, 1] or uint8, of any sizes.
@@ -633,7 +633,7 @@ class RegionCLIPPretraining(TrainingModule):
         generators: Sequence[torch.Generator],
         more: Sequence[Tensor] | None = None,
     ) -> PretrainingStep:
-        """One pass of the student over a batch: its losses, and embeddings of ``more`` boxes of each image.
+        """Run one pass of the student over a batch: its losses, and embeddings of ``more`` boxes of each image.
 
         What is drawn for an image is drawn from its generator: boxes of all images first, then captions.
         """
@@ -676,7 +676,7 @@ class RegionCLIPPretraining(TrainingModule):
     def _boxes(
         self, batch: Batch, sizes: list[Size], generators: Sequence[torch.Generator]
     ) -> tuple[list[Tensor], list[str]]:
-        """At most ``n_regions`` boxes of each image, and where they are the data's own the name of each."""
+        """Collect at most ``n_regions`` boxes of each image, and where they are the data's own the name of each."""
         if self.regions == "random":
             each = zip(sizes, generators, strict=True)
             return [random_boxes(size, self.n_regions, own).to(self.device) for size, own in each], []
@@ -731,7 +731,7 @@ class RegionCLIPPretraining(TrainingModule):
         return found.terms
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Is never reached, see :meth:`setup`; without it Lightning would say something less helpful."""
+        """Refuse: never reached, see :meth:`setup`; without it Lightning's message would be less helpful."""
 
     def on_validation_epoch_start(self) -> None:
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]

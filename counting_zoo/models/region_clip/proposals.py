@@ -87,7 +87,7 @@ def check_pictures(images: Sequence[Tensor], image_ids: Sequence[str], sizes: Se
 
 
 def kept_inside(boxes: Tensor, scores: Tensor, size: Size, saturated: bool = False, *, clip: bool = True) -> Proposed:
-    """Boxes clipped to their image, without those of which nothing is left.
+    """Clip boxes to their image, without those of which nothing is left.
 
     Args:
         boxes: ``(N, 4)`` x1, y1, x2, y2.
@@ -111,7 +111,7 @@ def kept_inside(boxes: Tensor, scores: Tensor, size: Size, saturated: bool = Fal
 
 
 def random_boxes(size: Size, n: int, generator: torch.Generator, *, grid: int = 8, min_side: int = 8) -> Tensor:
-    """Boxes whose corners lie anywhere on a grid: the two ends of each side are a uniform draw among all that fit.
+    """Draw boxes whose corners lie anywhere on a grid: the two ends of each side are uniform among all that fit.
 
     The reference draws one set for the batch, on the padded canvas (modeling/meta_arch/clip_rcnn.py,
     ``create_rand_boxes``); these are of one image. Where it has no room for two cells of the grid, or boxes, along an
@@ -143,7 +143,7 @@ def random_boxes(size: Size, n: int, generator: torch.Generator, *, grid: int = 
 
 
 def _random_spans(length: int, n: int, generator: torch.Generator, grid: int, shortest: int) -> tuple[Tensor, Tensor]:
-    """First and last pixel lines, each ``(n,)``: uniform among the pairs that are far enough apart."""
+    """Draw first and last pixel lines, each ``(n,)``: uniform among the pairs that are far enough apart."""
     step = grid if length >= 2 * max(grid, shortest) else 1
     apart = math.ceil(min(shortest, length) / step)
     # Two distinct ones of these lines, less the gap that every pair has: each pair is as likely as any other.
@@ -198,7 +198,7 @@ class GridProposals:
 
 @lru_cache(maxsize=8)
 def _grid(height: int, width: int, sizes: tuple[float, ...], ratios: tuple[float, ...], step: float) -> Tensor:
-    """``(N, 4)``, small boxes first, row by row. An image smaller than boxes has only one of those that it cuts."""
+    """Build a grid of ``(N, 4)`` boxes, small ones first; of boxes larger than the image there is only one."""
     sides = [(size * math.sqrt(ratio), size / math.sqrt(ratio)) for size in sizes for ratio in ratios]
     # Rounded, so that shapes that are the same come once.
     shapes = dict.fromkeys((min(round(high, 4), height), min(round(wide, 4), width)) for high, wide in sides)
@@ -311,7 +311,7 @@ def tiled(
 
 
 def _look(region: _Region, image: Tensor) -> Tensor:
-    """The region's pixels, as many as the whole image has."""
+    """Resample the region's pixels to as many as the whole image has."""
     height, width = image.shape[-2:]
     (x, y), (right, bottom) = region.corner, region.ends
     return resize_image(image[:, y:bottom, x:right], (height, width), antialias=False)
@@ -323,7 +323,7 @@ def _in_picture(found: Proposed, region: _Region, look: Tensor) -> Proposed:
 
 
 def _cut(region: _Region, overlap: float) -> list[_Region]:
-    """The tiles of a region that needs them."""
+    """Cut a region that needs them into tiles."""
     assert region.found is not None
     if not region.found.saturated or min(region.size) < SMALLEST:
         return []
@@ -370,7 +370,7 @@ def _joined(region: _Region, step: float) -> Proposed:
 
 
 def _told(boxes: Tensor, others: Tensor, limit: Tensor, step: float = 0.0) -> Tensor:
-    """``(N,)``: whether a box is one of the others, seen in another look: in pairs, best first.
+    """Tell ``(N,)`` if a box is one of the others, seen in another tile: in pairs, best first.
 
     Two objects at nearly the same place therefore stay two where both looks see both.
 
@@ -401,7 +401,7 @@ def _centres(boxes: Tensor) -> Tensor:
 
 
 def _whole(boxes: Tensor, tile: _Region, region: _Region, cut: float) -> Tensor:
-    """``(N,)``: whether boxes stay clear of the borders that the tile has inside its region."""
+    """Tell ``(N,)`` if boxes stay clear of the borders that the tile has inside its region."""
     clear = torch.ones_like(boxes[:, 0], dtype=torch.bool)
     for axis, side in ((0, tile.size[1]), (1, tile.size[0])):
         if tile.corner[axis] > region.corner[axis]:
@@ -412,7 +412,7 @@ def _whole(boxes: Tensor, tile: _Region, region: _Region, cut: float) -> Tensor:
 
 
 def _fits(region: _Region) -> Tensor:
-    """``(N,)``: whether what was found in the whole region is well inside the tile that has its centre."""
+    """Tell ``(N,)`` if what was found in the whole region is well inside the tile that has its centre."""
     assert region.found is not None
     boxes = region.found.boxes
     after = _centres(boxes) >= boxes.new_tensor(region.middle)
@@ -503,7 +503,7 @@ class FileProposals:
         return Proposed(found.boxes.to(image.device), found.scores.to(image.device), False)
 
     def _size(self, key: str | None, image_id: str, given: Size, stored: Size | None) -> Size:
-        """``(H, W)`` that the boxes are in pixels of."""
+        """Return ``(H, W)`` that the boxes are in pixels of."""
         stated = self._file.sizes.get(key) if key is not None else None
         if stated is None:
             return given if stored is None else (int(stored[0]), int(stored[1]))
@@ -580,7 +580,7 @@ class _Detector:
     def _batches(
         self, images: Sequence[Tensor], image_ids: Sequence[str]
     ) -> Iterator[tuple[dict[str, Tensor], list[Size], torch.device]]:
-        """Neighbouring images that come out of the preprocessing alike: none is padded for another's sake."""
+        """Group neighbouring images that come out of the preprocessing alike: none is padded for another's sake."""
         inputs = (
             (self._preprocessed(image, name), (int(image.shape[-2]), int(image.shape[-1])), image.device)
             for image, name in zip(images, image_ids, strict=True)
@@ -616,7 +616,7 @@ class _Detector:
         return [self._of(*each) for each in zip(boxes.float(), scores.float(), sizes, strict=True)]
 
     def _detect(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``(B, Q, 4)`` centre x, centre y, width, height, and ``(B, Q)`` objectness in [0, 1]."""
+        """Detect ``(B, Q, 4)`` centre x, centre y, width, height, and ``(B, Q)`` objectness in [0, 1]."""
         raise NotImplementedError
 
     def _of(self, boxes: Tensor, scores: Tensor, size: Size) -> Proposed:
@@ -741,7 +741,7 @@ class DetrProposals(_Detector):
 
 
 def _load(source: str, load: Callable[[str, bool], tuple[Any, dict[str, Any]]]) -> tuple[Any, Any]:
-    """A detector and its image processor, out of a folder, the local cache or the hub."""
+    """Load a detector and its image processor, out of a folder, the local cache or the hub."""
     from transformers.utils import logging
 
     folder = Path(source).expanduser().is_dir()
@@ -791,7 +791,7 @@ def _processor(place: str, local_only: bool) -> Any:
 
 
 def proposal_source(name: str, *, missing: Literal["error", "empty"] = "error") -> ProposalSource:
-    """A source by a short text, as it stands in a configuration.
+    """Build a source from a short text, as it stands in a configuration.
 
     Args:
         name: ``grid``, a ``.json`` or ``.csv`` file, or ``owlv2:`` or ``detr:`` and a folder or hub name.

@@ -95,7 +95,7 @@ def from_official(
     clip: Any = None,
     tokenizer: TokenizerLike | None = None,
 ) -> RegionCLIPCounter:
-    """The zoo's RegionCLIPCounter with the reference's image tower, which counts without training (zero-shot).
+    """Build a RegionCLIPCounter with the reference's image tower, which counts without training (zero-shot).
 
     Images are resized, prompts written and embedded as in the reference. What it lacks for counting is the zoo's:
     other names compete with those asked about, and there is no limit on detections. Boxes are the caller's to give
@@ -143,7 +143,7 @@ def from_official(
 
 
 def _settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """Options of the counter, and heads of the text tower."""
+    """Collect options of the counter, and heads of the text tower."""
     given = {key: value for key, value in _flat(config) if value is not None}
     if "proposals" not in given:
         warnings.warn(
@@ -176,7 +176,7 @@ def _settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings with the reference's nested ones under dotted names."""
+    """Flatten settings, with the reference's nested ones under dotted names."""
     for key, value in config.items():
         if isinstance(value, Mapping) and str(key).isupper():
             yield from _flat(value, f"{prefix}{key}.")
@@ -185,7 +185,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
-    """Image tower and text tower under OpenAI's names, and whether a box regression was left out."""
+    """Split into image tower and text tower under OpenAI's names, and tell if a box regression was left out."""
     vision = {"visual." + k.removeprefix(_VISION): v for k, v in state.items() if k.startswith(_VISION)}
     text = {k.removeprefix(_TEXT): v for k, v in state.items() if k.startswith(_TEXT)}
     known = (_VISION, _TEXT, _BOXES, *_DROPPED)
@@ -198,7 +198,7 @@ def _parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def _published(vision: Mapping[str, Tensor]) -> str:
-    """The name of OpenAI's CLIP of the same sizes, whose text tower the reference never changes."""
+    """Name OpenAI's CLIP of the same sizes, whose text tower the reference never changes."""
     layers = tuple(len({k.split(".")[2] for k in vision if k.startswith(f"visual.layer{i}.")}) for i in (1, 2, 3, 4))
     name = next((name for name, sizes in PUBLISHED.items() if sizes.layers == layers), None)
     if name is None:
@@ -210,7 +210,7 @@ def _published(vision: Mapping[str, Tensor]) -> str:
 
 
 def _text_of(clip: Any) -> dict[str, Tensor]:
-    """The text tower of a CLIP, or of another file of the reference, under OpenAI's names."""
+    """Extract the text tower of a CLIP, or of another file of the reference, under OpenAI's names."""
     if isinstance(clip, Mapping):
         inside = clip["model"] if isinstance(clip.get("model"), Mapping) else clip
         tensors = {str(key): value for key, value in inside.items() if isinstance(value, Tensor)}
@@ -222,7 +222,7 @@ def _text_of(clip: Any) -> dict[str, Tensor]:
 
 
 def _towers(state: Mapping[str, Tensor], heads: int | None, text_prefix: str) -> CLIPResNetModel:
-    """The CLIP of an OpenAI-layout state dict, strictly, its batch statistics included; see :func:`_checked_config`."""
+    """Build the CLIP of an OpenAI-layout state dict, strictly, its batch statistics included."""
     towers = random_clip_resnet(_checked_config(state, heads, text_prefix))
     means = [value for key, value in state.items() if key.endswith(".running_mean")]
     if not any(bool(mean.any()) for mean in means):
@@ -241,7 +241,7 @@ def _towers(state: Mapping[str, Tensor], heads: int | None, text_prefix: str) ->
 
 
 def _checked_config(state: Mapping[str, Tensor], heads: int | None, text_prefix: str) -> dict[str, Any]:
-    """The config of the CLIP whose names and shapes an OpenAI-layout state dict has, no more and no less.
+    """Infer the config of the CLIP whose names and shapes an OpenAI-layout state dict has, no more and no less.
 
     Args:
         state: both towers.
