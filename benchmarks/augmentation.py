@@ -29,8 +29,8 @@ CROP, SCALE = 448, (1.0, 2.0)
 Training = tuple[Tensor, Tensor]  # (3, CROP, CROP) in [0, 1], and (N, 2) points
 
 
-def whole_picture_first(image: np.ndarray, points: np.ndarray, crops: int, seed: int) -> list[Training]:
-    """The reference's order: the picture becomes float, is copied for each crop, and is then cut.
+def whole_image_first(image: np.ndarray, points: np.ndarray, crops: int, seed: int) -> list[Training]:
+    """The reference's order: the whole becomes float, is copied for each crop, and is then cut.
 
     Args:
         image: ``(H, W, 3)`` uint8.
@@ -39,10 +39,10 @@ def whole_picture_first(image: np.ndarray, points: np.ndarray, crops: int, seed:
         seed: of the generator.
     """
     rng = np.random.default_rng(seed)
-    picture = torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
+    whole = torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
     places = torch.from_numpy(points)
     samples = []
-    for one, own in [(picture.clone(), places.clone()) for _ in range(crops)]:
+    for one, own in [(whole.clone(), places.clone()) for _ in range(crops)]:
         side = int(CROP * rng.uniform(*SCALE))
         ratio = side / min(one.shape[1:])
         if ratio > 1:
@@ -87,7 +87,7 @@ def with_colours(image: np.ndarray, points: np.ndarray, crops: int, seed: int) -
     return crop_first(image, points, crops, seed, CrowdAugmentation(CROP, SCALE))
 
 
-def picture(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def made_image(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """A smooth random picture, and 1,000 points on it."""
     rng = np.random.default_rng(height)
     image = cv2.resize(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8), (width, height))
@@ -115,8 +115,8 @@ def check() -> None:
     Raises:
         RuntimeError: they do not.
     """
-    image, points = picture(1200, 1600)
-    theirs, ours = whole_picture_first(image, points, 4, 0), crop_first(image, points, 4, 0)
+    image, points = made_image(1200, 1600)
+    theirs, ours = whole_image_first(image, points, 4, 0), crop_first(image, points, 4, 0)
     for (crop, own), (our_crop, our_points) in zip(theirs, ours, strict=True):
         apart = float((crop.clamp(0, 1) - our_crop).abs().max())
         if apart > 2 / 255 or not torch.allclose(own, our_points, atol=1e-3):
@@ -136,13 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{'picture':<12} {'crops':>5} {'decoding':>9} {'reference':>9} {'ours':>6} {'ratio':>6} {'with colours':>13}"
     )
     for height, width in ((2048, 3072), (768, 1024)):
-        image, points = picture(height, width)
+        image, points = made_image(height, width)
         encoded = cv2.imencode(".jpg", image)[1].tobytes()
         decoding = milliseconds(partial(decode, encoded), repeats)
         for crops in (1, 2, 4):
             theirs, ours, coloured = (
                 milliseconds(partial(order, image, points, crops), repeats)
-                for order in (whole_picture_first, crop_first, with_colours)
+                for order in (whole_image_first, crop_first, with_colours)
             )
             print(
                 f"{f'{width} x {height}':<12} {crops:>5} {decoding:>9.1f} {theirs:>9.1f} {ours:>6.1f} "

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="of a counting model")
     parser.add_argument("--preset", default="easy", help="of the scenes")
     parser.add_argument("--classes", choices=("train", "val"), default="val", help="the split whose classes to take")
-    parser.add_argument("--pictures", type=int, default=1000, help="to calibrate on, and to count in each row")
+    parser.add_argument("--images", type=int, default=1000, help="to calibrate on, and to count in each row")
     parser.add_argument("--level", type=float, default=0.9, help="share of the counts that intervals should hold")
     parser.add_argument("--width", choices=("residual", "bins"), default="residual", help="what widens intervals")
     parser.add_argument("--seed", type=int, default=1000, help="of the scenes to calibrate on; the next for the others")
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = counting_zoo.load(options.checkpoint, device=options.device)
 
     def scenes(seed: int, corruption: Corruption | None = None) -> CorruptedScenes:
-        sizes = {"train": 1, "val": 1, "test": options.pictures} | {options.classes: options.pictures}
+        sizes = {"train": 1, "val": 1, "test": options.images} | {options.classes: options.images}
         more: dict[str, Any] = {} if options.preset == "low" else {"split_by": "class"}
         if model.class_blind:
             more["merge_classes"] = "objects"

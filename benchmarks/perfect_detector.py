@@ -114,22 +114,22 @@ def with_examples(record: Record, height: int | None = None) -> Perfect:
     return Perfect(boxes, torch.from_numpy(record.labels), len(record.classes), (height, width))
 
 
-def lost(pictures: Sequence[Perfect], iou_threshold: float, limit: int | None = None) -> dict[str, float]:
+def lost(images: Sequence[Perfect], iou_threshold: float, limit: int | None = None) -> dict[str, float]:
     """Share of objects that are lost, and errors of counts.
 
     Returns:
         ``lost`` of 1, and ``mae`` and ``rmse`` of the objects of a picture.
     """
-    found = torch.stack([p.count(iou_threshold, limit).sum() for p in pictures])
-    true = torch.stack([p.target.sum() for p in pictures])
+    found = torch.stack([p.count(iou_threshold, limit).sum() for p in images])
+    true = torch.stack([p.target.sum() for p in images])
     errors = count_errors(found, true)
     share = float((true - found).double().sum() / true.double().sum())
     return {"lost": share, "mae": errors["mae"], "rmse": errors["rmse"]}
 
 
-def scenes(pictures: int | None = None) -> list[Perfect]:
+def scenes(images: int | None = None) -> list[Perfect]:
     """Test pictures of the built-in scenes ``full``, with all their objects."""
-    sizes = None if pictures is None else {"train": 1, "val": 1, "test": pictures}
+    sizes = None if images is None else {"train": 1, "val": 1, "test": images}
     return [with_boxes(record) for record in SyntheticScenes(preset="full", sizes=sizes).read_split("test")]
 
 
@@ -139,9 +139,9 @@ def fsc147(root: Path, split: Literal["val", "test"]) -> list[Record]:
     return FSC147(root, annotation=annotation.name).read_split(split)
 
 
-def sources(root: Path, pictures: int | None = None) -> Iterator[tuple[str, list[Perfect]]]:
+def sources(root: Path, images: int | None = None) -> Iterator[tuple[str, list[Perfect]]]:
     """Names and pictures of what is measured."""
-    every = scenes(pictures)
+    every = scenes(images)
     yield "scenes `full`, test", every
     yield f"the same, up to {MOST} objects", [p for p in every if len(p.boxes) <= MOST]
     if not any(root.glob(ANNOTATION)):
@@ -150,15 +150,15 @@ def sources(root: Path, pictures: int | None = None) -> Iterator[tuple[str, list
     for split in ("val", "test"):
         records = fsc147(root, split)  # type: ignore[arg-type]
         height = math.ceil(max(float(r.points[:, 1].max()) for r in records if r.points is not None))
-        yield f"FSC-147, {split}, whole boxes", [with_examples(r) for r in records[:pictures]]
-        yield f"FSC-147, {split}, boxes cut at the edge", [with_examples(r, height) for r in records[:pictures]]
+        yield f"FSC-147, {split}, whole boxes", [with_examples(r) for r in records[:images]]
+        yield f"FSC-147, {split}, boxes cut at the edge", [with_examples(r, height) for r in records[:images]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="What is lost behind a perfect detector.")
     parser.add_argument("--data", type=Path, default=DATA / "fsc147", help="folder of FSC-147's annotation")
-    parser.add_argument("--pictures", type=int, help="of each data set; all if not given")
+    parser.add_argument("--images", type=int, help="of each data set; all if not given")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     settings = [(iou, None) for iou in IOU_THRESHOLDS] + [(DEFAULT_IOU, limit) for limit in LIMITS]
@@ -167,12 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"**{head}**" if setting == (DEFAULT_IOU, None) else head for head, setting in zip(heads, settings, strict=True)
     ]
     lines = [["data", "pictures", "objects", *heads], ["---"] * (3 + len(heads))]
-    for name, pictures in sources(options.data, options.pictures):
+    for name, images in sources(options.data, options.images):
         cells = []
         for iou, limit in progress(settings, len(settings), name):
-            found = lost(pictures, iou, limit)
+            found = lost(images, iou, limit)
             cells.append(f"{found['lost']:.2%} ({found['mae']:.2f} / {found['rmse']:.2f})")
-        lines.append([name, str(len(pictures)), str(sum(len(p.boxes) for p in pictures)), *cells])
+        lines.append([name, str(len(images)), str(sum(len(p.boxes) for p in images)), *cells])
     print("Objects lost (MAE / RMSE) by the overlap from which on the lower of two boxes goes; the default is bold.\n")
     for line in lines:
         print(f"| {' | '.join(line)} |")

@@ -65,7 +65,7 @@ class PredictionWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         limit = self.max_images if self.images else 0
-        self._part = PartWriter(self.dir, trainer.global_rank, densities=self.densities, max_pictures=limit)
+        self._part = PartWriter(self.dir, trainer.global_rank, densities=self.densities, max_images=limit)
 
     def on_predict_batch_end(
         self,
@@ -96,10 +96,10 @@ class PredictionWriter(L.Callback):
         done = trainer.strategy.broadcast(done)
         assert done is not None  # the first process has made it
         if trainer.is_global_zero:
-            rank_zero_info(f"{done.pictures} images counted, {done.errors} could not be read: see {self.dir}")
+            rank_zero_info(f"{done.images} images counted, {done.errors} could not be read: see {self.dir}")
         if done.errors and self.fail_on_error:
             raise ImageError(
-                f"{done.errors} of {done.pictures + done.errors} images could not be read; the others are in "
+                f"{done.errors} of {done.images + done.errors} images could not be read; the others are in "
                 f"{str(self.dir)!r}, the reasons in errors.csv"
             )
 

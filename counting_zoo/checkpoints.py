@@ -50,7 +50,7 @@ class CheckpointFiles(TorchCheckpointIO):
         if "://" in str(path):  # not a file of this machine
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        state = checkpoint["state_dict"]
+        state = checkpoint.get("state_dict", {})  # none where processes hand over weights alone
         bad = [name for name, value in state.items() if isinstance(value, Tensor) and not torch.isfinite(value).all()]
         if bad:
             raise FloatingPointError(

@@ -68,7 +68,7 @@ The file says the same, with options:
     theirs: counts.csv
   data:
     cells: {config: configs/data/vgg_cells.yaml, set: {root: vgg_cells}}
-  title: Cells                # and split, precision, pictures, resamples, seed, costs, accelerator, devices
+  title: Cells                # and split, precision, images, resamples, seed, costs, accelerator, devices
 
 A benchmark that was interrupted goes on where it stopped when it is given the same --out.
 """
@@ -218,7 +218,7 @@ def benchmark_parser() -> argparse.ArgumentParser:
     parser.add_argument("--accelerator", help="cpu, gpu, ... (default: what is there)")
     parser.add_argument("--devices", type=int, help="how many share the images")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), help="default: 32-true")
-    parser.add_argument("--pictures", type=int, help="best and worst images drawn of each run (default: 3)")
+    parser.add_argument("--images", "--pictures", type=int, help="best and worst images drawn of each run (default: 3)")
     parser.add_argument("--resamples", type=int, help="of the bootstrap (default: 2000)")
     parser.add_argument("--seed", type=int, help="of the bootstrap (default: 0)")
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, help="measure time and memory")

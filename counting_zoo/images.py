@@ -119,7 +119,7 @@ def image_size(source: bytes | Path, name: str | None = None) -> tuple[int, int]
     Raises:
         ImageError: no header of a known format, or above :data:`MAX_PIXELS`.
     """
-    name = name or ("picture" if isinstance(source, bytes) else str(source))
+    name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             image = _opened(file, name)
@@ -150,7 +150,7 @@ def _opened(file: IO[bytes], name: str) -> ImageFile:
     start = file.read(12)
     file.seek(0)
     if not start:
-        raise ImageError(f"{name}: the file is empty (0 bytes); expected a picture")
+        raise ImageError(f"{name}: the file is empty (0 bytes); expected an image")
     reader = next((reader for signature, reader in _READERS.items() if start.startswith(signature)), None)
     if reader is None:
         known = "expected JPEG, PNG, BMP, TIFF or WebP"
@@ -284,7 +284,7 @@ def as_image(source: Any) -> tuple[Tensor, str]:
 
     Returns:
         ``(3, H, W)`` uint8 RGB, colours beside each other in memory as in a decoded image, and a name: the path, or
-        ``picture``. What the caller has is not shared.
+        ``image``. What the caller has is not shared.
 
     Raises:
         ImageError: the file cannot be read.
@@ -293,22 +293,22 @@ def as_image(source: Any) -> tuple[Tensor, str]:
     Example:
         >>> image, name = as_image(np.zeros((4, 6), np.uint8))
         >>> tuple(image.shape), name
-        ((3, 4, 6), 'picture')
+        ((3, 4, 6), 'image')
     """
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
         return torch.from_numpy(read_image(path)).permute(2, 0, 1), str(path)
     if isinstance(source, Tensor):
-        return _chw(_as_uint8(_channels_last(source))), "picture"
+        return _chw(_as_uint8(_channels_last(source))), "image"
     if isinstance(source, np.ndarray):
         if source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (1, 3, 4)):
             raise InputError(
                 f"an array of shape {source.shape} is no image; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): "
                 "colours come last in arrays, and first in tensors"
             )
-        return _chw(_as_uint8(source)), "picture"
+        return _chw(_as_uint8(source)), "image"
     if isinstance(source, Image.Image):
-        return _chw(_as_uint8(_array_of_pil(source))), str(getattr(source, "filename", "") or "picture")
+        return _chw(_as_uint8(_array_of_pil(source))), str(getattr(source, "filename", "") or "image")
     raise InputError(
         f"{type(source).__module__}.{type(source).__qualname__} is no image; expected a path, a PIL image, "
         "an array (H, W[, C]) or a tensor (3, H, W)"

@@ -298,6 +298,8 @@ EARLIER_OPTIONS = {
     "--predictions.pictures": "--predictions.images",
     "--predictions.max_pictures": "--predictions.max_images",
     "--report.pictures": "--report.images",
+    "--data.picture": "--data.image",
+    "--data.pictures": "--data.images",
 }
 
 

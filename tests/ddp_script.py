@@ -64,7 +64,7 @@ def predict(n: int, best: str) -> None:
     """``n`` good pictures and a broken one."""
     folder = Path(f"photos{n}").resolve()
     for i in range(n):
-        fakes.write_picture(folder / f"{i}.png", fakes.draw_points(3, 48, 64, i), seed=i)
+        fakes.write_image(folder / f"{i}.png", fakes.draw_points(3, 48, 64, i), seed=i)
     folder.mkdir(exist_ok=True)
     (folder / "broken.png").write_bytes(b"no picture")
     for world in (1, 2):
@@ -85,10 +85,10 @@ def long() -> None:
     best = last("fit_clip_count_small")
     predict(1, best)
     predict(5, best)
-    fsc = data("fsc147", tiny.write_data("fsc147", Path("fsc147").resolve()))  # 3 test pictures for 4 processes
+    fsc = data("fsc147", tiny.write_data("fsc147", Path("fsc147").resolve()))  # 3 test images for 4 processes
     for world in (1, 4):
         run("test", *trainer(f"fsc_{world}", world, callbacks=[]), *fsc, "--ckpt_path", best)
-    # One step on the same eight pictures. SGD with a rate of 1 makes weights show gradients; nothing is random.
+    # One step on the same eight images. SGD with a rate of 1 makes weights show gradients; nothing is random.
     for contrast in ("patch", "region"):
         for stage, epochs in (("contrast", 1), ("density", 0)):
             more: dict[str, Any] = {
@@ -106,7 +106,7 @@ def long() -> None:
 
 def blocks() -> None:
     """One step of blockwise models on the same eight pictures, in one process and in two."""
-    # Without the decoder, whose batch norm sees the pictures of its own process; on GPUs sync_batchnorm is the cure.
+    # Without the decoder, whose batch norm sees the images of its own process; on GPUs sync_batchnorm is the cure.
     for name, options in (("clip_ebc", {"decoder": []}), ("ebc_small", {})):
         for loss in ("dm", "multiscale"):
             for world in (1, 2):
@@ -164,7 +164,7 @@ LOWER_COUNT: dict[str, dict[str, Any]] = {
 
 def low_counts() -> None:
     """One step of Lower-Count on the same eight pictures, in one process and in two, of which one has no low count."""
-    # Without batch norm, which sees the pictures of its own process.
+    # Without batch norm, which sees the images of its own process.
     small: dict[str, Any] = {
         "encoder": "small",
         "width": 4,

@@ -28,7 +28,7 @@ def draw_points(n: int, height: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(2, [width - 2, height - 2], (n, 2)).astype(np.float32)
 
 
-def write_picture(path: Path, points: np.ndarray, height: int = 48, width: int = 64, seed: int = 0) -> None:
+def write_image(path: Path, points: np.ndarray, height: int = 48, width: int = 64, seed: int = 0) -> None:
     """A noisy picture with a bright disc at every point."""
     image = np.random.default_rng(seed).integers(0, 60, (height, width, 3), dtype=np.uint8)
     for x, y in points:
@@ -48,7 +48,7 @@ def fsc147(root: Path, *, official_spelling: bool = True, ratio: float | None = 
         for name in splits[split]:
             number = int(name[:-4])
             points = draw_points(number, 48, 64, number)
-            write_picture(root / "images_384_VarV2" / name, points, seed=number)
+            write_image(root / "images_384_VarV2" / name, points, seed=number)
             box = [[1, 2], [1, 12], [11, 12], [11, 2]]
             entry: dict[str, Any] = {"points": points.tolist(), "box_examples_coordinates": [box]}
             if ratio is not None:
@@ -73,7 +73,7 @@ def carpk(root: Path) -> dict[str, np.ndarray]:
     for i, name in enumerate(names):
         corners = draw_points(i + 1, 38, 54, i).astype(int)
         boxes = np.concatenate([corners, corners + np.array([8, 6])], 1)
-        write_picture(data / "Images" / f"{name}.png", corners + 3, seed=i)
+        write_image(data / "Images" / f"{name}.png", corners + 3, seed=i)
         (data / "Annotations" / f"{name}.txt").write_text("".join(f"{a} {b} {c} {d} 1\n" for a, b, c, d in boxes))
         truth[f"{name}.png"] = boxes.astype(np.float32)
     (data / "ImageSets" / "train.txt").write_text("\n".join(names[:10]) + "\n")
@@ -99,7 +99,7 @@ def shanghaitech(root: Path, part: str = "part_A_final", truth_folder: str = "gr
     for folder, numbers in (("train_data", range(1, 11)), ("test_data", range(1, 4))):
         for n in numbers:
             points = draw_points(n, 48, 64, n)
-            write_picture(root / part / folder / "images" / f"IMG_{n}.jpg", points, seed=n + len(folder))
+            write_image(root / part / folder / "images" / f"IMG_{n}.jpg", points, seed=n + len(folder))
             write_shanghai_mat(root / part / folder / truth_folder / f"GT_IMG_{n}.mat", points, cell=n % 2 == 0)
             truth[f"{folder}/images/IMG_{n}.jpg"] = points
     return truth
@@ -113,7 +113,7 @@ def dot_pairs(root: Path, n: int = 10) -> dict[str, int]:
         dots = np.zeros((48, 64, 3), np.uint8)
         dots[places // 64, places % 64, 2] = 255
         points = np.stack([places % 64, places // 64], 1)
-        write_picture(root / f"{i:03d}cell.png", points, seed=i)
+        write_image(root / f"{i:03d}cell.png", points, seed=i)
         (root / f"{i:03d}dots.png").write_bytes(cv2.imencode(".png", dots)[1].tobytes())
         counts[f"{i:03d}cell.png"] = i
     return counts
@@ -123,12 +123,12 @@ def folder(
     root: Path, rows: dict[str, list[tuple[Any, ...]]], header: str = "image,x,y", name: str = "points.csv"
 ) -> None:
     """``images/`` with a picture for every key, and an annotation table with a line for every row."""
-    for i, picture in enumerate(rows):
-        write_picture(root / "images" / picture, np.zeros((0, 2)), seed=i)
+    for i, image in enumerate(rows):
+        write_image(root / "images" / image, np.zeros((0, 2)), seed=i)
     with (root / name).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header.split(","))
-        writer.writerows((picture, *row) for picture, found in rows.items() for row in found)
+        writer.writerows((image, *row) for image, found in rows.items() for row in found)
 
 
 def ucf_qnrf(root: Path) -> dict[str, np.ndarray]:
@@ -137,7 +137,7 @@ def ucf_qnrf(root: Path) -> dict[str, np.ndarray]:
     for folder, n_pictures in (("Train", 10), ("Test", 3)):
         for n in range(1, n_pictures + 1):
             points = draw_points(n, 48, 64, n)
-            write_picture(root / "UCF-QNRF_ECCV18" / folder / f"img_{n:04d}.jpg", points, seed=n + len(folder))
+            write_image(root / "UCF-QNRF_ECCV18" / folder / f"img_{n:04d}.jpg", points, seed=n + len(folder))
             savemat(root / "UCF-QNRF_ECCV18" / folder / f"img_{n:04d}_ann.mat", {"annPoints": points.astype(float)})
             truth[f"{folder}/img_{n:04d}.jpg"] = points
     return truth
@@ -153,7 +153,7 @@ def nwpu_crowd(root: Path, one_folder: bool = False) -> dict[str, np.ndarray]:
         for i, name in enumerate(names):
             points = draw_points(i, 48, 64, int(name))  # the first of each has nobody in it
             folder = "images" if one_folder else f"images_part{min(5, (int(name) - 1) // 1000 + 1)}"
-            write_picture(root / folder / f"{name}.jpg", points, seed=int(name))
+            write_image(root / folder / f"{name}.jpg", points, seed=int(name))
             if split != "test":
                 savemat(root / "mats" / f"{name}.mat", {"annPoints": points.astype(float)})
                 truth[f"{name}.jpg"] = points
@@ -168,7 +168,7 @@ def jhu_crowd(root: Path) -> dict[str, np.ndarray]:
         lines = []
         for n in range(n_pictures):
             points = draw_points(n, 48, 64, n + 7).astype(int)
-            write_picture(root / folder / "images" / f"{n:04d}.jpg", points, seed=n + len(folder))
+            write_image(root / folder / "images" / f"{n:04d}.jpg", points, seed=n + len(folder))
             (root / folder / "gt" / f"{n:04d}.txt").write_text("".join(f"{x} {y} 5 6 1 0\n" for x, y in points))
             lines.append(f"{n:04d},{n},street,{n % 3},0\n")
             truth[f"{folder}/images/{n:04d}.jpg"] = points.astype(np.float32)
@@ -204,7 +204,7 @@ def voc(
     for n in range(1, 16):
         corners = draw_points(n % 5, 38, 54, n).astype(int)
         objects = [(classes[i % len(classes)], x, y, x + 8, y + 6, int(i % 3 == 2)) for i, (x, y) in enumerate(corners)]
-        write_picture(root / folder / "JPEGImages" / f"{n:06d}.jpg", corners + 4, seed=n)
+        write_image(root / folder / "JPEGImages" / f"{n:06d}.jpg", corners + 4, seed=n)
         write_voc_xml(root / folder / "Annotations" / f"{n:06d}.xml", objects)
         truth[f"{n:06d}.jpg"] = objects
     return truth
@@ -214,10 +214,10 @@ def voc(
 COCO_IDS = {"person": 1, "cat": 17, "dog": 18, "toothbrush": 90}
 
 
-def coco(root: Path, year: int = 2014, pictures: str = "") -> dict[str, list[dict[str, Any]]]:
-    """COCO with 8 training and 9 validation pictures; returns the annotations by picture, in the order of the file.
+def coco(root: Path, year: int = 2014, folder_of_images: str = "") -> dict[str, list[dict[str, Any]]]:
+    """COCO with 8 training and 9 validation images; returns the annotations by image, in the order of the file.
 
-    The pictures stand in the file from the last to the first, the first of each split without annotation; the fourth
+    The images stand in the file from the last to the first, the first of each split without annotation; the fourth
     annotation of each file is a crowd.
     """
     truth: dict[str, list[dict[str, Any]]] = {}
@@ -227,7 +227,7 @@ def coco(root: Path, year: int = 2014, pictures: str = "") -> dict[str, list[dic
             stem = f"COCO_{split}2014_{n:012d}" if year == 2014 else f"{n:012d}"
             name = f"{split}{year}/{stem}.jpg"
             corners = draw_points(min(n - first, 4), 38, 54, n)
-            write_picture(root / pictures / name, corners + 3, seed=n)
+            write_image(root / folder_of_images / name, corners + 3, seed=n)
             images.append({"id": n, "file_name": f"{stem}.jpg", "height": 48, "width": 64})
             truth[name] = [
                 {
@@ -241,7 +241,7 @@ def coco(root: Path, year: int = 2014, pictures: str = "") -> dict[str, list[dic
                 }
                 for i, (x, y) in enumerate(corners)
             ]
-        # mixed as in the release, where neighbours in the list are of different pictures
+        # mixed as in the release, where neighbours in the list are of different folder_of_images
         rows = [one for i in range(4) for name in truth for one in truth[name][i : i + 1] if f"{split}{year}" in name]
         order = np.random.default_rng(year).permutation(len(rows))
         annotations = [rows[i] for i in order]
@@ -261,7 +261,7 @@ def coco_captions(root: Path) -> dict[str, list[str]]:
         numbers = range(first, first + n_pictures)
         for n in numbers:
             name = f"{split}2017/{n:012d}.jpg"
-            write_picture(root / name, draw_points(3, 48, 64, n), seed=n)
+            write_image(root / name, draw_points(3, 48, 64, n), seed=n)
             truth[name] = [f'{i + 1} dots, "café" {n}' for i in range(1 + n % 3)]
         rows = [(n, text) for n in numbers for text in truth[f"{split}2017/{n:012d}.jpg"]]
         rows.sort(key=lambda row: row[1])

@@ -179,7 +179,7 @@ def folder_module(root: Path) -> Any:
     return counting_zoo.ImageFolder(folder(root), splits=splits, batch_size=2, num_workers=0)
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def made_image(height: int, width: int) -> np.ndarray:
     """``(H, W, 3)`` uint8: smooth waves with bright discs, made of whole numbers alone."""
     y, x, channel = np.ogrid[:height, :width, :3]
     waves = (x * x // 9 + 3 * y * (channel + 1) + 40 * channel) % 97
@@ -223,7 +223,7 @@ def samples(loader: Any, batches: int | None = None) -> dict[str, Any]:
             for key in ("captions", "present", "original_size"):
                 if key in batch:
                     one[key] = list(batch[key][i])
-            # A mosaic and other crops of one picture may come under one name.
+            # A mosaic and other crops of one image may come under one name.
             found[f"{image_id}#{sum(key.partition('#')[0] == image_id for key in found)}"] = one
     return found
 
@@ -384,20 +384,20 @@ def counts(checkpoint: Path, names: list[str]) -> dict[str, Any]:
     """What ``count`` says of small pictures, whole and in tiles; a detector cuts its tiles itself."""
     model = counting_zoo.load(checkpoint)
     found = {
-        "whole": counted(model.count(picture(96, 128), names)),
-        "one_name": counted(model.count(picture(75, 61), names[0])),
-        "no_tiles": counted(model.count(picture(128, 128), names, window=0)),
+        "whole": counted(model.count(made_image(96, 128), names)),
+        "one_name": counted(model.count(made_image(75, 61), names[0])),
+        "no_tiles": counted(model.count(made_image(128, 128), names, window=0)),
     }
     if isinstance(model, counting_zoo.RegionCLIPCounter):
         variants = {**VARIANTS["RegionCLIPCounter"], "tiles": {"tile_depth": 2}}
     else:
-        found["tiles"] = counted(model.count(picture(192, 256), names, window=64, stride=32))
-        found["apart"] = counted(model.count(picture(150, 200), names, window=64))
+        found["tiles"] = counted(model.count(made_image(192, 256), names, window=64, stride=32))
+        found["apart"] = counted(model.count(made_image(150, 200), names, window=64))
         variants = VARIANTS.get(type(model).__name__, {})
     for variant, options in variants.items():
         other = counting_zoo.load(checkpoint, **options)
         sides = (192, 256) if variant.endswith("tiles") else (96, 128)
-        found[variant] = counted(other.count(picture(*sides), names))
+        found[variant] = counted(other.count(made_image(*sides), names))
     return found
 
 
@@ -466,7 +466,7 @@ def benchmarked(root: Path) -> dict[str, Any]:
     sets = {"easy": module("scenes_easy", root), "pictures": folder_module(root)}
     out = root / "benchmark"
     shutil.rmtree(out, ignore_errors=True)
-    counting_zoo.benchmark(named, sets, out, accelerator="cpu", costs=False, pictures=0, resamples=200)
+    counting_zoo.benchmark(named, sets, out, accelerator="cpu", costs=False, images=0, resamples=200)
     return read_benchmark(out)
 
 
@@ -496,7 +496,7 @@ def calibrated(root: Path) -> dict[str, Any]:
         counting_zoo.calibrate(model, datamodule, split="val", level=0.6, width=width)
         checkpoint = counting_zoo.save(model, place / "model.ckpt")
         one: dict[str, Any] = {
-            f"{h}x{w}": counted(model.count(picture(h, w), "red discs")) for h, w in ((48, 64), (96, 70))
+            f"{h}x{w}": counted(model.count(made_image(h, w), "red discs")) for h, w in ((48, 64), (96, 70))
         }
         scores = trainer().test(counting_zoo.load(checkpoint), datamodule, verbose=False)[0]
         one["test"] = {key: float(value) for key, value in scores.items()}
@@ -511,7 +511,7 @@ def exported(root: Path) -> dict[str, Any]:
     for name in ("clip_count_film", "ebc_bins"):
         model = counting_zoo.load(unpacked(name, root))
         path = counting_zoo.export(model, root / f"{name}.pt2", NAMES[MODELS[name][2]])
-        image = torch.from_numpy(picture(64, 96)).permute(2, 0, 1)[None].float() / 255
+        image = torch.from_numpy(made_image(64, 96)).permute(2, 0, 1)[None].float() / 255
         density = torch.export.load(path).module()(image).detach()
         found[name] = {"density": digest(density), "samples": [float(value) for value in density.flatten()[::5][:8]]}
     return found

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from pages import Page
-from tiny_zoo import TinyCounter, TinyPictures
+from tiny_zoo import TinyCounter, TinyImages
 
 from counting_zoo import VOCCounts
 from counting_zoo.callbacks import DensityImages, PredictionWriter, TestReport
@@ -39,7 +39,7 @@ def trainer(folder: Path, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
 def predict(
     folder: Path, model: TinyCounter, ranks: int = 1, writer: dict[str, Any] | None = None, batch: int = 1
 ) -> None:
-    data = TinyPictures(n=7, bad=2, prompts="all", classes=["dots", "=stars"], eval_batch_size=batch)
+    data = TinyImages(n=7, bad=2, prompts="all", classes=["dots", "=stars"], eval_batch_size=batch)
     one = PredictionWriter(str(folder), **(writer or {}))
     strategy = "ddp_fork" if ranks > 1 else "auto"
     made = trainer(folder, one, devices=ranks, strategy=strategy, use_distributed_sampler=False)
@@ -101,7 +101,7 @@ def test_a_count_that_is_not_finite_costs_one_row(tmp_path: Path, model: TinyCou
     assert table(tmp_path / "counts.csv") == []
 
 
-def test_a_broken_picture_costs_one_logged_error(
+def test_a_broken_image_costs_one_logged_error(
     tmp_path: Path, model: TinyCounter, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR):
@@ -181,7 +181,7 @@ def detected(image_id: str, n: int, scored: bool = True) -> Prediction:
 
 def write_parts(folder: Path, *parts: list[Prediction]) -> None:
     for rank, predictions in enumerate(parts):
-        part = PartWriter(folder, rank, densities=False, max_pictures=None)
+        part = PartWriter(folder, rank, densities=False, max_images=None)
         for one in predictions:
             part.add(one)
         part.close()
@@ -191,7 +191,7 @@ def write_parts(folder: Path, *parts: list[Prediction]) -> None:
 def test_boxes_of_one_process_and_of_two(tmp_path: Path) -> None:
     found = [detected("b.jpg", 2), detected("=a.jpg", 3), detected("none.jpg", 0)]
     write_parts(tmp_path / "1", found)
-    write_parts(tmp_path / "2", [found[0], found[2]], [found[1], found[0]])  # one picture was dealt to both
+    write_parts(tmp_path / "2", [found[0], found[2]], [found[1], found[0]])  # one image was dealt to both
     one, two = files_of(tmp_path / "1"), files_of(tmp_path / "2")
     assert one == two
     rows = table(tmp_path / "1" / "boxes.csv")
@@ -224,7 +224,7 @@ def test_boxes_without_scores_and_none_at_all(tmp_path: Path) -> None:
     assert not (tmp_path / "boxes.csv").exists(), "of an earlier run"
 
 
-def test_every_picture_gets_a_file_of_its_own(tmp_path: Path) -> None:
+def test_every_image_gets_a_file_of_its_own(tmp_path: Path) -> None:
     nasty = [
         "a/b.jpg",
         "a_b.jpg",
@@ -238,11 +238,11 @@ def test_every_picture_gets_a_file_of_its_own(tmp_path: Path) -> None:
         "a_b.png",
         "=1+1.jpg",
     ]
-    part = PartWriter(tmp_path, 0, densities=True, max_pictures=None)
+    part = PartWriter(tmp_path, 0, densities=True, max_images=None)
     for image_id in nasty:
         part.add(prediction(image_id))
     part.close()
-    assert merge_parts(tmp_path, 1, None).pictures == len(nasty)
+    assert merge_parts(tmp_path, 1, None).images == len(nasty)
     rows = table(tmp_path / "counts.csv")
     overlays = {row["overlay"] for row in rows}
     assert len({overlay.casefold() for overlay in overlays}) == len({row["density"] for row in rows}) == len(nasty)
@@ -251,10 +251,10 @@ def test_every_picture_gets_a_file_of_its_own(tmp_path: Path) -> None:
     assert "'=1+1.jpg" in {row["image"] for row in rows}
 
 
-def test_merging_holds_one_picture_at_a_time(tmp_path: Path) -> None:
+def test_merging_holds_one_image_at_a_time(tmp_path: Path) -> None:
     """100,000 points are 15 MB as numbers of Python; they pass through in the rows of one picture after another."""
     points = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) * 100
-    part = PartWriter(tmp_path, 0, densities=False, max_pictures=0)
+    part = PartWriter(tmp_path, 0, densities=False, max_images=0)
     for i in range(100):
         part.add(replace(prediction(f"{i}.jpg"), points=[points]))
     part.close()
@@ -270,19 +270,19 @@ def test_merging_holds_one_picture_at_a_time(tmp_path: Path) -> None:
     assert [float(rows[-1][axis]) for axis in "xy"] == pytest.approx(points[-1].tolist(), rel=1e-6)
 
 
-def test_a_picture_that_came_twice_counts_once(tmp_path: Path) -> None:
+def test_a_image_that_came_twice_counts_once(tmp_path: Path) -> None:
     for rank, image_ids in enumerate([["b", "a", "b"], ["a", "c"]]):
-        part = PartWriter(tmp_path, rank, densities=True, max_pictures=None)
+        part = PartWriter(tmp_path, rank, densities=True, max_images=None)
         for image_id in image_ids:
             part.add(prediction(image_id))
         part.close()
-    assert merge_parts(tmp_path, 2, None).pictures == 3
+    assert merge_parts(tmp_path, 2, None).images == 3
     assert [row["image"] for row in table(tmp_path / "counts.csv")] == ["a", "b", "c"]
 
 
-def test_no_picture_at_all(tmp_path: Path) -> None:
-    PartWriter(tmp_path, 0, densities=True, max_pictures=None).close()
-    assert merge_parts(tmp_path, 1, None).pictures == 0
+def test_no_image_at_all(tmp_path: Path) -> None:
+    PartWriter(tmp_path, 0, densities=True, max_images=None).close()
+    assert merge_parts(tmp_path, 1, None).images == 0
     assert (tmp_path / "counts.csv").read_text().strip() == ",".join(COUNT_COLUMNS)
 
 
@@ -299,9 +299,7 @@ def test_numbers_survive_the_table(value: float) -> None:
     assert np.float32(safe_cell(value)) == np.float32(value)
 
 
-def test_density_pictures_are_capped_and_written_where_the_logger_takes_none(
-    tmp_path: Path, model: TinyCounter
-) -> None:
+def test_density_images_are_capped_and_written_where_the_logger_takes_none(tmp_path: Path, model: TinyCounter) -> None:
     callback = DensityImages(every_n_epochs=2, max_images=3)
     logger = CSVLogger(tmp_path)
     made = trainer(
@@ -313,12 +311,12 @@ def test_density_pictures_are_capped_and_written_where_the_logger_takes_none(
         log_every_n_steps=1,
         enable_checkpointing=False,
     )
-    made.fit(model, TinyPictures())
+    made.fit(model, TinyImages())
     found = sorted(path.name for path in (Path(logger.log_dir) / "pictures").iterdir())
     assert found == [f"{i:02d}_epoch{epoch:04d}.png" for i in range(3) for epoch in (0, 2)]
 
 
-def test_density_pictures_go_to_tensorboard(tmp_path: Path, model: TinyCounter) -> None:
+def test_density_images_go_to_tensorboard(tmp_path: Path, model: TinyCounter) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -331,7 +329,7 @@ def test_density_pictures_go_to_tensorboard(tmp_path: Path, model: TinyCounter) 
         log_every_n_steps=1,
         enable_checkpointing=False,
     )
-    made.fit(model, TinyPictures())
+    made.fit(model, TinyImages())
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     assert sorted(events.Tags()["images"]) == ["val_pictures/00", "val_pictures/01"]
@@ -342,7 +340,7 @@ def test_density_pictures_go_to_tensorboard(tmp_path: Path, model: TinyCounter) 
 def test_the_report_of_a_test(tmp_path: Path, model: TinyCounter, ranks: int) -> None:
     strategy = "ddp_fork" if ranks > 1 else "auto"
     made = trainer(tmp_path, TestReport(images=3), devices=ranks, strategy=strategy, use_distributed_sampler=False)
-    made.test(model, TinyPictures(), verbose=False)
+    made.test(model, TinyImages(), verbose=False)
     rows = table(tmp_path / "test_counts.csv")
     assert [row["image"] for row in rows] == [f"test/{i:02d} ü.png" for i in range(5)]
     assert [float(row["target"]) for row in rows] == [1, 2, 3, 4, 5]

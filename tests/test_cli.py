@@ -19,7 +19,7 @@ from counting_zoo.lightning_cli import CountingCLI
 
 ALLOW = ["--allow_packages", "tiny_zoo"]
 MODEL = ["--model", "tiny_zoo.TinyCounter"]
-DATA = ["--data", "tiny_zoo.TinyPictures", "--data.prompts", "target"]
+DATA = ["--data", "tiny_zoo.TinyImages", "--data.prompts", "target"]
 TRAINER = [
     "--trainer.accelerator",
     "cpu",
@@ -163,7 +163,7 @@ def test_test_writes_a_table_and_a_report(checkpoint: Path) -> None:
     folder = Path("runs/test/version_0")
     assert (folder / "test_counts.csv").read_text().splitlines()[1].startswith("test/00 ü.png,dots,1,")
     report = (folder / "report.html").read_text()
-    assert "TinyCounter on TinyPictures" in report
+    assert "TinyCounter on TinyImages" in report
     assert report.count("data:image/jpeg") >= 2
 
 
@@ -216,7 +216,7 @@ def test_the_words_of_the_process_are_left_alone(checkpoint: Path, monkeypatch: 
 
 
 def test_pack(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("data.yaml").write_text("data: {class_path: tiny_zoo.TinyPictures, init_args: {n: 2}}\n")
+    Path("data.yaml").write_text("data: {class_path: tiny_zoo.TinyImages, init_args: {n: 2}}\n")
     assert main(["pack", *ALLOW, "--config", "data.yaml", "--out", "a.h5", "--splits", "[test]"]) == 0
     assert Path("a.h5").is_file()
     assert main(["pack", *ALLOW, "--config", "data.yaml"]) == 2

@@ -144,9 +144,9 @@ def fit_test_predict(how: Commands | Library, model_name: str, data_name: str, c
     assert (run_folder / "report.html").stat().st_size > 1000
     library = load(best)
     for row in per_image[:2]:
-        if picture := next(copies_of(row["image"], words), None):
+        if image := next(copies_of(row["image"], words), None):
             # loading the checkpoint and calling it gives the number that the test reported
-            found = library.count(picture, row["name"], exemplars=examples_of(own, row["image"]))
+            found = library.count(image, row["name"], exemplars=examples_of(own, row["image"]))
             assert isinstance(found, Prediction)
             assert found[row["name"]] == pytest.approx(float(row["predicted"]), rel=1e-5)
 
@@ -159,9 +159,9 @@ def fit_test_predict(how: Commands | Library, model_name: str, data_name: str, c
     predicted = rows(Path("out") / "counts.csv")
     ids = {row["image"] for row in predicted}
     assert ids
-    assert len(ids) == len(predicted)  # one name, so each picture once
+    assert len(ids) == len(predicted)  # one name, so each image once
     assert not rows(Path("out") / "errors.csv")
-    # The first two predict every picture below the root, the third those whose counts only the benchmark knows.
+    # The first two predict every image below the root, the third those whose counts only the benchmark knows.
     if data_name not in ("folder", "vgg_cells", "nwpu_crowd"):
         assert ids == {row["image"] for row in per_image}
     with h5py.File(Path("out") / "densities.h5") as file:
@@ -237,7 +237,7 @@ def test_counts_alone(model_name: str, copies: dict[str, list[str]], tmp_path: P
 def test_no_annotation_at_all_still_predicts(copies: dict[str, list[str]], tmp_path: Path) -> None:
     run("fit", *trainer(), *model("clip_count_small"), *copies["scenes_easy"])
     best = tmp_path / "runs" / "a" / "checkpoints" / "best.ckpt"
-    tiny.fakes.write_picture(tmp_path / "photos" / "one.jpg", tiny.fakes.draw_points(3, 48, 64, 0))
+    tiny.fakes.write_image(tmp_path / "photos" / "one.jpg", tiny.fakes.draw_points(3, 48, 64, 0))
     names = ["--data=ImageFolder", f"--data.root={tmp_path / 'photos'}", "--data.num_workers=0"]
     assert run("predict", *QUIET, *names, "--data.classes=[plums, kiwis]", "--ckpt_path", best) == 0
     found = rows(tmp_path / "predictions" / "counts.csv")

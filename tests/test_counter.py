@@ -95,12 +95,12 @@ def _game(model: BlockCounter, batch: Batch, i: int) -> Tensor:
         ((1, 3), (9, 17), None),
     ],
 )
-def test_a_density_of_other_cells_covers_exactly_its_picture(shape: Any, size: Any, extent: Any) -> None:
+def test_a_density_of_other_cells_covers_exactly_its_image(shape: Any, size: Any, extent: Any) -> None:
     assert BlockCounter().extent(torch.zeros(1, *shape), size) == extent
 
 
 def test_a_stride_without_a_window_is_not_passed_over() -> None:
-    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
     for model, options in ((BlockCounter(), {"stride": 8}), (BlockCounter(window=16), {"stride": 8, "window": 0})):
         with pytest.raises(InputError, match="stride"):
-            model.count(picture, "dots", **options)
+            model.count(image, "dots", **options)

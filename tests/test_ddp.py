@@ -118,7 +118,7 @@ def test_predictions(long: Path, n: int) -> None:
 
 
 @pytest.mark.slow
-def test_fewer_pictures_than_processes(long: Path) -> None:
+def test_fewer_images_than_processes(long: Path) -> None:
     """D2: three pictures on four processes."""
     one, four = (scores(long / "runs" / f"fsc_{n}") for n in (1, 4))
     assert one["test/n"] == 3

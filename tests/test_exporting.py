@@ -44,16 +44,16 @@ def model(kind: str) -> CountingModule:
     return made.eval()
 
 
-def run_pt2(path: Path, picture: Tensor) -> tuple[Tensor, dict]:
+def run_pt2(path: Path, image: Tensor) -> tuple[Tensor, dict]:
     extra = {RECIPE: ""}
     graph = torch.export.load(path, extra_files=extra).module()
-    return graph(picture), json.loads(extra[RECIPE])
+    return graph(image), json.loads(extra[RECIPE])
 
 
-def run_onnx(path: Path, picture: Tensor) -> tuple[Tensor, dict]:
+def run_onnx(path: Path, image: Tensor) -> tuple[Tensor, dict]:
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
     session = onnxruntime.InferenceSession(path)
-    (density,) = session.run(None, {"image": picture.numpy()})
+    (density,) = session.run(None, {"image": image.numpy()})
     return torch.from_numpy(density), json.loads(session.get_modelmeta().custom_metadata_map[RECIPE])
 
 
@@ -65,10 +65,10 @@ def test_a_graph_gives_the_models_density(kind: str, tmp_path: Path) -> None:
     made = model(kind)
     path = export(made, tmp_path / "counter.pt2", NAMES)
     for height, width in ((64, 64), (96, 32)):
-        picture = torch.rand(1, 3, height, width)
+        image = torch.rand(1, 3, height, width)
         with torch.no_grad():
-            expected = made(picture, ask([["red figs + dates"] if made.class_blind else NAMES])).density
-        found, recipe = run_pt2(path, picture)
+            expected = made(image, ask([["red figs + dates"] if made.class_blind else NAMES])).density
+        found, recipe = run_pt2(path, image)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
     assert recipe["names"] == (["red figs + dates"] if made.class_blind else NAMES)
     assert recipe["window"] == made.window
@@ -79,10 +79,10 @@ def test_onnx(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
     made = model(kind)
     path = export(made, tmp_path / "counter.onnx", NAMES)
-    picture = torch.rand(1, 3, 96, 64)
+    image = torch.rand(1, 3, 96, 64)
     with torch.no_grad():
-        expected = made(picture, ask([["red figs + dates"] if made.class_blind else NAMES])).density
-    found, recipe = run_onnx(path, picture)
+        expected = made(image, ask([["red figs + dates"] if made.class_blind else NAMES])).density
+    found, recipe = run_onnx(path, image)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert recipe["model"] == type(made).__name__
 

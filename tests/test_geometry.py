@@ -84,7 +84,7 @@ def test_no_points_and_no_boxes() -> None:
 
 
 @pytest.mark.parametrize("size", [(20, 24), (80, 96), (33, 71)])
-def test_picture_and_point_move_together(size: tuple[int, int]) -> None:
+def test_image_and_point_move_together(size: tuple[int, int]) -> None:
     y, x = torch.meshgrid(torch.arange(40) + 0.5, torch.arange(48) + 0.5, indexing="ij")
     centre = torch.tensor([[29.0, 17.5]])
     blob = 255 * torch.exp(-((x - centre[0, 0]) ** 2 + (y - centre[0, 1]) ** 2) / (2 * 4**2))
@@ -97,7 +97,7 @@ def test_picture_and_point_move_together(size: tuple[int, int]) -> None:
     torch.testing.assert_close(found.float(), scale_points(centre, (40, 48), size)[0], atol=0.05, rtol=0)
 
 
-def test_float_pictures_stay_float_and_equal_size_is_untouched() -> None:
+def test_float_images_stay_float_and_equal_size_is_untouched() -> None:
     image = torch.rand(3, 8, 8)
     assert resize_image(image, (8, 8), True) is image
     assert resize_image(image, (4, 4), True).dtype == torch.float32

@@ -13,7 +13,7 @@ import torch
 from asking import ask
 from reference_clip_count import clip_count
 from test_module import Batches
-from tiny_clip import NAMES, SETTINGS, counter, official_state, pictures, relative, tokenize, training_batch
+from tiny_clip import NAMES, SETTINGS, counter, images, official_state, relative, tokenize, training_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -73,7 +73,7 @@ def run(root: Path, **options: Any) -> L.Trainer:
 
 @torch.no_grad()
 def test_parity_in_float32() -> None:
-    state, image, prompts = official_state(), pictures(2, 384, 384), ["cats", "hot dogs"]
+    state, image, prompts = official_state(), images(2, 384, 384), ["cats", "hot dogs"]
     expected = clip_count(state, image, tokenize(prompts))
     model = load_official("clip_count", state, SETTINGS, tokenizer=tokenize).cuda()
     found = model(image.cuda(), [[p] for p in prompts])
@@ -83,7 +83,7 @@ def test_parity_in_float32() -> None:
 
 @pytest.mark.parametrize("interaction", ["hierarchical", "film"])
 def test_moving_and_loading(tmp_path: Path, interaction: str) -> None:
-    model, image = counter(interaction=interaction, stride=16), pictures(1, 40, 70)[0]
+    model, image = counter(interaction=interaction, stride=16), images(1, 40, 70)[0]
     on_cpu = model.count(image, NAMES)
     model.cuda()
     on_gpu = model.count(image, NAMES)
@@ -112,7 +112,7 @@ def test_fit_test_predict(tmp_path: Path, precision: str, interaction: str) -> N
 
 @torch.no_grad()
 def test_mixed_precision_counts_nearly_the_same() -> None:
-    model, image = counter().cuda(), pictures(4).cuda()
+    model, image = counter().cuda(), images(4).cuda()
     exact = model(image, ask([["pears"]] * 4)).counts
     with torch.autocast("cuda", torch.bfloat16):
         lowered = model(image, ask([["pears"]] * 4))

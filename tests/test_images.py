@@ -73,7 +73,7 @@ def test_lossless_formats_come_back_exactly(suffix: str) -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_all_eight_jpeg_orientations_give_the_same_picture(orientation: int, order: str, tmp_path: Path) -> None:
+def test_all_eight_jpeg_orientations_give_the_same_image(orientation: int, order: str, tmp_path: Path) -> None:
     stored = stored_as(scene(), orientation)
     path = tmp_path / "a.jpg"
     path.write_bytes(with_exif(encode(stored, ".jpg", cv2.IMWRITE_JPEG_QUALITY, 98), orientation, order))
@@ -175,7 +175,7 @@ def test_progressive_jpeg_with_restart_markers_and_trailing_bytes() -> None:
             decode_image(data[:length], "a")
 
 
-def test_a_whole_thumbnail_does_not_hide_a_truncated_picture() -> None:
+def test_a_whole_thumbnail_does_not_hide_a_truncated_image() -> None:
     thumbnail = encode(scene(8, 8), ".jpg")
     whole = encode(scene(), ".jpg")
     payload = b"Exif\0\0" + exif_block(1) + thumbnail
@@ -206,7 +206,7 @@ def test_png_with_a_flipped_bit_raises() -> None:
         (b"BM" + bytes(60), "at least 1 x 1"),
     ],
 )
-def test_what_is_no_picture_says_so(data: bytes, said: str, tmp_path: Path) -> None:
+def test_what_is_no_image_says_so(data: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(data)
     for attempt in (read_image, image_size):
@@ -256,7 +256,7 @@ def test_header_far_behind_a_long_segment_is_found(tmp_path: Path) -> None:
     assert image_size(tmp_path / "a.png") == (300, 200)
 
 
-def test_real_pictures_decode() -> None:
+def test_real_images_decode() -> None:
     paths = [p for p in sorted(fakes.shared_data().rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES][:60]
     assert paths
     for path in paths:

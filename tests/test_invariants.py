@@ -226,14 +226,14 @@ def test_tiles_of_an_ideal_model_are_exact(
 ) -> None:
     """Any size, window, stride and overlap; several sizes at once; through the recipe and through the arguments."""
     window, stride = 4 * cells * cell, min(step, 4 * cells) * cell
-    pictures = [dotted(h, w, i) for i, (h, w) in enumerate(sizes)]
-    truth = torch.stack([(p[:2] > 0).sum((-2, -1)).float() for p in pictures])
-    names = [["a", "b"]] * len(pictures)
+    images = [dotted(h, w, i) for i, (h, w) in enumerate(sizes)]
+    truth = torch.stack([(p[:2] > 0).sum((-2, -1)).float() for p in images])
+    names = [["a", "b"]] * len(images)
     recipe = Ideal(cell, window=window, stride=stride, window_batch_size=batch, blend=blend, pad=pad)
     asked = Ideal(cell, window_batch_size=batch, blend=blend, pad=pad)
     for outputs in (
-        recipe.count_images(list(pictures), ask(names)),
-        asked.count_images(list(pictures), ask(names), window, stride),
+        recipe.count_images(list(images), ask(names)),
+        asked.count_images(list(images), ask(names), window, stride),
     ):
         assert isinstance(outputs, list)
         counts = torch.cat([output.counts for output in outputs])
@@ -246,10 +246,10 @@ def test_the_window_of_clip(size: tuple[int, int], stride: int) -> None:
     """A window of 224, where published code loses objects or gives NaN."""
     if stride == 8 and max(size) > 400:
         pytest.skip("thousands of windows")
-    picture = dotted(*size, seed=0)
-    found = Ideal(8, window=224, stride=stride).count(picture, ["a", "b"])
+    image = dotted(*size, seed=0)
+    found = Ideal(8, window=224, stride=stride).count(image, ["a", "b"])
     assert isinstance(found, Prediction)
-    torch.testing.assert_close(found.counts, (picture[:2] > 0).sum((-2, -1)).float(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.counts, (image[:2] > 0).sum((-2, -1)).float(), rtol=1e-4, atol=1e-3)
 
 
 def test_a_detector_takes_no_window() -> None:
@@ -300,7 +300,7 @@ def test_written_densities_sum_to_written_counts(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COUNTING_ZOO_DEBUG", "1")
     for i, (height, width) in enumerate(((33, 50), (1, 1), (200, 17))):
-        tiny.fakes.write_picture(tmp_path / "photos" / f"{i}.png", np.zeros((0, 2)), height, width, seed=i)
+        tiny.fakes.write_image(tmp_path / "photos" / f"{i}.png", np.zeros((0, 2)), height, width, seed=i)
     from counting_zoo import save
 
     save(tiny_clip_count(interaction="film", window=32, stride=16), "model.ckpt")
@@ -327,10 +327,10 @@ def test_written_densities_sum_to_written_counts(tmp_path: Path, monkeypatch: py
 
 
 def test_peaks_of_an_ideal_density_are_the_points() -> None:
-    picture = torch.zeros(3, 40, 60)
+    image = torch.zeros(3, 40, 60)
     places = torch.tensor([[5, 5], [30, 12], [59, 39], [0, 39]])
-    picture[:, places[:, 1], places[:, 0]] = 1
-    found = Ideal(1).count(picture, ["a"])
+    image[:, places[:, 1], places[:, 0]] = 1
+    found = Ideal(1).count(image, ["a"])
     assert isinstance(found, Prediction)
     assert sorted(map(tuple, found.points[0].tolist())) == sorted(map(tuple, (places + 0.5).tolist()))
     assert len(peak_points(found.density, (40, 60))[0]) == 4
@@ -341,7 +341,7 @@ def test_peaks_of_an_ideal_density_are_the_points() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_picture_is_scored_once(name: str, world: int, modules: dict[str, CountingDataModule]) -> None:
+def test_every_image_is_scored_once(name: str, world: int, modules: dict[str, CountingDataModule]) -> None:
     """The ranks' loaders together give each picture of validation, test and predict exactly once."""
     module = modules[name]
     module.prompts = "target"

@@ -14,7 +14,7 @@ import pytest
 import tiny_clip
 import torch
 from asking import ask
-from tiny_clip import NAMES, SETTINGS, counter, official_state, pictures, tokenize
+from tiny_clip import NAMES, SETTINGS, counter, images, official_state, tokenize
 from torch import Tensor
 
 import counting_zoo
@@ -34,7 +34,7 @@ def test_save_and_load_give_the_same_bits_in_a_fresh_process(tmp_path: Path) -> 
         interaction="film",
         default_classes=["forks"],
     )
-    image = (pictures(1, 70, 90)[0] * 255).to(torch.uint8)
+    image = (images(1, 70, 90)[0] * 255).to(torch.uint8)
     expected = model.count(image, NAMES)
     save(model, tmp_path / "model.ckpt")
     torch.save(image, tmp_path / "image.pt")
@@ -71,9 +71,9 @@ def test_tokenizer_and_clip_folders_are_not_needed_again(tmp_path: Path) -> None
     counter().network.text.tokenizer._hf.save_pretrained(folder)  # type: ignore[union-attr]
     model = counter(str(folder), tokens=False, tokenizer=str(folder))
     save(model, tmp_path / "a.ckpt")
-    expected = model(pictures(1), ask([["pears"]])).density
+    expected = model(images(1), ask([["pears"]])).density
     folder.rename(tmp_path / "moved")
-    assert torch.equal(load(tmp_path / "a.ckpt")(pictures(1), ask([["pears"]])).density, expected)
+    assert torch.equal(load(tmp_path / "a.ckpt")(images(1), ask([["pears"]])).density, expected)
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_overrides(tmp_path: Path) -> None:
         load(path, colour="red")
     other = counter()
     model = load(path, tokenizer=lambda prompts: torch.tensor([[2, 3, 300]] * len(prompts)))
-    assert not torch.equal(model(pictures(1), ask([["pears"]])).density, other(pictures(1), ask([["pears"]])).density)
+    assert not torch.equal(model(images(1), ask([["pears"]])).density, other(images(1), ask([["pears"]])).density)
 
 
 def damage(path: Path, **changes: Any) -> Path:
@@ -185,7 +185,7 @@ def test_pickled_code_never_runs(tmp_path: Path, old_format: bool) -> None:
 def official(source: Any, config: Any = SETTINGS, clip: Any = None) -> Tensor:
     model = load_official("clip_count", source, config, clip, tokenize)
     assert not model.training
-    return model(pictures(1, 384, 384), ask([["cats", "hot dogs"]])).raw_density.detach()  # type: ignore[attr-defined]
+    return model(images(1, 384, 384), ask([["cats", "hot dogs"]])).raw_density.detach()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_what_is_no_reference_checkpoint() -> None:
 
 
 def test_converted_model_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
-    image = pictures(1, 384, 500)[0]
+    image = images(1, 384, 500)[0]
     model = load_official("clip_count", official_state(), SETTINGS, tokenizer=tokenize)
     before = model.count(image, ["cats", "hot dogs"])
     again = load(save(model, tmp_path / "a.ckpt"))

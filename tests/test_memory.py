@@ -73,7 +73,7 @@ COUNT = "import tiny_zoo\nfrom counting_zoo import load\nmodel = load('model.ckp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(20_000, 20_000), (19_999, 20_001)])
-def test_a_picture_of_400_megapixels_takes_less_than_4_gb(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_image_of_400_megapixels_takes_less_than_4_gb(tmp_path: Path, size: tuple[int, int]) -> None:
     """1.2 GB decoded; in windows of 224 pixels, which do not divide it; tables, densities and an overlay too."""
     height, width = size
     tile = np.zeros((64, 64, 3), np.uint8)
@@ -102,7 +102,7 @@ def test_a_picture_of_400_megapixels_takes_less_than_4_gb(tmp_path: Path, size: 
     print(f"predict: {found['peak'] / 1e9:.2f} GB")
 
 
-def write_pictures(folder: Path, n: int) -> None:
+def write_images(folder: Path, n: int) -> None:
     """Of all sizes up to 250 x 250; some of the largest come first, so that none is the first to need more memory."""
     folder.mkdir()
     for i in range(n):
@@ -119,10 +119,10 @@ def slope(resident: list[int]) -> float:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     """Counted one by one and predicted with all files, 1,000 pictures of all sizes: below 10 kB for each."""
     n = int(os.environ.get("COUNTING_ZOO_MEMORY_PICTURES", "1000"))
-    write_pictures(tmp_path / "photos", n)
+    write_images(tmp_path / "photos", n)
     save(BlockCounter(window=64, stride=32), tmp_path / "model.ckpt")
 
     loop = "from pathlib import Path\nfound = []\nfor path in sorted(Path('photos').iterdir()):\n"

@@ -81,7 +81,7 @@ def test_fit_test_and_predict(tmp_path: Path) -> None:
     run.fit(model, data)
     assert {"train/loss", "val/mae", "val/absent_ratio"} <= set(run.callback_metrics)
     (scores,) = run.test(model, data, verbose=False)
-    assert scores["test/train_mean_mae"] == 0.0  # every picture holds three objects
+    assert scores["test/train_mean_mae"] == 0.0  # every image holds three objects
     assert all(torch.isfinite(torch.tensor(value)) for value in scores.values())
     predictions = [p for batch in run.predict(model, data) or [] for p in batch]
     assert len(predictions) == 6
@@ -108,7 +108,7 @@ def test_saved_without_a_trainer_tests_with_one(tmp_path: Path) -> None:
     assert again == direct
 
 
-def test_pictures_without_objects_train_and_score(tmp_path: Path) -> None:
+def test_images_without_objects_train_and_score(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.fit(counter(), Batches(empty=(0, 1)))
     assert all(torch.isfinite(v) for k, v in run.callback_metrics.items() if k in ("train/loss", "val/mae", "val/rmse"))
@@ -133,7 +133,7 @@ def test_a_schedule_that_watches_validation(tmp_path: Path) -> None:
     assert run.lr_scheduler_configs[0].monitor == "val/mae"
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_pictures(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_and_names_the_images(tmp_path: Path) -> None:
     model = faulty()
     with pytest.raises(FloatingPointError, match=r"10\.png"):
         trainer(tmp_path).fit(model, Batches())
@@ -286,7 +286,7 @@ def test_wrong_prompts_are_absent_hard_and_anothers() -> None:
     assert wrong_prompts(batch, ["red cups"]) is None
 
 
-def test_a_picture_without_wrong_names_does_not_silence_the_others() -> None:
+def test_a_image_without_wrong_names_does_not_silence_the_others() -> None:
     """Its own name stands in, so that what is asked of one picture does not depend on its batch."""
     names = ["red cups", "blue cups", "red forks", "spoons"]
     batch: Batch = {

@@ -94,7 +94,7 @@ def test_labels_that_do_not_fit_raise():
         ops.points_to_density(one, (4, 4), splat="bilinear", unique=True)
 
 
-def test_no_pictures_and_no_points():
+def test_no_images_and_no_points():
     assert ops.points_to_counts([], (4, 6), 2).shape == (0, 1, 2, 3)
     assert ops.points_to_density([torch.zeros(0, 2)], (4, 6)).abs().sum() == 0
     assert ops.points_to_density([torch.zeros(0)], (4, 6), splat="bilinear").shape == (1, 1, 4, 6)

@@ -40,7 +40,7 @@ def test_peaks_match_connected_plateaus(radius: int) -> None:
                 assert score.tolist() == sorted(score.tolist(), reverse=True)
 
 
-def test_a_constant_picture_has_one_peak_and_an_empty_one_none() -> None:
+def test_a_constant_image_has_one_peak_and_an_empty_one_none() -> None:
     assert len(local_peaks(torch.ones(1, 1, 200, 150), threshold=0.0)[0][0][0]) == 1
     snake = torch.zeros(1, 1, 9, 9)
     snake[..., ::2, :] = 1
@@ -62,7 +62,7 @@ def test_peak_points_find_the_objects_in_pixels() -> None:
     torch.testing.assert_close(twice, found * 2)
 
 
-def test_peak_points_respect_cells_that_reach_beyond_the_picture() -> None:
+def test_peak_points_respect_cells_that_reach_beyond_the_image() -> None:
     density = torch.zeros(1, 2, 3)
     density[0, 1, 2] = 1
     (point,) = peak_points(density, (9, 17), extent=(9 / 8, 17 / 8))

@@ -34,7 +34,7 @@ def prediction(**changes: object) -> Prediction:
     return replace(made, **changes)
 
 
-def test_every_source_gives_the_same_picture(rgb: np.ndarray, tmp_path: Path) -> None:
+def test_every_source_gives_the_same_image(rgb: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "a b ü.png"
     path.write_bytes(cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes())
     chw = torch.from_numpy(rgb).permute(2, 0, 1)
@@ -50,11 +50,11 @@ def test_every_source_gives_the_same_picture(rgb: np.ndarray, tmp_path: Path) ->
         rgb[:, ::-1][:, ::-1],
     ]
     for source in sources:
-        picture, name = as_image(source)
-        assert picture.dtype == torch.uint8
-        assert picture.permute(1, 2, 0).is_contiguous()
-        assert torch.equal(picture, chw)
-        assert name == (str(path) if isinstance(source, str | Path) else "picture")
+        image, name = as_image(source)
+        assert image.dtype == torch.uint8
+        assert image.permute(1, 2, 0).is_contiguous()
+        assert torch.equal(image, chw)
+        assert name == (str(path) if isinstance(source, str | Path) else "image")
 
 
 def test_grey_becomes_rgb() -> None:
@@ -66,10 +66,10 @@ def test_grey_becomes_rgb() -> None:
 
 
 def test_the_callers_array_is_not_shared(rgb: np.ndarray) -> None:
-    picture, _ = as_image(rgb)
-    before = picture.clone()
+    image, _ = as_image(rgb)
+    before = image.clone()
     rgb[:] = 0
-    assert torch.equal(picture, before)
+    assert torch.equal(image, before)
 
 
 def test_pil_images_are_turned_upright(rgb: np.ndarray, tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_pil_images_are_turned_upright(rgb: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "turned.png"
     image_module.fromarray(rgb).save(path, exif=exif)
     with image_module.open(path) as image:
-        picture, name = as_image(image)
-    assert torch.equal(picture, torch.from_numpy(np.rot90(rgb, -1).copy()).permute(2, 0, 1))
-    assert torch.equal(picture, as_image(path)[0])
+        photo, name = as_image(image)
+    assert torch.equal(photo, torch.from_numpy(np.rot90(rgb, -1).copy()).permute(2, 0, 1))
+    assert torch.equal(photo, as_image(path)[0])
     assert name == str(path)
 
 
@@ -90,9 +90,9 @@ def test_pil_modes(mode: str) -> None:
     image_module = pytest.importorskip("PIL.Image")
     image = image_module.new("L", (5, 4), 255)
     image = image_module.fromarray(np.full((4, 5), 65535, np.uint16)) if mode == "I;16" else image.convert(mode)
-    picture, _ = as_image(image)
-    assert picture.shape == (3, 4, 5)
-    assert int(picture.min()) >= 254
+    photo, _ = as_image(image)
+    assert photo.shape == (3, 4, 5)
+    assert int(photo.min()) >= 254
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_pil_modes(mode: str) -> None:
         (7, "builtins.int"),
     ],
 )
-def test_what_is_no_picture_says_so(source: object, message: str) -> None:
+def test_what_is_no_image_says_so(source: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         as_image(source)
 
@@ -126,13 +126,13 @@ def test_a_drawing_shows_points_and_density_in_their_places() -> None:
     drawn = draw_prediction(prediction(), "yellow rings")
     assert drawn.shape == (28 + 400, 800, 3)
     assert drawn.dtype == np.uint8
-    picture = drawn[28:].astype(int)
-    red = (picture[:, :, 0] > 200) & (picture[:, :, 1] < 100) & (picture[:, :, 2] < 100)
+    image = drawn[28:].astype(int)
+    red = (image[:, :, 0] > 200) & (image[:, :, 1] < 100) & (image[:, :, 2] < 100)
     y, x = np.argwhere(red & (np.abs(np.indices(red.shape) - [[[150]], [[650]]]).max(0) < 12)).mean(0)
     assert (x + 0.5, y + 0.5) == pytest.approx((650, 150), abs=1)
-    assert not picture[:90].any(), "no density above the cell, and a black picture"
-    assert picture[110:190, 610:690].any(2).all(), "the cell of density 2 is coloured throughout"
-    assert not picture[210:].any()
+    assert not image[:90].any(), "no density above the cell, and a black picture"
+    assert image[110:190, 610:690].any(2).all(), "the cell of density 2 is coloured throughout"
+    assert not image[210:].any()
 
 
 def test_boxes_are_scaled_to_the_drawing() -> None:

@@ -24,7 +24,7 @@ def test_quickstart_leaves_model_report_and_counts(
     assert "always the training median" in report
     with open(out / "predictions" / "counts.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6 * 12  # every picture, every unseen class
+    assert len(rows) == 6 * 12  # every image, every unseen class
     assert len({row["name"] for row in rows}) == 12
     for name in ("train", "test", "photos", "predictions"):  # may be replaced by the next quickstart
         (out / name / "old").touch()

@@ -83,7 +83,7 @@ def rows(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# -- pictures (F1, F3-F7, I6) --------------------------------------------------------------------------------------
+# -- images (F1, F3-F7, I6) --------------------------------------------------------------------------------------
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
 JPEG = cv2.imencode(".jpg", PICTURE)[1].tobytes()
@@ -96,7 +96,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_picture_stops_training_and_testing(
+def test_a_broken_image_stops_training_and_testing(
     fault: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """F1, F3, F4: exit code 2 and a line that names the file."""
@@ -110,7 +110,7 @@ def test_a_broken_picture_stops_training_and_testing(
         assert Path(chosen).name in capsys.readouterr().err
 
 
-def test_one_broken_picture_among_many(
+def test_one_broken_image_among_many(
     checkpoint: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """I6, F1, F3, F4: all others, one logged error for each, and a failing exit code if that is asked for."""
@@ -161,11 +161,11 @@ def test_every_orientation_counts_alike(checkpoint: Path) -> None:
         assert (row["height"], row["width"]) == ("40", "56")
 
 
-def test_odd_pictures(either: Path) -> None:
+def test_odd_images(either: Path) -> None:
     """F6, F7: grey, alpha, palette-free 16 bits; 1 x 1, very long, smaller than the window."""
     Path("data").mkdir()
     grey = cv2.cvtColor(PICTURE, cv2.COLOR_BGR2GRAY)
-    pictures = {
+    images = {
         "grey": grey,
         "as colour": cv2.merge([grey] * 3),
         "alpha": np.dstack([PICTURE, grey]),
@@ -175,11 +175,11 @@ def test_odd_pictures(either: Path) -> None:
         "long": PICTURE[:2].repeat(9, 1),
         "small": PICTURE[:9, :7],
     }
-    for name, picture in pictures.items():
-        assert cv2.imwrite(f"data/{name}.png", picture)
+    for name, image in images.items():
+        assert cv2.imwrite(f"data/{name}.png", image)
     assert run("predict", *predict_words(either)) == 0
     counts = {row["image"].removesuffix(".png"): float(row["predicted"]) for row in rows("predictions/counts.csv")}
-    assert counts.keys() == pictures.keys()
+    assert counts.keys() == images.keys()
     assert np.isfinite(list(counts.values())).all()
     assert counts["grey"] == pytest.approx(counts["as colour"], rel=1e-6)
     assert counts["alpha"] == pytest.approx(counts["colour"], rel=1e-6)
@@ -187,7 +187,7 @@ def test_odd_pictures(either: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["black", "white", "noise"])
-def test_blank_pictures(content: str, either: Path) -> None:
+def test_blank_images(content: str, either: Path) -> None:
     """I3: nothing but one value, or noise: a finite count, which sums from its density."""
     values = {
         "black": np.zeros((50, 70, 3)),
@@ -213,7 +213,7 @@ def test_blank_pictures(content: str, either: Path) -> None:
         ("region_clip_counter_small", {"heat", "size", "text"}),
     ],
 )
-def test_pictures_without_objects(name: str, terms: set[str], empty: str) -> None:
+def test_images_without_objects(name: str, terms: set[str], empty: str) -> None:
     """F8, F9: fit and test in every stage with finite losses and metrics; NAE leaves such pictures out."""
     table = {f"{i}.png": [("", "")] if empty == "all" or i % 2 else [(5, 5)] for i in range(8)}
     fakes.folder(Path("data"), table)  # type: ignore[arg-type]
@@ -419,8 +419,8 @@ def test_batches_change_nothing(checkpoint: Path) -> None:
     single = [counter.count(path, "apples") for path in paths]
     assert all(isinstance(p, Prediction) for p in single)
     counts = torch.stack([p.counts[0] for p in single if isinstance(p, Prediction)])
-    pictures = [torch.from_numpy(read_image(path)).permute(2, 0, 1) for path in paths]
-    together = again.count_images([counter.preprocess(p) for p in pictures], ask([["apples"]] * len(paths)))
+    images = [torch.from_numpy(read_image(path)).permute(2, 0, 1) for path in paths]
+    together = again.count_images([counter.preprocess(p) for p in images], ask([["apples"]] * len(paths)))
     assert isinstance(together, list)
     torch.testing.assert_close(torch.cat([o.counts[:, 0] for o in together]), counts, rtol=1e-5, atol=1e-6)
     assert run("predict", *predict_words(checkpoint), "--data.eval_batch_size=3") == 0
@@ -457,16 +457,16 @@ def test_export(options: dict[str, Any]) -> None:
     network = Exported(counter, "apples").eval()
     side = {name: 32 * torch.export.Dim(name, min=2, max=32) for name in ("rows", "columns")}
     free = {"image": {0: torch.export.Dim("batch", min=1, max=64), 2: side["rows"], 3: side["columns"]}}
-    pictures = [torch.rand(*shape) for shape in ((2, 3, 64, 96), (1, 3, 96, 64), (5, 3, 128, 160))]
+    images = [torch.rand(*shape) for shape in ((2, 3, 64, 96), (1, 3, 96, 64), (5, 3, 128, 160))]
     with torch.no_grad():
-        exported = torch.export.export(network, (pictures[0],), dynamic_shapes=free, strict=False)
-        for image in pictures:
+        exported = torch.export.export(network, (images[0],), dynamic_shapes=free, strict=False)
+        for image in images:
             expected = counter(image, ask([["apples"]] * len(image))).density
             torch.testing.assert_close(exported.module()(image), expected, rtol=1e-4, atol=1e-6)
         if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript")):
             return
         torch.onnx.export(exported, (), "model.onnx", dynamo=True)
         session = importlib.import_module("onnxruntime").InferenceSession("model.onnx")
-        for image in pictures:
+        for image in images:
             (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
             torch.testing.assert_close(torch.from_numpy(found), exported.module()(image), rtol=1e-4, atol=1e-6)

@@ -179,7 +179,7 @@ def test_windows_cover_and_weights_sum_to_one(length, cells, step, cell, blend, 
     assert (weights >= 0).all()
 
 
-def test_pictures_with_different_numbers_of_names_and_uint8():
+def test_images_with_different_numbers_of_names_and_uint8():
     images = [torch.full((3, 9, 9), 51, dtype=torch.uint8), torch.rand(3, 4, 30), torch.rand(3, 9, 9)]
     names = [["a"], ["b", "c"], ["d"]]
     model = IdealModel(1)

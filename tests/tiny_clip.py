@@ -50,7 +50,7 @@ def tower(**options: Any) -> Any:
     return random_clip(config(**options))
 
 
-def pictures(n: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
+def images(n: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
     """``(n, 3, height, width)`` in [0, 1]."""
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
@@ -65,7 +65,7 @@ def training_batch(names: list[list[str]], side: int = 32, seed: int = 0, *, emp
         labels.append(torch.arange(n) % len(asked))
     counts = torch.stack([torch.bincount(own, minlength=len(names[0])) for own in labels]).float()
     return {
-        "image": pictures(len(names), side, side, seed),
+        "image": images(len(names), side, side, seed),
         "queries": ask(names),
         "points": points,
         "labels": labels,

@@ -113,7 +113,7 @@ class ExemplarCounter(CountingModule):
         return {"count": (output.counts - batch["counts"])[:, 0].abs().mean()}
 
 
-class TinyPictures(CountingDataModule):
+class TinyImages(CountingDataModule):
     """White dots on black, 32 x 40 pixels.
 
     Args:

@@ -119,7 +119,7 @@ def print_description(
     if protocol:
         console.print("protocol: " + ", ".join(f"{name} {value}" for name, value in protocol.items()), soft_wrap=True)
     for split, value in known.items():
-        console.print(f"{split}: sha256 {value.sha256 or 'of nothing, no picture is there'}", soft_wrap=True)
+        console.print(f"{split}: sha256 {value.sha256 or 'of nothing, no image is there'}", soft_wrap=True)
     for split, reason in found.items():
         if isinstance(reason, InputError):
             console.print(f"{split}: {reason}", soft_wrap=True, markup=False)

@@ -68,7 +68,7 @@ def make_mosaic(upper: Tensor, lower: Tensor, upper_points: Tensor, lower_points
     if side < 2:
         raise InputError(f"images of {tuple(upper.shape)} and {tuple(lower.shape)}; a mosaic needs 2 rows of each")
     size = (side // 2, side)
-    halves = [resize_image(picture, size, antialias=True, interpolation="bicubic") for picture in (upper, lower)]
+    halves = [resize_image(image, size, antialias=True, interpolation="bicubic") for image in (upper, lower)]
     above = scale_points(upper_points, (upper.shape[-2], upper.shape[-1]), size)
     # A point on the upper image's last edge would be the lower one's: cells are half-open.
     seam = float(np.nextafter(np.float32(size[0]), np.float32(0)))
@@ -131,12 +131,12 @@ class Cost:
     """Seconds of one pass for all prompts, beside one pass for each.
 
     Args:
-        pictures, prompts: how many of each were asked both ways.
+        images, prompts: how many of each were asked both ways.
         one_by_one, together: seconds.
         difference: largest difference of a count between the two, relative to the count or to 1.
     """
 
-    pictures: int
+    images: int
     prompts: int
     one_by_one: float
     together: float
@@ -201,16 +201,16 @@ class Asker:
             raise FloatingPointError(f"counts are {found}")
         return found
 
-    def compare(self, pictures: Sequence[tuple[Tensor, str, tuple[int, int]]], prompts: Sequence[str]) -> Cost:
+    def compare(self, images: Sequence[tuple[Tensor, str, tuple[int, int]]], prompts: Sequence[str]) -> Cost:
         """Ask images all prompts in one pass and in one pass for each, and go on with what gives the counts alone.
 
         Args:
-            pictures: as the model sees them, with their ids and stored sizes.
+            images: as the model sees them, with their ids and stored sizes.
             prompts: which are asked.
         """
         alone, together, difference = 0.0, 0.0, 0.0
         self.together = True
-        for seen, image_id, stored in pictures:
+        for seen, image_id, stored in images:
             self.counts(seen, prompts, image_id, stored)  # texts are encoded, and the device is warm
             start = self._now()
             at_once = self.counts(seen, prompts, image_id, stored)
@@ -220,7 +220,7 @@ class Asker:
             for prompt, count in one_by_one.items():
                 difference = max(difference, abs(at_once[prompt] - count) / max(1.0, abs(count)))
         self.together = difference <= INDEPENDENT_WITHIN
-        return Cost(len(pictures), len(prompts), alone, together, difference)
+        return Cost(len(images), len(prompts), alone, together, difference)
 
     def _now(self) -> float:
         if torch.device(self.model.device).type == "cuda":
@@ -243,7 +243,7 @@ FAILURES = (InputError, FloatingPointError, RuntimeError)
 
 
 @dataclass(frozen=True)
-class AskedPicture:
+class AskedImage:
     """Counts of one image, by prompt.
 
     Args:
@@ -318,7 +318,7 @@ class Questions:
             for name in present:
                 self.holders.setdefault(name, []).append(image_id)
 
-    def picture(self, image_id: str) -> dict[str, Any]:
+    def image(self, image_id: str) -> dict[str, Any]:
         """Read an image as it is stored, with its annotation.
 
         Raises:
@@ -347,7 +347,7 @@ class Questions:
         """Collect all counts of one image as plain data; what cannot be counted is under ``failed``."""
         found: dict[str, Any] = {"picture": None, "mosaics": [], "failed": []}
         try:
-            item = self.picture(image_id)
+            item = self.image(image_id)
             found["picture"] = asdict(self._asked(item))
         except FAILURES as error:
             found["failed"].append((image_id, f"{type(error).__name__}: {error}"))
@@ -365,7 +365,7 @@ class Questions:
                 found["failed"].append((f"{image_id} above {partner}", f"{type(error).__name__}: {error}"))
         return found
 
-    def _asked(self, item: dict[str, Any]) -> AskedPicture:
+    def _asked(self, item: dict[str, Any]) -> AskedImage:
         image_id, seen = item["image_id"], self.model.preprocess(item["image"])
         target, present = self.target(image_id), [n for n in self.shown[image_id] if n in self.names]
         counts = self.asker.counts(seen, self.prompts(target), image_id, item["original_size"])
@@ -375,12 +375,12 @@ class Questions:
             if not self.asker.together:  # names compete, so asking for both is another question
                 both = float(self.asker.output(seen, present, image_id, item["original_size"]).counts.sum())
         truth = dict(zip(self.names, item["counts"].tolist(), strict=True))
-        return AskedPicture(image_id, target, list(self.shown[image_id]), truth, counts, both)
+        return AskedImage(image_id, target, list(self.shown[image_id]), truth, counts, both)
 
     def _mosaic(self, item: dict[str, Any], target: str, name: str, partner: str) -> AskedMosaic:
         image_id = item["image_id"]
         points = item["points"][item["labels"] == self.names.index(target)]
-        mosaic = make_mosaic(item["image"], self.picture(partner)["image"], points, points[:0])
+        mosaic = make_mosaic(item["image"], self.image(partner)["image"], points, points[:0])
         stored = (int(mosaic.image.shape[1]), int(mosaic.image.shape[2]))
         seen = self.model.preprocess(mosaic.image)
         size = (int(seen.shape[1]), int(seen.shape[2]))
@@ -410,10 +410,10 @@ class Questions:
         image: Tensor = item["image"]
         noise = torch.from_numpy(np.random.default_rng(self.seed).integers(0, 256, tuple(image.shape), np.uint8))
         found = {}
-        pictures = {kind: torch.full_like(image, value) for kind, value in BLANKS.items()} | {"noise": noise}
-        for kind, picture in pictures.items():
+        images = {kind: torch.full_like(image, value) for kind, value in BLANKS.items()} | {"noise": noise}
+        for kind, blank in images.items():
             try:
-                seen = self.model.preprocess(picture)
+                seen = self.model.preprocess(blank)
                 found[kind] = self.asker.counts(seen, self.names, kind, item["original_size"])
             except FAILURES as error:
                 failed.append((f"{kind} picture", f"{type(error).__name__}: {error}"))
@@ -423,35 +423,35 @@ class Questions:
         """Find the first image that can be read."""
         for image_id in chosen:
             try:
-                return self.picture(image_id)
+                return self.image(image_id)
             except ImageError:
                 continue
         return None
 
     def compare_with_one_by_one(self, chosen: Sequence[str]) -> Cost | None:
         """Ask a few images both ways; names that compete in the model are asked alone from then on."""
-        pictures: list[tuple[Tensor, str, tuple[int, int]]] = []
+        images: list[tuple[Tensor, str, tuple[int, int]]] = []
         for image_id in chosen:
-            if len(pictures) == COSTED:
+            if len(images) == COSTED:
                 break
             if item := self.first([image_id]):
-                pictures.append((self.model.preprocess(item["image"]), image_id, item["original_size"]))
+                images.append((self.model.preprocess(item["image"]), image_id, item["original_size"]))
         names = self.names[:COSTED_NAMES] if len(self.names) > 1 else [*self.names, *NONSENSE]
         try:
-            return self.asker.compare(pictures, names) if pictures else None
+            return self.asker.compare(images, names) if images else None
         except FAILURES:  # said of each image, later
             return None
 
-    def examples(self, pictures: Sequence[AskedPicture], n: int) -> list[Drawing]:
+    def examples(self, images: Sequence[AskedImage], n: int) -> list[Drawing]:
         """Draw some images with their own name and with the absent one that is counted highest."""
-        usable = [one for one in pictures if one.target is not None]
+        usable = [one for one in images if one.target is not None]
         kept = [usable[i * len(usable) // n] for i in range(n)] if len(usable) > n else usable
         drawn = []
         for one in kept:
             assert one.target is not None
             absent = [name for name in self.names if name not in one.present]
             wrong = max(absent, key=lambda name: one.counts[name]) if absent else NONSENSE[0]
-            item = self.picture(one.image_id)
+            item = self.image(one.image_id)
             seen = self.model.preprocess(item["image"])
             for name in (one.target, wrong):
                 output = self.asker.output(seen, [name], one.image_id, item["original_size"])
@@ -475,7 +475,7 @@ class Audit:
 
     Args:
         names: the classes of the split.
-        pictures: in the order of the data.
+        images: in the order of the data.
         mosaics: those of each image together, in the same order.
         blanks: count of each class in images that show nothing, by kind.
         failed: (id, reason) of what could not be counted.
@@ -486,7 +486,7 @@ class Audit:
     """
 
     names: list[str]
-    pictures: list[AskedPicture]
+    images: list[AskedImage]
     mosaics: list[AskedMosaic] = field(default_factory=list)
     blanks: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -565,14 +565,14 @@ def audit(
         key = sha256(json.dumps([protocol, names, GRIDS, files], sort_keys=True))[:16]
         found = _answers(questions, chosen, None if parts is None else parts / f"{key}.jsonl")
         failed = [(str(image_id), str(reason)) for one in found for image_id, reason in one["failed"]]
-        pictures = [AskedPicture(**one["picture"]) for one in found if one["picture"]]
-        if not pictures:
+        images = [AskedImage(**one["picture"]) for one in found if one["picture"]]
+        if not images:
             raise InputError(f"none of the {len(chosen)} images could be counted; {': '.join(failed[0])}")
         blanks = questions.blanks(chosen, failed) if "labelfree" in asked else {}
-        drawn = questions.examples(pictures, examples)
+        drawn = questions.examples(images, examples)
     return Audit(
         names=names,
-        pictures=pictures,
+        images=images,
         mosaics=[AskedMosaic(**mosaic) for one in found for mosaic in one["mosaics"]],
         blanks=blanks,
         failed=failed,

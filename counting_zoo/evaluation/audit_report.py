@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from counting_zoo.evaluation.audit import GRIDS, AskedPicture, Audit
+from counting_zoo.evaluation.audit import GRIDS, AskedImage, Audit
 from counting_zoo.evaluation.audit_metrics import (
     FOLLOWS_LOSS,
     FOLLOWS_RATIO,
@@ -43,7 +43,7 @@ def audit_figures(audit: Audit) -> dict[str, Any]:
 
     A figure that is not known is ``None``.
     """
-    own = [one for one in audit.pictures if one.target is not None]
+    own = [one for one in audit.images if one.target is not None]
     counts = _kind_table(own, audit.names, lambda one: one.counts)  # (N, C)
     truth = _kind_table(own, audit.names, lambda one: one.truth)
     positive = np.array([audit.names.index(str(one.target)) for one in own], np.int64)
@@ -76,13 +76,13 @@ def audit_figures(audit: Audit) -> dict[str, Any]:
     if "labelfree" in tests:
         found["label_free"] = _label_free_figures(audit, own, right)
     found["kinds"] = {kind: _distribution(values) for kind, values in _by_kind(own, audit.names).items()}
-    found["n_pictures"], found["n_without_target"] = len(own), len(audit.pictures) - len(own)
+    found["n_pictures"], found["n_without_target"] = len(own), len(audit.images) - len(own)
     found["left_out"], found["failed"] = dict(audit.left_out), [list(pair) for pair in audit.failed]
     found["classes"], found["protocol"] = list(audit.names), dict(audit.protocol)
     return plain(found, "audit")
 
 
-def _mosaics(audit: Audit, own: Sequence[AskedPicture]) -> dict[str, Any]:
+def _mosaics(audit: Audit, own: Sequence[AskedImage]) -> dict[str, Any]:
     """Score the whole halves, and each grid."""
     row = {one.image_id: i for i, one in enumerate(own)}
     shape = (len(own), len(audit.names))
@@ -102,7 +102,7 @@ def _mosaics(audit: Audit, own: Sequence[AskedPicture]) -> dict[str, Any]:
     return found
 
 
-def _pair_figures(own: Sequence[AskedPicture]) -> dict[str, float]:
+def _pair_figures(own: Sequence[AskedImage]) -> dict[str, float]:
     pairs = [one for one in own if one.both is not None]
     truth = [sum(one.truth.get(name, 0.0) for name in one.present) for one in pairs]
     a = np.array([one.truth[str(one.target)] for one in pairs])
@@ -110,7 +110,7 @@ def _pair_figures(own: Sequence[AskedPicture]) -> dict[str, float]:
     return pair_figures(a, np.array(truth) - a, f_a, np.array([one.both for one in pairs], np.float64))
 
 
-def _label_free_figures(audit: Audit, own: Sequence[AskedPicture], right: np.ndarray) -> dict[str, Any]:
+def _label_free_figures(audit: Audit, own: Sequence[AskedImage], right: np.ndarray) -> dict[str, Any]:
     """Compute the checks that need no annotation but a name that is present."""
     other = {str(one.target): variants(str(one.target)) for one in own}
 
@@ -142,7 +142,7 @@ def _label_free_figures(audit: Audit, own: Sequence[AskedPicture], right: np.nda
 def prompt_rows(audit: Audit) -> list[tuple[str, str, float | None, float]]:
     """List (image, prompt, true count where there is one, count) of every answer."""
     rows: list[tuple[str, str, float | None, float]] = []
-    for one in audit.pictures:
+    for one in audit.images:
         same = {p for kind in variants(one.target).values() for p in kind} if one.target is not None else set()
         own = one.truth[one.target] if one.target is not None else None
         for prompt, count in one.counts.items():
@@ -151,13 +151,13 @@ def prompt_rows(audit: Audit) -> list[tuple[str, str, float | None, float]]:
     return rows
 
 
-def _by_kind(own: Sequence[AskedPicture], names: Sequence[str]) -> dict[str, list[float]]:
+def _by_kind(own: Sequence[AskedImage], names: Sequence[str]) -> dict[str, list[float]]:
     """Count over the true count of the picture's own name, for every answer."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for one in own:
         target = str(one.target)
         if not (true := one.truth[target]):
-            continue  # all its points lay outside the picture, and were dropped
+            continue  # all its points lay outside the image, and were dropped
         asked = {
             "right": [target],
             "other present": [name for name in one.present if name != target and name in names],
@@ -185,7 +185,7 @@ def _distribution(values: Sequence[float]) -> dict[str, float]:
 
 
 def _kind_table(
-    own: Sequence[AskedPicture], names: Sequence[str], of: Callable[[AskedPicture], Mapping[str, float]]
+    own: Sequence[AskedImage], names: Sequence[str], of: Callable[[AskedImage], Mapping[str, float]]
 ) -> np.ndarray:
     return np.array([[of(one)[name] for name in names] for one in own], np.float64).reshape(len(own), len(names))
 

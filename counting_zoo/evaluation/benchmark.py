@@ -78,7 +78,7 @@ def benchmark(
     accelerator: str = "auto",
     devices: int = 1,
     precision: Precision = "32-true",
-    pictures: int = 3,
+    images: int = 3,
     costs: bool = True,
     resamples: int = 2000,
     seed: int = 0,
@@ -99,7 +99,7 @@ def benchmark(
         title: heading of the report.
         accelerator, devices: as Lightning takes them; several devices share the images.
         precision: of the networks; counts are added up in float32 in any case.
-        pictures: how many best and how many worst images of each run are drawn.
+        images: how many best and how many worst images of each run are drawn.
         costs: whether to measure time and memory.
         resamples, seed: of the bootstrap.
 
@@ -109,7 +109,7 @@ def benchmark(
     """
     if not models or not data:
         raise InputError(f"a benchmark of {len(models)} models on {len(data)} data sets; expected at least one of each")
-    _check_options(split, precision, devices=devices, pictures=pictures, resamples=resamples, seed=seed, costs=costs)
+    _check_options(split, precision, devices=devices, images=images, resamples=resamples, seed=seed, costs=costs)
     models, data = _by_text("models", models), _by_text("data", data)
     for name, source in models.items():
         if isinstance(source, str | Path) and not Path(source).expanduser().is_file():
@@ -118,7 +118,7 @@ def benchmark(
     if out.exists() and not out.is_dir():
         raise InputError(f"out is {str(out)!r}, which is a file; expected a folder")
     fabric = _fabric(accelerator, devices, precision)
-    runs, skipped = _count_all(models, data, split, out, fabric, pictures=pictures, costs=costs)
+    runs, skipped = _count_all(models, data, split, out, fabric, images=images, costs=costs)
     if not fabric.is_global_zero:
         return BenchmarkFiles(out, out / "benchmark.json", [])
     if not runs:
@@ -179,7 +179,7 @@ def _count_all(
     out: Path,
     fabric: L.Fabric,
     *,
-    pictures: int,
+    images: int,
     costs: bool,
 ) -> tuple[list[Run], list[tuple[str, str, str]]]:
     """Count every data set with every model; the runs are those of the first process.
@@ -218,7 +218,7 @@ def _count_all(
             measured: dict[str, Any] = {}
             if isinstance(model, CountingModule):
                 with fabric.autocast():
-                    drawings = _drawings(model, datamodule, split, table, pictures)
+                    drawings = _drawings(model, datamodule, split, table, images)
                     if costs:
                         measured = _costs(model, datamodule, split, table, fabric._precision.precision)
             runs.append(
@@ -230,7 +230,7 @@ def _count_all(
                     model_facts=facts,
                     data_facts=data_facts,
                     protocol=_protocol(model, datamodule, split, fabric._precision.precision),
-                    pictures=drawings,
+                    images=drawings,
                     failed=counted.failed,
                     costs=measured,
                 )

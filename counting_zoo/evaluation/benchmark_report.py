@@ -127,7 +127,7 @@ class Run:
         data_facts: what is known of the data: ``class`` and ``split`` choose the published results that stand beside,
             ``settings`` (arguments of the data module) those of them that fit; pictures, checksum, ...; ready for JSON.
         protocol: how it was measured, a sentence each.
-        pictures: drawings of the best and the worst.
+        images: drawings of the best and the worst.
         failed: id and reason of each image that could not be read or counted.
         costs: time and memory of counting; empty where they were not measured.
     """
@@ -139,7 +139,7 @@ class Run:
     model_facts: dict[str, Any] = field(default_factory=dict)
     data_facts: dict[str, Any] = field(default_factory=dict)
     protocol: list[str] = field(default_factory=list)
-    pictures: list[Drawing] = field(default_factory=list)
+    images: list[Drawing] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     costs: dict[str, Any] = field(default_factory=dict)
 
@@ -206,7 +206,7 @@ def write_benchmark(out: str | Path, results: Mapping[str, Any], runs: Sequence[
         if re.fullmatch(r"\d+-\d+\.jpg", old.name):
             old.unlink()
     for i, run in enumerate(runs):
-        for drawing, file in zip(run.pictures, _image_files(i, run), strict=True):
+        for drawing, file in zip(run.images, _image_files(i, run), strict=True):
             write_whole(out / file, jpeg(drawing.pixels))
     if costs := {f"{run.model} on {run.data}": run.costs for run in runs if run.costs}:
         write_costs(out, costs)
@@ -290,8 +290,8 @@ def _model(run: Run, files: Sequence[str], shared: Sequence[str], bootstrap: Boo
         "largest_errors": _largest_errors(run.table),
         "failed": run.failed,
         "pictures": [
-            {"file": file, "group": picture.group, "caption": picture.caption}
-            for picture, file in zip(run.pictures, files, strict=True)
+            {"file": file, "group": image.group, "caption": image.caption}
+            for image, file in zip(run.images, files, strict=True)
         ],
     }
 
@@ -343,7 +343,7 @@ def _csv_rows(results: Mapping[str, Any]) -> Iterator[list[str | int | float]]:
 
 
 def _image_files(i: int, run: Run) -> list[str]:
-    return [f"pictures/{i:02d}-{j:02d}.jpg" for j in range(len(run.pictures))]
+    return [f"pictures/{i:02d}-{j:02d}.jpg" for j in range(len(run.images))]
 
 
 # -- what the templates show ------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def _page(results: Scores, level: int, folder: str | None = None, runs: Sequence
     sets = []
     for entry in results["data"]:
         own = [run for run in runs if run.data == entry["name"]]
-        drawings = [replace(one, group=f"{run.model}: {one.group}") for run in own for one in run.pictures]
+        drawings = [replace(one, group=f"{run.model}: {one.group}") for run in own for one in run.images]
         beside = {part: constants(entry, part) for part in ("", "totals", "classes")}
         shown = {"verdict": _verdict(entry), "matrix": _matrix(entry), "constants": beside, "facts": _facts(entry)}
         sets.append({**entry, **shown, "groups": embedded(drawings), "plots": [scatter(r.table, r.model) for r in own]})

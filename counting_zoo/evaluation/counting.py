@@ -126,13 +126,13 @@ class Costs(TypedDict):
 
 
 def measure_costs(
-    model: CountingModule, pictures: Sequence[Tensor], names: Sequence[list[str]], *, repeats: int = 3
+    model: CountingModule, images: Sequence[Tensor], names: Sequence[list[str]], *, repeats: int = 3
 ) -> Costs:
     """Count the same images several times, one by one as evaluation does, after a first round that is not timed.
 
     Args:
         model: in evaluation mode, on its device.
-        pictures: ``(3, H_i, W_i)``, as the model's ``preprocess`` leaves them.
+        images: ``(3, H_i, W_i)``, as the model's ``preprocess`` leaves them.
         names: what each is asked about.
         repeats: timed rounds; their median is given.
 
@@ -143,7 +143,7 @@ def measure_costs(
     Raises:
         InputError: there is no image.
     """
-    if not pictures:
+    if not images:
         raise InputError("no image to measure the cost of counting on")
     device = torch.device(model.device)
     seconds: list[float] = []
@@ -152,21 +152,21 @@ def measure_costs(
     with torch.inference_mode():
         for round_ in range(repeats + 1):
             start = time.perf_counter()
-            for picture, asked in zip(pictures, names, strict=True):
-                model.count_images([picture], [Query(tuple(asked))])
+            for image, asked in zip(images, names, strict=True):
+                model.count_images([image], [Query(tuple(asked))])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if round_:
                 seconds.append(time.perf_counter() - start)
-    each = statistics.median(seconds) / len(pictures)
+    each = statistics.median(seconds) / len(images)
     peak = _peak_memory(device)
     return {
         "pictures_per_second": 1 / each,
         "seconds_per_picture": each,
         "peak_memory_mib": None if peak is None else peak / MEBI,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "pictures": len(pictures),
-        "megapixels": sum(p.shape[1] * p.shape[2] for p in pictures) / len(pictures) / 1e6,
+        "pictures": len(images),
+        "megapixels": sum(p.shape[1] * p.shape[2] for p in images) / len(images) / 1e6,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
     }

@@ -46,24 +46,24 @@ class PartWriter:
         folder: the folder of the predictions.
         rank: of this process.
         densities: whether to write density maps.
-        max_pictures: how many to draw; ``None`` for all.
+        max_images: how many to draw; ``None`` for all.
     """
 
-    def __init__(self, folder: Path, rank: int, *, densities: bool, max_pictures: int | None) -> None:
+    def __init__(self, folder: Path, rank: int, *, densities: bool, max_images: int | None) -> None:
         self._folder = folder / _PARTS / str(rank)
         shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
         self._folder.mkdir(parents=True)
         self._rank = rank
         self._rows = (self._folder / "rows.jsonl").open("w", encoding="utf-8")
         self._maps = _open_maps(self._folder / "densities.h5", "w") if densities else None
-        self._max_pictures = max_pictures
+        self._max_images = max_images
         self._n = self._drawn = 0
 
     def add(self, prediction: Prediction) -> None:
         """Write one prediction; an image that came before is left as it is."""
         key = _key(prediction.image_id)
         drawn = False
-        if self._max_pictures is None or self._drawn < self._max_pictures:
+        if self._max_images is None or self._drawn < self._max_images:
             self._drawn += 1
             drawn = True
             for k, name in enumerate(prediction.names):
@@ -113,23 +113,23 @@ class PartWriter:
 class Merged:
     """Numbers of images that were counted and that could not be read."""
 
-    pictures: int
+    images: int
     errors: int
 
 
-def merge_parts(folder: Path, n_parts: int, max_pictures: int | None) -> Merged:
+def merge_parts(folder: Path, n_parts: int, max_images: int | None) -> Merged:
     """Join the parts of all processes into the final files and remove them, one image in memory at a time.
 
     Args:
         folder: the folder of the predictions.
         n_parts: the number of processes.
-        max_pictures: how many drawings stay, the first in the order in which the data was dealt out.
+        max_images: how many drawings stay, the first in the order in which the data was dealt out.
     """
     found = _find_rows(folder, n_parts)
     order = sorted(found)
     counted = [image for image in order if not found[image].failed]
     by_order = sorted(counted, key=lambda image: found[image].order)
-    shown = {image for image in by_order[:max_pictures] if found[image].drawn}
+    shown = {image for image in by_order[:max_images] if found[image].drawn}
     stems = _stems(counted)
     with ExitStack() as stack:
         files = [stack.enter_context(_part_file(folder, part, "rows.jsonl").open("rb")) for part in range(n_parts)]

@@ -326,8 +326,8 @@ def average_precision_50(
         1.0
     """
     metric = BoxPrecision()
-    for i, picture in enumerate(zip(boxes, labels, scores, true_boxes, true_labels, strict=True)):
-        metric.update(*picture, image_id=f"picture {i}")
+    for i, image in enumerate(zip(boxes, labels, scores, true_boxes, true_labels, strict=True)):
+        metric.update(*image, image_id=f"picture {i}")
     figures = metric.compute() if boxes else {}
     if "map50" not in figures:
         raise InputError("average precision without a true box is undefined; expected at least one image with one")

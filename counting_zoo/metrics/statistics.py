@@ -103,7 +103,7 @@ class Bootstrap:
         return torch.from_numpy(values).double().nanquantile(ends, dim=0).numpy()
 
 
-def summed_by_picture(rows: np.ndarray, picture: np.ndarray) -> np.ndarray:
+def summed_by_image(rows: np.ndarray, image: np.ndarray) -> np.ndarray:
     """Sum over the rows of each image.
 
     Args:
@@ -117,8 +117,8 @@ def summed_by_picture(rows: np.ndarray, picture: np.ndarray) -> np.ndarray:
         >>> summed_by_picture(np.array([[1.0], [2.0], [4.0]]), np.array([1, 0, 1])).tolist()
         [[2.0], [5.0]]
     """
-    n = int(picture.max()) + 1 if len(picture) else 0
-    return np.stack([np.bincount(picture, column, minlength=n) for column in rows.T], 1)
+    n = int(image.max()) + 1 if len(image) else 0
+    return np.stack([np.bincount(image, column, minlength=n) for column in rows.T], 1)
 
 
 def binomial_bounds(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -189,9 +189,9 @@ def summarise(
     known = ~np.isnan(table.target)
     finite = np.isfinite(table.predicted)
     predictions = {"": table.predicted} | {name: _constant(name, v, table) for name, v in (constants or {}).items()}
-    picture = np.unique(table.image, return_inverse=True)[1]  # by id, so that the order of rows does not matter
+    image = np.unique(table.image, return_inverse=True)[1]  # by id, so that the order of rows does not matter
     result: dict[str, Any] = {
-        "pictures": len(np.unique(picture[known])),
+        "pictures": len(np.unique(image[known])),
         "rows": int(known.sum()),
         "rows_without_target": int((~known).sum()),
         "rows_not_finite": int((known & ~finite).sum()),
@@ -202,7 +202,7 @@ def summarise(
             stacklevel=2,
         )
         del predictions[""]
-    scores = _scores(table.target, predictions, picture, known, table.game, bootstrap)
+    scores = _scores(table.target, predictions, image, known, table.game, bootstrap)
     classes = _class_means(table, predictions, bootstrap)
     constant_scores = {name: value for name, value in scores.items() if name}
     for name, means in classes.items():
@@ -212,9 +212,9 @@ def summarise(
     if "" in classes:
         result["classes"] = classes[""]
     if result["rows"] > result["pictures"]:
-        whole = np.bincount(picture, ~known, minlength=len(np.unique(picture))) == 0
-        totals = {name: np.bincount(picture, value) for name, value in predictions.items()}
-        of_totals = _scores(np.bincount(picture, table.target), totals, np.arange(len(whole)), whole, None, bootstrap)
+        whole = np.bincount(image, ~known, minlength=len(np.unique(image))) == 0
+        totals = {name: np.bincount(image, value) for name, value in predictions.items()}
+        of_totals = _scores(np.bincount(image, table.target), totals, np.arange(len(whole)), whole, None, bootstrap)
         result["totals"] = {
             "pictures": int(whole.sum()),
             **of_totals.pop("", {}),
@@ -312,7 +312,7 @@ def _constant(name: str, value: float | Mapping[str, float], table: CountTable) 
 def _scores(
     target: np.ndarray,
     predictions: Mapping[str, np.ndarray],
-    picture: np.ndarray,
+    image: np.ndarray,
     known: np.ndarray,
     game: np.ndarray | None,
     bootstrap: Bootstrap,
@@ -322,7 +322,7 @@ def _scores(
     All predictions are scored on the same draws.
     """
     target = target[known]
-    picture = np.unique(picture[known], return_inverse=True)[1]
+    image = np.unique(image[known], return_inverse=True)[1]
     some = target > 0
     columns = [np.ones(len(target)), some]
     for said in predictions.values():
@@ -332,7 +332,7 @@ def _scores(
     grid = np.full((len(target), len(GAME_COLUMNS)), np.nan) if game is None else game[known]
     placed = np.isfinite(grid).all(1)
     columns += [placed, *np.where(placed[:, None], grid, 0).T]
-    sums = summed_by_picture(np.column_stack(columns), picture)
+    sums = summed_by_image(np.column_stack(columns), image)
     drawn = _figures(bootstrap.sums(sums)) if len(sums) > 1 else None
     result: dict[str, dict[str, Any]] = {}
     for i, (name, said) in enumerate(predictions.items()):
@@ -364,11 +364,11 @@ def _class_means(
     table: CountTable, predictions: Mapping[str, np.ndarray], bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
     """Compute the mRMSE family of each prediction, where every image is asked about the same several names."""
-    images, picture = np.unique(table.image, return_inverse=True)
+    images, image = np.unique(table.image, return_inverse=True)
     names = {name: k for k, name in enumerate(dict.fromkeys(table.name))}
     if len(names) < 2 or len(table) != len(images) * len(names) or np.isnan(table.target).all():
         return {}
-    place = picture, np.array([names[name] for name in table.name])
+    place = image, np.array([names[name] for name in table.name])
 
     def matrix(values: np.ndarray) -> torch.Tensor:
         made = np.zeros((len(images), len(names)))
@@ -501,9 +501,9 @@ def compare(a: CountTable, b: CountTable, bootstrap: Bootstrap | None = None) ->
     }
     if not rows:
         return result
-    picture = np.unique(images, return_inverse=True)[1]
+    image = np.unique(images, return_inverse=True)[1]
     error = np.stack([said_a - target, said_b - target], 1)[usable]  # (N, 2)
-    sums = summed_by_picture(np.column_stack([np.abs(error), error**2, np.ones(rows)]), picture)  # (P, 5)
+    sums = summed_by_image(np.column_stack([np.abs(error), error**2, np.ones(rows)]), image)  # (P, 5)
     drawn = bootstrap.sums(sums)
     for name, of in (("mae", lambda s: s[..., :2] / s[..., 4:]), ("rmse", lambda s: np.sqrt(s[..., 2:4] / s[..., 4:]))):
         value_a, value_b = of(sums.sum(0)).tolist()
@@ -562,11 +562,11 @@ def _rows(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple
 
 def _totals(table: CountTable, common: set[str]) -> dict[tuple[str, object], tuple[float, float]]:
     """Sum true and predicted counts by image, with all names that it is asked about."""
-    images, picture = table.images()
+    images, index = table.images()
     asked: list[set[str]] = [set() for _ in images]
-    for i, name in zip(picture.tolist(), table.name, strict=True):
+    for i, name in zip(index.tolist(), table.name, strict=True):
         asked[i].add(name)
-    sums = summed_by_picture(np.column_stack([table.target, table.predicted]), picture).tolist()
+    sums = summed_by_image(np.column_stack([table.target, table.predicted]), index).tolist()
     return {
         (image, _parts(names)): (target, said)
         for image, names, (target, said) in zip(images, asked, sums, strict=True)

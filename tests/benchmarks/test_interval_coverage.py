@@ -28,7 +28,7 @@ def benchmark() -> ModuleType:
     return module
 
 
-def test_corruptions_change_the_picture_and_not_its_shape(benchmark: ModuleType) -> None:
+def test_corruptions_change_the_image_and_not_its_shape(benchmark: ModuleType) -> None:
     rng = np.random.default_rng(0)
     image = cv2.resize(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8), (64, 48))
     for name, corruption in benchmark.CORRUPTIONS.items():
@@ -51,7 +51,7 @@ def test_the_table(
     torch.manual_seed(0)
     model = EBC("small", width=4, reduction=16, representatives="middle", max_count=3)
     path = save(model, tmp_path / "a.ckpt")
-    benchmark.main([str(path), "--pictures", "20", "--width", "bins"])
+    benchmark.main([str(path), "--images", "20", "--width", "bins"])
     said = capsys.readouterr().out
     assert "0.9" in said
     assert "20 counts" in said
@@ -70,5 +70,5 @@ def test_scenes_are_corrupted_after_they_are_read(benchmark: ModuleType, tmp_pat
         for corruption in (None, benchmark.dark)
     )
     record = plain.records("val")[0]
-    pictures = [decode_image(scenes.read_verified(record), "a") for scenes in (plain, dark)]
-    assert np.abs(pictures[1] - 0.4 * pictures[0]).max() <= 0.5
+    images = [decode_image(scenes.read_verified(record), "a") for scenes in (plain, dark)]
+    assert np.abs(images[1] - 0.4 * images[0]).max() <= 0.5

@@ -39,13 +39,13 @@ def record(points: list[list[float]], side: float) -> Record:
 
 def test_neighbours_that_overlap_more_than_the_threshold_are_lost(benchmark: ModuleType) -> None:
     # Squares of 10 whose centres are 4 apart share 6 of 14.
-    pictures = [benchmark.with_examples(record([[20, 20], [24, 20], [60, 20]], 10.0))]
+    images = [benchmark.with_examples(record([[20, 20], [24, 20], [60, 20]], 10.0))]
     for iou, left in ((6 / 14 - 0.01, 2), (6 / 14 + 0.01, 3)):
-        assert pictures[0].count(iou).tolist() == [left]
-        found = benchmark.lost(pictures, iou)
+        assert images[0].count(iou).tolist() == [left]
+        found = benchmark.lost(images, iou)
         assert found["lost"] == pytest.approx(1 - left / 3)
         assert found["mae"] == found["rmse"] == 3 - left
-    assert benchmark.lost(pictures, 0.5, limit=1)["mae"] == 2
+    assert benchmark.lost(images, 0.5, limit=1)["mae"] == 2
 
 
 def test_boxes_that_are_cut_overlap_more(benchmark: ModuleType) -> None:
@@ -61,9 +61,9 @@ def test_boxes_that_are_cut_overlap_more(benchmark: ModuleType) -> None:
 def test_other_names_do_not_suppress(benchmark: ModuleType) -> None:
     box = np.array([[0, 0, 8, 8]] * 3, np.float32)
     labels = np.array([0, 1, 1])
-    picture = benchmark.with_boxes(Record("a", classes=["x", "y"], boxes=box, box_labels=labels, size=(10, 10)))
-    assert picture.target.tolist() == [1, 2]
-    assert picture.count(0.5).tolist() == [1, 1]
+    image = benchmark.with_boxes(Record("a", classes=["x", "y"], boxes=box, box_labels=labels, size=(10, 10)))
+    assert image.target.tolist() == [1, 2]
+    assert image.count(0.5).tolist() == [1, 1]
 
 
 def test_the_table(
@@ -71,7 +71,7 @@ def test_the_table(
 ) -> None:
     monkeypatch.setenv("COUNTING_ZOO_CACHE", str(tmp_path))
     threads = torch.get_num_threads()
-    benchmark.main(["--pictures", "2", "--data", str(tmp_path)])
+    benchmark.main(["--images", "2", "--data", str(tmp_path)])
     torch.set_num_threads(threads)
     out = capsys.readouterr().out.splitlines()
     assert "FSC-147" in out[0]
@@ -80,15 +80,15 @@ def test_the_table(
     assert head[5] == "**0.5**"
     assert len(rows) == 2
     for row in rows:
-        pictures, objects = int(row[1]), int(row[2])
-        assert pictures == 2
+        images, objects = int(row[1]), int(row[2])
+        assert images == 2
         numbers = [re.fullmatch(r"([\d.]+)% \(([\d.]+) / ([\d.]+)\)", cell) for cell in row[3:]]
         shares, mae, rmse = ([float(found[i]) for found in numbers if found] for i in (1, 2, 3))
         assert len(shares) == 7
         assert shares[:5] == sorted(shares[:5], reverse=True)  # a higher threshold loses less
         assert shares[5] >= shares[6] >= shares[2]  # and so does a higher limit
         assert shares[2] <= 1
-        assert mae == pytest.approx([share / 100 * objects / pictures for share in shares], abs=0.01 + objects * 1e-4)
+        assert mae == pytest.approx([share / 100 * objects / images for share in shares], abs=0.01 + objects * 1e-4)
         assert all(a <= b for a, b in zip(mae, rmse, strict=True))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from places import BENCHMARKS
-from tiny_zoo import TinyCounter, TinyPictures
+from tiny_zoo import TinyCounter, TinyImages
 
 from counting_zoo import benchmark
 
@@ -37,7 +37,7 @@ def test_commands_name_the_data_and_keep_their_braces() -> None:
 
 def test_totals_have_a_column_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models: dict[str, Any] = {"ebc-0": Blind(), "ebc-1": Blind(scale=0.2), "clip_count-0": TinyCounter()}
-    found = benchmark(models, {"d": TinyPictures(prompts="all")}, tmp_path, accelerator="cpu", pictures=0, costs=False)
+    found = benchmark(models, {"d": TinyImages(prompts="all")}, tmp_path, accelerator="cpu", images=0, costs=False)
     monkeypatch.setattr(results_page, "STORED", tmp_path)
     (tmp_path / "low.json").write_bytes(found.results.read_bytes())
     table = [line[2:-2].split(" | ") for line in results_page.benchmark_table("low") if line.startswith("|")]

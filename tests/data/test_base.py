@@ -23,7 +23,7 @@ from counting_zoo.types import CountOutput
 CLASSES = ["red cups", "blue cups", "red plates", "forks", "spoons"]
 
 
-class Pictures(CountingDataModule):
+class Images(CountingDataModule):
     """``n`` pictures a split; picture i holds i + 1 objects of a target, and in multi-class data one of another."""
 
     layout = "  root/0.png ..."
@@ -40,7 +40,7 @@ class Pictures(CountingDataModule):
             path = self.root / f"{split}{i}.png"
             points = fakes.draw_points(i + 1, 48, 64, i)
             if not path.exists():
-                fakes.write_picture(path, points, seed=["train", "val", "test", "predict"].index(split) * 100 + i)
+                fakes.write_image(path, points, seed=["train", "val", "test", "predict"].index(split) * 100 + i)
             if split == "predict":
                 records.append(Record(path.name, path))
                 continue
@@ -54,7 +54,7 @@ class Pictures(CountingDataModule):
         return records
 
 
-class Absent(Pictures):
+class Absent(Images):
     def read_split(self, split: Split) -> list[Record]:
         if split == "train":
             self.find_root("deeper", holding="train.txt")
@@ -87,7 +87,7 @@ def _items(data: CountingDataModule, split: str) -> list[dict[str, Any]]:
 def test_settings_out_of_range(tmp_path: Path, options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(InputError, match=rf"data\.{name}"):
-        Pictures(tmp_path, **options)
+        Images(tmp_path, **options)
 
 
 def test_find_root(tmp_path: Path) -> None:
@@ -106,16 +106,16 @@ def test_find_root(tmp_path: Path) -> None:
 
 
 def test_provides_points_and_counts(tmp_path: Path) -> None:
-    data = Pictures(tmp_path)
+    data = Images(tmp_path)
     assert data.provides == {"points", "labels", "counts"}
     assert [len(points) for points in data.train_points()] == [1, 2, 3, 4, 5]
     assert data.train_sizes() == [(48, 64)] * 5
     assert data.class_names() == sorted(CLASSES)
-    assert Pictures(tmp_path, classes=["x"]).class_names() == ["x"]
+    assert Images(tmp_path, classes=["x"]).class_names() == ["x"]
 
 
 def test_sizes_that_nothing_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = Pictures(tmp_path)
+    data = Images(tmp_path)
     first, *others = data.records("train")
     monkeypatch.setitem(data._records, "train", [*others, replace(first, size=None)])
     with pytest.raises(InputError, match=r"train0\.png"):
@@ -123,15 +123,15 @@ def test_sizes_that_nothing_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_constant_predictors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert Pictures(tmp_path, 4).constant_predictors() == {"mean": 2.5, "median": 2.5}
-    assert Pictures(tmp_path, constants={"mean": 49.96, "median": 25}).constant_predictors()["mean"] == 49.96
+    assert Images(tmp_path, 4).constant_predictors() == {"mean": 2.5, "median": 2.5}
+    assert Images(tmp_path, constants={"mean": 49.96, "median": 25}).constant_predictors()["mean"] == 49.96
     caplog.set_level("INFO")
     assert Absent(tmp_path).constant_predictors() == {}
     assert "train.txt" in caplog.text or "root/0.png" in caplog.text
 
 
 def test_constant_predictors_of_every_name_and_of_their_sum(tmp_path: Path) -> None:
-    data = Pictures(tmp_path, 4, multi=True, prompts="all")
+    data = Images(tmp_path, 4, multi=True, prompts="all")
     # Picture i has i + 1 of class i and one of class i + 1.
     counts = np.array([[1, 1, 0, 0, 0], [0, 2, 1, 0, 0], [0, 0, 3, 1, 0], [0, 0, 0, 4, 1]])
     counts = counts[:, np.argsort(CLASSES)]
@@ -142,9 +142,9 @@ def test_constant_predictors_of_every_name_and_of_their_sum(tmp_path: Path) -> N
     }
     assert data.asked_counts("train", total=True).tolist() == [[2], [3], [4], [5]]
     assert data.constant_predictors(total=True) == {"mean": 3.5, "median": 3.5}
-    target = Pictures(tmp_path, 4, multi=True)
+    target = Images(tmp_path, 4, multi=True)
     assert target.constant_predictors() == target.constant_predictors(total=True) == {"mean": 2.5, "median": 2.5}
-    assert Pictures(tmp_path, constants={"half": 0.5}).constant_predictors(total=True) == {"half": 0.5}
+    assert Images(tmp_path, constants={"half": 0.5}).constant_predictors(total=True) == {"half": 0.5}
 
 
 @pytest.mark.parametrize("blind", [False, True])
@@ -157,7 +157,7 @@ def test_models_are_scored_beside_constants_of_what_they_are_asked(tmp_path: Pat
             output = super().forward(image, classes)
             return CountOutput(output.density.sum(1, keepdim=True)) if blind else output
 
-    data = Pictures(tmp_path, multi=True, prompts="all")
+    data = Images(tmp_path, multi=True, prompts="all")
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
@@ -179,7 +179,7 @@ def test_asked_counts_of_points_counts_and_nothing(tmp_path: Path) -> None:
         Record("b", classes=["x", "y"], counts=np.float32([7, 1])),
         Record("c"),
     ]
-    assert np.array_equal(Pictures(tmp_path).asked_counts("test", records), [[2], [7], [np.nan]], equal_nan=True)
+    assert np.array_equal(Images(tmp_path).asked_counts("test", records), [[2], [7], [np.nan]], equal_nan=True)
 
 
 def test_every_name_without_a_training_split(tmp_path: Path) -> None:
@@ -203,32 +203,32 @@ def test_every_name_without_a_training_split(tmp_path: Path) -> None:
 
 def test_empty_split_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'train'"):
-        Pictures(tmp_path, 0).setup("fit")
+        Images(tmp_path, 0).setup("fit")
 
 
-def test_the_same_picture_in_two_splits(tmp_path: Path) -> None:
-    data = Pictures(tmp_path)
+def test_the_same_image_in_two_splits(tmp_path: Path) -> None:
+    data = Images(tmp_path)
     for split in ("train", "val"):
         data.read_split(split)  # type: ignore[arg-type]
     (tmp_path / "val0.png").write_bytes((tmp_path / "train3.png").read_bytes())
     with pytest.raises(InputError, match=r"train3\.png"):
-        Pictures(tmp_path).setup("fit")
+        Images(tmp_path).setup("fit")
     with pytest.warns(UserWarning, match="1 pairs"):
-        Pictures(tmp_path, duplicates="warn").setup("fit")
-    Pictures(tmp_path, duplicates="ignore").setup("fit")
+        Images(tmp_path, duplicates="warn").setup("fit")
+    Images(tmp_path, duplicates="ignore").setup("fit")
 
 
-def test_a_training_picture_in_the_test_split(tmp_path: Path) -> None:
-    data = Pictures(tmp_path)
+def test_a_training_image_in_the_test_split(tmp_path: Path) -> None:
+    data = Images(tmp_path)
     data.setup("predict")
-    data.setup("fit")  # the predict split may hold any picture
+    data.setup("fit")  # the predict split may hold any image
     (tmp_path / "test1.png").write_bytes((tmp_path / "train2.png").read_bytes())
     with pytest.raises(InputError, match=r"train2\.png"):
-        Pictures(tmp_path).setup("fit")
+        Images(tmp_path).setup("fit")
 
 
 def test_validating_on_the_test_split_is_no_duplicate(tmp_path: Path) -> None:
-    class Official(Pictures):
+    class Official(Images):
         def read_split(self, split: Split) -> list[Record]:
             return super().read_split("test" if split == "val" else split)
 
@@ -243,7 +243,7 @@ def test_validating_on_the_test_split_is_no_duplicate(tmp_path: Path) -> None:
 
 
 def test_target_prompts(tmp_path: Path) -> None:
-    data = Pictures(tmp_path, multi=True)
+    data = Images(tmp_path, multi=True)
     for batch in _items(data, "test"):
         (names,) = names_of(batch)
         assert len(names) == 1
@@ -252,7 +252,7 @@ def test_target_prompts(tmp_path: Path) -> None:
 
 
 def test_all_prompts_count_absent_names_as_zero(tmp_path: Path) -> None:
-    data = Pictures(tmp_path, multi=True, prompts="all", eval_batch_size=5)
+    data = Images(tmp_path, multi=True, prompts="all", eval_batch_size=5)
     (batch,) = _items(data, "test")
     assert names_of(batch) == [sorted(CLASSES)] * 5
     assert batch["counts"].shape == (5, 5)
@@ -262,7 +262,7 @@ def test_all_prompts_count_absent_names_as_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 @pytest.mark.parametrize("multi", [False, True])
 def test_a_number_of_prompts(tmp_path: Path, n: int, multi: bool) -> None:
-    data = Pictures(tmp_path, multi=multi, prompts=n, batch_size=5)
+    data = Images(tmp_path, multi=multi, prompts=n, batch_size=5)
     data.setup("fit")
     for epoch in range(3):
         loader = data.train_dataloader()
@@ -278,17 +278,17 @@ def test_a_number_of_prompts(tmp_path: Path, n: int, multi: bool) -> None:
     assert all(len(names_of(batch)[0]) == 1 for batch in _items(data, "val"))
 
 
-def test_pictures_of_every_class_still_get_n_prompts(tmp_path: Path) -> None:
-    data = Pictures(tmp_path, 2, multi=True, prompts=3, batch_size=2)  # three names, two in each picture
+def test_images_of_every_class_still_get_n_prompts(tmp_path: Path) -> None:
+    data = Images(tmp_path, 2, multi=True, prompts=3, batch_size=2)  # three names, two in each image
     (batch,) = _items(data, "train")
     assert [len(names) for names in names_of(batch)] == [3, 3]
     with pytest.raises(InputError, match=r"data\.prompts"):
-        Pictures(tmp_path, 2, multi=True, prompts=4).setup("fit")
+        Images(tmp_path, 2, multi=True, prompts=4).setup("fit")
 
 
 @pytest.mark.parametrize("kind", ["points", "captions"])
 def test_half_annotated_splits_are_refused_at_setup(tmp_path: Path, kind: str) -> None:
-    class Half(Pictures):
+    class Half(Images):
         def read_split(self, split: Split) -> list[Record]:
             first, *others = super().read_split(split)
             if kind == "captions":
@@ -300,7 +300,7 @@ def test_half_annotated_splits_are_refused_at_setup(tmp_path: Path, kind: str) -
 
 
 def test_a_name_with_count_zero_is_absent(tmp_path: Path) -> None:
-    class FixedList(Pictures):
+    class FixedList(Images):
         def read_split(self, split: Split) -> list[Record]:
             counts = np.float32([2, 1, 0, 0, 0])
             fixed: dict[str, Any] = {"points": None, "labels": None, "classes": CLASSES, "counts": counts}
@@ -318,7 +318,7 @@ def test_a_name_with_count_zero_is_absent(tmp_path: Path) -> None:
 
 
 def test_predict_never_shows_annotation(tmp_path: Path) -> None:
-    class Annotated(Pictures):
+    class Annotated(Images):
         def read_split(self, split: Split) -> list[Record]:
             return super().read_split("test" if split == "predict" else split)
 
@@ -328,7 +328,7 @@ def test_predict_never_shows_annotation(tmp_path: Path) -> None:
 
 
 def test_predict_asks_for_the_names_given(tmp_path: Path) -> None:
-    batches = _items(Pictures(tmp_path, classes=["a", "b"]), "predict")
+    batches = _items(Images(tmp_path, classes=["a", "b"]), "predict")
     assert all(names_of(batch) == [["a", "b"]] and "counts" not in batch for batch in batches)
 
 
@@ -376,24 +376,24 @@ def _fit(data: CountingDataModule, folder: Path) -> Ids:
     return model
 
 
-def test_a_trainer_sees_every_picture_once_an_epoch(tmp_path: Path) -> None:
+def test_a_trainer_sees_every_image_once_an_epoch(tmp_path: Path) -> None:
     options: dict[str, Any] = {"batch_size": 2, "augmentation": PlainAugmentation(crop=32, flip=True)}
-    model = _fit(Pictures(tmp_path, **options, seed=1), tmp_path)
+    model = _fit(Images(tmp_path, **options, seed=1), tmp_path)
     expected = sorted(f"train{i}.png" for i in range(5))
     first, second = model.seen["train"][:5], model.seen["train"][5:]
     assert sorted(first) == sorted(second) == expected
     assert first != second  # shuffled anew
     assert model.seen["val"] == [f"val{i}.png" for i in range(5)] * 2
     assert model.seen["test"] == [f"test{i}.png" for i in range(5)]
-    again = _fit(Pictures(tmp_path, **options, seed=1), tmp_path)
+    again = _fit(Images(tmp_path, **options, seed=1), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.images, again.images, strict=True))
-    other = _fit(Pictures(tmp_path, **options, seed=2), tmp_path)
+    other = _fit(Images(tmp_path, **options, seed=2), tmp_path)
     assert other.seen["train"] != model.seen["train"]
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
     def images(workers: int) -> list[torch.Tensor]:
-        data = Pictures(tmp_path, batch_size=2, augmentation=PlainAugmentation(crop=32, scale=(0.8, 1.2)))
+        data = Images(tmp_path, batch_size=2, augmentation=PlainAugmentation(crop=32, scale=(0.8, 1.2)))
         data.num_workers = workers
         return [batch["image"] for batch in data.train_dataloader()]
 
@@ -401,7 +401,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
 
 
 def test_merged_classes_are_all_objects_under_one_name(tmp_path: Path) -> None:
-    plain, data = Pictures(tmp_path), Pictures(tmp_path, merge_classes="objects")
+    plain, data = Images(tmp_path), Images(tmp_path, merge_classes="objects")
     assert data.class_names() == data.class_names("test") == ["objects"]
     for before, after in zip(plain.records("train"), data.records("train"), strict=True):
         assert after.classes == ["objects"]
@@ -412,4 +412,4 @@ def test_merged_classes_are_all_objects_under_one_name(tmp_path: Path) -> None:
     np.testing.assert_array_equal(data.asked_counts("train"), plain.asked_counts("train", total=True))
     assert all(record.classes == ["objects"] for record in data.records("predict"))
     with pytest.raises(InputError, match="merge_classes"):
-        Pictures(tmp_path, merge_classes=" ")
+        Images(tmp_path, merge_classes=" ")

@@ -24,7 +24,7 @@ from counting_zoo.data.records import Record
 from counting_zoo.errors import ImageError, InputError
 
 
-def picture(path: Path, height: int = 20, width: int = 30, value: int = 0) -> Path:
+def image(path: Path, height: int = 20, width: int = 30, value: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), np.full((height, width, 3), value, np.uint8))
     return path
@@ -84,7 +84,7 @@ def test_as_boxes_suspects_width_and_height() -> None:
         as_boxes([[0, 0, 1, 1], [50, 50, 10, 10]], "f")
 
 
-def test_the_border_belongs_to_the_picture(quiet: None) -> None:
+def test_the_border_belongs_to_the_image(quiet: None) -> None:
     points = np.float32([[0, 0], [30, 20], [30, 0], [0, 20]])
     inside = record(
         points=points,
@@ -97,7 +97,7 @@ def test_the_border_belongs_to_the_picture(quiet: None) -> None:
         assert check_inside(inside, (20, 30), outside) is inside
 
 
-def test_outside_error_names_picture_point_size_and_cure() -> None:
+def test_outside_error_names_image_point_size_and_cure() -> None:
     bad = record(points=np.float32([[1, 2], [31, 5]]))
     with pytest.raises(InputError) as caught:
         check_inside(bad, (20, 30), "error")
@@ -174,18 +174,18 @@ def test_unknown_policy_is_named() -> None:
 
 
 def test_clean_records_pass_and_get_their_size(tmp_path: Path, quiet: None) -> None:
-    records = [record(f"ünï cödé {i}.png", picture(tmp_path / f"ünï cödé {i}.png")) for i in range(5)]
+    records = [record(f"ünï cödé {i}.png", image(tmp_path / f"ünï cödé {i}.png")) for i in range(5)]
     records.append(
         record(
             "empty",
-            picture(tmp_path / "e.png"),
+            image(tmp_path / "e.png"),
             points=np.zeros((0, 2), np.float32),
             labels=np.zeros(0, np.int64),
             counts=np.float32([0]),
         )
     )
-    records.append(Record("counts only", picture(tmp_path / "c.png"), ["x", "y"], counts=np.float32([0, 3.5])))
-    records.append(Record("nothing known", picture(tmp_path / "n.png")))
+    records.append(Record("counts only", image(tmp_path / "c.png"), ["x", "y"], counts=np.float32([0, 3.5])))
+    records.append(Record("nothing known", image(tmp_path / "n.png")))
     checked = check_records(records, "train")
     assert [r.image_id for r in checked] == [r.image_id for r in records]
     assert {r.size for r in checked} == {(20, 30)}
@@ -220,7 +220,7 @@ def test_inconsistent_records_are_named(changes: dict[str, Any], said: str) -> N
 
 
 def test_missing_files_are_listed_or_skipped(tmp_path: Path) -> None:
-    picture(tmp_path / "Here.png")
+    image(tmp_path / "Here.png")
     names = ["Here.png", "here.PNG", *(f"gone {i}.png" for i in range(8))]
     records = [record(name, tmp_path / name) for name in names]
     with pytest.raises(InputError) as caught:
@@ -241,7 +241,7 @@ def test_missing_files_are_listed_or_skipped(tmp_path: Path) -> None:
 def test_names_must_be_unique_also_by_spelling(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.png"):
         check_records([record(), record()], "train")
-    upper, lower = picture(tmp_path / "A.png"), picture(tmp_path / "a.png", value=1)
+    upper, lower = image(tmp_path / "A.png"), image(tmp_path / "a.png", value=1)
     if upper.samefile(lower):
         pytest.skip("this file system ignores case")
     with pytest.warns(UserWarning, match=r"A\.png"):
@@ -254,7 +254,7 @@ def test_names_must_be_unique_also_by_spelling(tmp_path: Path) -> None:
 
 def test_points_are_checked_against_the_header_with_one_warning(tmp_path: Path) -> None:
     far = np.float32([[31, 2], [1, 2]])
-    records = [record(f"{i}.png", picture(tmp_path / f"{i}.png"), points=far) for i in range(7)]
+    records = [record(f"{i}.png", image(tmp_path / f"{i}.png"), points=far) for i in range(7)]
     with pytest.raises(InputError, match=r"0\.png"):
         check_records(records, "test")
     with pytest.warns(UserWarning, match="CARPK") as caught:
@@ -264,7 +264,7 @@ def test_points_are_checked_against_the_header_with_one_warning(tmp_path: Path) 
 
 
 def test_a_stated_size_that_is_wrong_is_reported(tmp_path: Path) -> None:
-    path = picture(tmp_path / "a.png")
+    path = image(tmp_path / "a.png")
     with pytest.warns(UserWarning, match=r"\(20, 30\)"):
         assert check_records([record(path=path, size=(30, 20))], "train")[0].size == (20, 30)
 
@@ -272,14 +272,14 @@ def test_a_stated_size_that_is_wrong_is_reported(tmp_path: Path) -> None:
 def test_unreadable_headers_raise_except_in_predict(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_text("this is no picture")
-    records = [Record("fine", picture(tmp_path / "a.png")), Record("broken.jpg", broken)]
+    records = [Record("fine", image(tmp_path / "a.png")), Record("broken.jpg", broken)]
     with pytest.raises(ImageError, match=r"broken\.jpg"):
         check_records(records, "test")
     assert [r.size for r in check_records(records, "predict")] == [(20, 30), None]
 
 
-def test_six_thousand_pictures_are_quick(tmp_path: Path, quiet: None) -> None:
-    path = picture(tmp_path / "a.png")
+def test_six_thousand_images_are_quick(tmp_path: Path, quiet: None) -> None:
+    path = image(tmp_path / "a.png")
     points = np.random.default_rng(0).uniform(0, 20, (50, 2)).astype(np.float32)
     labels = np.zeros(50, np.int64)
     records = [record(str(i), path, points=points, labels=labels, counts=None) for i in range(6000)]
@@ -291,7 +291,7 @@ def test_six_thousand_pictures_are_quick(tmp_path: Path, quiet: None) -> None:
 def test_twenty_thousand_coincident_points(tmp_path: Path, quiet: None) -> None:
     points = np.full((20_033, 2), 7.5, np.float32)
     labels = np.zeros(len(points), np.int64)
-    crowd = record(path=picture(tmp_path / "a.png"), points=points, labels=labels, counts=np.float32([20_033]))
+    crowd = record(path=image(tmp_path / "a.png"), points=points, labels=labels, counts=np.float32([20_033]))
     assert len(check_records([crowd], "train")[0].points) == 20_033
 
 
@@ -299,11 +299,11 @@ def test_twenty_thousand_coincident_points(tmp_path: Path, quiet: None) -> None:
 
 
 def test_duplicates_across_splits_are_found_by_content(tmp_path: Path, quiet: None) -> None:
-    train = [Record(f"t{i}", picture(tmp_path / f"t{i}.png", value=i)) for i in range(3)]
-    train.append(Record("copy within train", picture(tmp_path / "t_copy.png", value=0)))
-    val = [Record("v", picture(tmp_path / "v.png", value=77)), Record("pack", None)]
+    train = [Record(f"t{i}", image(tmp_path / f"t{i}.png", value=i)) for i in range(3)]
+    train.append(Record("copy within train", image(tmp_path / "t_copy.png", value=0)))
+    val = [Record("v", image(tmp_path / "v.png", value=77)), Record("pack", None)]
     check_duplicates({"train": train, "val": val}, "error")
-    val.append(Record("copy", picture(tmp_path / "elsewhere" / "copy.png", value=2)))
+    val.append(Record("copy", image(tmp_path / "elsewhere" / "copy.png", value=2)))
     val.append(Record("same path", train[1].path))
     with pytest.raises(InputError) as caught:
         check_duplicates({"train": train, "val": val}, "error")
@@ -316,7 +316,7 @@ def test_duplicates_across_splits_are_found_by_content(tmp_path: Path, quiet: No
 
 def test_names_that_stay_inside_the_root(tmp_path: Path) -> None:
     real = tmp_path / "real"
-    picture(real / "images" / "a b.png")
+    image(real / "images" / "a b.png")
     root = tmp_path / "linked root"
     root.symlink_to(real, target_is_directory=True)
     (real / "link.png").symlink_to(real / "images" / "a b.png")
@@ -330,7 +330,7 @@ def test_names_that_stay_inside_the_root(tmp_path: Path) -> None:
 def test_names_that_leave_the_root_are_refused(name: str, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    picture(tmp_path / "secret.png")
+    image(tmp_path / "secret.png")
     (root / "out.png").symlink_to(tmp_path / "secret.png")
     (root / "loop.png").symlink_to(root / "loop2.png")
     (root / "loop2.png").symlink_to(root / "loop.png")

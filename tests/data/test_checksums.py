@@ -12,7 +12,7 @@ import pytest
 from counting_zoo.data.checks import Checksums, write_checksums
 from counting_zoo.data.folder import ImageFolder
 from counting_zoo.data.pack import PackedCounts, pack
-from counting_zoo.data.synthetic import CHECKSUMS, PICTURES, SyntheticScenes
+from counting_zoo.data.synthetic import CHECKSUMS, IMAGES, SyntheticScenes
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.images import read_image
 
@@ -46,14 +46,14 @@ def test_flipped_bytes_decode_but_do_not_verify(root: Path) -> None:
     read_image(bad)  # why a checksum is needed
     assert len(list(make(root, checksums=None).test_dataloader())) == 3
     data = make(root)
-    data.setup("test")  # reads no pictures
+    data.setup("test")  # reads no images
     with pytest.raises(ImageError, match="SHA256SUMS"):
         list(data.test_dataloader())
     with pytest.raises(ImageError, match=r"b b\.jpg"):
         pack(data, root / "out.h5", splits=["test"])
 
 
-def test_in_predict_a_changed_picture_is_one_failure(root: Path) -> None:
+def test_in_predict_a_changed_image_is_one_failure(root: Path) -> None:
     flip_bytes(root / "images" / NAMES[0])
     (batch,) = make(root, eval_batch_size=3).predict_dataloader()
     assert batch["image_id"] == [f"images/{name}" for name in NAMES[1:]]
@@ -62,7 +62,7 @@ def test_in_predict_a_changed_picture_is_one_failure(root: Path) -> None:
     assert "SHA-256" in reason
 
 
-def test_a_picture_that_is_not_listed_is_an_error_at_setup(root: Path) -> None:
+def test_a_image_that_is_not_listed_is_an_error_at_setup(root: Path) -> None:
     lines = (root / "SHA256SUMS").read_text().splitlines(keepends=True)
     (root / "SHA256SUMS").write_text("".join(lines[1:]))
     for stage in ("test", "predict"):
@@ -92,9 +92,9 @@ def test_scenes_verify_themselves(tmp_path: Path) -> None:
     data = SyntheticScenes(tmp_path / "s", sizes={"train": 2, "val": 2, "test": 2}, num_workers=0)
     assert len(list(data.test_dataloader())) == 2
     assert len((tmp_path / "s" / CHECKSUMS).read_text().splitlines()) == 6
-    path = tmp_path / "s" / PICTURES / "test_00001.jpg"
+    path = tmp_path / "s" / IMAGES / "test_00001.jpg"
     copy = path.read_bytes()
-    os.unlink(path)  # it has a second link in the folder of test pictures
+    os.unlink(path)  # it has a second link in the folder of test images
     path.write_bytes(copy)
     flip_bytes(path)
     with pytest.raises(ImageError, match=r"test_00001\.jpg"):

@@ -43,9 +43,9 @@ def in_file_order(root: Path, split: str) -> list[str]:
 
 
 @pytest.mark.parametrize("crowd", ["include", "exclude"])
-@pytest.mark.parametrize("pictures", ["", "images"])
-def test_counts_points_and_boxes_are_the_file(tmp_path: Path, crowd: Any, pictures: str) -> None:
-    truth = fakes.coco(tmp_path, pictures=pictures)
+@pytest.mark.parametrize("images", ["", "images"])
+def test_counts_points_and_boxes_are_the_file(tmp_path: Path, crowd: Any, images: str) -> None:
+    truth = fakes.coco(tmp_path, folder_of_images=images)
     data = COCOCounts(tmp_path, protocol="coco", crowd=crowd, classes=FEW)
     n_crowds = 0
     for split in ("train", "val"):
@@ -73,16 +73,16 @@ def test_official_halves_are_in_the_order_of_the_annotations(tmp_path: Path) -> 
     data = COCOCounts(tmp_path, classes=FEW)
     assert ids(data, "train") == in_file_order(tmp_path, "train")
     val = in_file_order(tmp_path, "val")
-    assert len(val) == 8  # of 9 pictures, one has no annotation
+    assert len(val) == 8  # of 9 images, one has no annotation
     assert (ids(data, "val"), ids(data, "test")) == (val[:4], val[4:])
     assert val != sorted(val)
     without = COCOCounts(tmp_path, classes=FEW, crowd="exclude")
-    assert ids(without, "val") + ids(without, "test") == val  # whether crowds count does not change the pictures
+    assert ids(without, "val") + ids(without, "test") == val  # whether crowds count does not change the images
     assert total(without, "val") + total(without, "test") == total(data, "val") + total(data, "test") - 1
     assert ids(data, "predict") == ids(data, "test")
 
 
-def test_chattopadhyay_halves_are_by_id_and_keep_empty_pictures(tmp_path: Path) -> None:
+def test_chattopadhyay_halves_are_by_id_and_keep_empty_images(tmp_path: Path) -> None:
     truth = fakes.coco(tmp_path)
     data = COCOCounts(tmp_path, protocol="chattopadhyay", classes=FEW)
     every = sorted(name for name in truth if name.startswith("val"))
@@ -120,7 +120,7 @@ def test_coco_2017_and_its_plain_protocol(tmp_path: Path) -> None:
     data = COCOCounts(tmp_path, year=2017, protocol="coco", classes=FEW)
     assert len(ids(data, "val")) == 9
     assert ids(data, "val") == ids(data, "test")
-    data.setup("fit")  # the test pictures among those of validation are no surprise
+    data.setup("fit")  # the test images among those of validation are no surprise
 
 
 def test_classes_are_in_the_order_of_the_category_ids(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_impossible_options_are_named(tmp_path: Path, options: dict[str, Any]) -
         COCOCounts(tmp_path, **options)
 
 
-def test_a_wrong_root_and_absent_pictures(tmp_path: Path) -> None:
+def test_a_wrong_root_and_absent_images(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"instances_train2014\.json"):
         COCOCounts(tmp_path).records("train")
     fakes.coco(tmp_path / "coco")

@@ -51,7 +51,7 @@ def crowd(seed: int, height: int, width: int, n: int = 40) -> Sample:
     return Sample(image, points, labels, boxes, labels.copy(), boxes[:3].copy())
 
 
-def picture_of(seed: int, height: int = 40, width: int = 50) -> np.ndarray:
+def image_of(seed: int, height: int = 40, width: int = 50) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -101,25 +101,25 @@ def test_geometry_point_by_point(seed: int, height: int, width: int, crop: int, 
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 3000), (3000, 5), (200, 40), (63, 63), (64, 64), (300, 200)])
-def test_any_picture_fills_the_crop_and_keeps_the_points_of_its_square(height: int, width: int) -> None:
+def test_any_image_fills_the_crop_and_keeps_the_points_of_its_square(height: int, width: int) -> None:
     sample = crowd(0, height, width)
     for seed in range(5):
         after = CrowdAugmentation(crop=64, vflip=True, rot90=True)(sample, np.random.default_rng(seed))
         assert after.size == (64, 64)
         if height == width < 65:
-            assert len(after.points) == len(sample.points)  # the square is the picture
+            assert len(after.points) == len(sample.points)  # the square is the image
         assert len(after.points) == len(after.labels) == len(after.boxes) <= len(sample.points)
 
 
-def test_a_crop_of_the_whole_picture_changes_nothing() -> None:
+def test_a_crop_of_the_whole_image_changes_nothing() -> None:
     sample = crowd(1, 64, 64)
     after = plain(crop=64, scale=(1, 1))(sample, np.random.default_rng(0))
     for name in ("image", "points", "labels", "boxes", "box_labels", "exemplars"):
         assert np.array_equal(getattr(after, name), getattr(sample, name))
 
 
-def test_a_small_picture_looks_as_if_it_were_enlarged_first() -> None:
-    image = cv2.resize(picture_of(0, 12, 12), (48, 48), interpolation=cv2.INTER_CUBIC)
+def test_a_small_image_looks_as_if_it_were_enlarged_first() -> None:
+    image = cv2.resize(image_of(0, 12, 12), (48, 48), interpolation=cv2.INTER_CUBIC)
     after = plain(crop=64, scale=(1.5, 1.5))(replace(crowd(0, 48, 48), image=image), np.random.default_rng(0))
     enlarged = bicubic(bicubic(image, 96, 96), 64, 64)  # the reference: until 64 * 1.5 fits, then cut and resized
     assert np.abs(after.image.astype(int) - enlarged).mean() < 3
@@ -151,7 +151,7 @@ def test_light_and_point_stay_together(scale: float) -> None:
     assert seen > 3
 
 
-def test_squares_cover_the_whole_picture_and_all_sizes() -> None:
+def test_squares_cover_the_whole_image_and_all_sizes() -> None:
     """Each pixel of a picture that says where it is can be seen, at sides from crop to twice the crop."""
     height, width = 40, 60
     y, x = np.mgrid[:height, :width]
@@ -178,7 +178,7 @@ def test_bicubic_is_the_float_kernel_clipped_after_each_direction(size: tuple[in
         exact = interpolate(floats, (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
         return exact.clamp(0, 255).round().permute(1, 2, 0).numpy()
 
-    hard = np.where(picture_of(3, 37, 53) > 128, 255, 0).astype(np.uint8)  # overshoots at every edge
+    hard = np.where(image_of(3, 37, 53) > 128, 255, 0).astype(np.uint8)  # overshoots at every edge
     soft = cv2.GaussianBlur(hard, (0, 0), 2)
     difference = bicubic(hard, *size) - resized(resized(hard, size[0], 37), *size)
     assert np.abs(difference).max() <= 2
@@ -187,7 +187,7 @@ def test_bicubic_is_the_float_kernel_clipped_after_each_direction(size: tuple[in
     assert np.array_equal(bicubic(hard[:1, :1], *size), np.broadcast_to(hard[:1, :1], (size[1], size[0], 3)))
 
 
-def test_counts_only_pictures_get_colours_and_flips_alone() -> None:
+def test_counts_only_images_get_colours_and_flips_alone() -> None:
     sample = crowd(0, 30, 44)
     empty = replace(sample, points=sample.points[:0], labels=sample.labels[:0], croppable=False)
     for seed in range(6):
@@ -257,7 +257,7 @@ def test_official_blur_is_vertical_and_ours_is_round() -> None:
 @few
 @given(seed=st.integers(0, 99), sigma=st.floats(0.1, 5), size=st.sampled_from([(9, 12), (3, 3), (1, 5)]))
 def test_blur_beside_a_sum_of_shifts(seed: int, sigma: float, size: tuple[int, int]) -> None:
-    image = picture_of(seed, *size)
+    image = image_of(seed, *size)
     weights = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2)
     weights /= weights.sum()
     padded = image.astype(float)
@@ -312,7 +312,7 @@ def jittered(image: np.ndarray, strength: tuple[float, float, float, float], see
 @pytest.mark.parametrize("kind", range(3))
 def test_each_jitter_is_the_stated_blend(kind: int) -> None:
     """torchvision's: with black, with the mean grey, with the picture's own grey, by a factor drawn from the range."""
-    image = picture_of(kind, 20, 24) // 2 + 60
+    image = image_of(kind, 20, 24) // 2 + 60
     values = image.astype(float)
     grey = values @ [0.299, 0.587, 0.114]
     other = [np.zeros(1), np.full(1, grey.mean()), grey[..., None]][kind]
@@ -340,7 +340,7 @@ def test_hue_turns_colours_and_leaves_greys() -> None:
 
 
 def test_jitter_comes_in_any_order_and_zero_strength_is_nothing() -> None:
-    image = picture_of(0)
+    image = image_of(0)
     assert np.array_equal(jittered(image, (0, 0, 0, 0), 0), image)
     assert len({jittered(image, (0.3, 0.3, 0.3, 0.1), seed).tobytes() for seed in range(6)}) == 6
 

@@ -32,7 +32,7 @@ def test_points_and_counts_are_the_files(kind: Any, fake: Any, tmp_path: Path) -
             assert record.counts.tolist() == [len(record.points)]
             assert record.size == (48, 64)
             seen[record.image_id] = split
-    assert set(seen) == set(truth)  # every annotated picture is in exactly one split
+    assert set(seen) == set(truth)  # every annotated image is in exactly one split
     assert data.provides >= {"points", "labels", "counts"}
     for record in data.records("predict"):
         assert record.points is None
@@ -59,7 +59,7 @@ def test_the_older_readers_know_the_name_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [UCFQNRF, NWPUCrowd, JHUCrowd, ShanghaiTech, CARPK])
-def test_an_unknown_split_never_falls_back_to_training_pictures(kind: Any, tmp_path: Path) -> None:
+def test_an_unknown_split_never_falls_back_to_training_images(kind: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.val_split"):
         kind(tmp_path, val_split="training")
 
@@ -80,7 +80,7 @@ def test_jhu_may_train_on_its_validation_split_too(tmp_path: Path) -> None:
         JHUCrowd(tmp_path, train_on="train+val")
 
 
-def test_nwpu_pictures_may_lie_in_one_folder(tmp_path: Path) -> None:
+def test_nwpu_images_may_lie_in_one_folder(tmp_path: Path) -> None:
     truth = fakes.nwpu_crowd(tmp_path, one_folder=True)
     data = NWPUCrowd(tmp_path)
     assert {r.image_id for split in ("train", "val", "test") for r in data.records(split)} == set(truth)
@@ -120,7 +120,7 @@ def test_damaged_matlab_files_of_version_7_3(tmp_path: Path) -> None:
     assert refused > 75
 
 
-def test_a_lost_picture_of_qnrf_may_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_image_of_qnrf_may_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fakes.ucf_qnrf(tmp_path)
     (tmp_path / QNRF.replace("_ann.mat", ".jpg")).unlink()
     assert len(UCFQNRF(tmp_path, missing="skip").records("test")) == 2

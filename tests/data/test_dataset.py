@@ -104,7 +104,7 @@ def test_ask_without_annotation_and_twice() -> None:
 # -- items ------------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_item_is_the_stored_picture() -> None:
+def test_evaluation_item_is_the_stored_image() -> None:
     record = make_record(0)
     item = make_dataset([record])[0]
     assert item["image"].dtype == torch.uint8
@@ -129,7 +129,7 @@ def test_training_item_is_float_and_augmented_from_its_seed() -> None:
     assert torch.equal(dataset[0]["image"], dataset[0]["image"])  # without the sampler: still reproducible
 
 
-def test_preprocess_moves_points_and_boxes_with_the_picture() -> None:
+def test_preprocess_moves_points_and_boxes_with_the_image() -> None:
     item = make_dataset([make_record(0)], preprocess=Preprocess("warp", 100))[0]
     assert item["image"].shape == (3, 100, 100)
     record = make_record(0)
@@ -171,7 +171,7 @@ def test_counts_are_true_after_everything(
         CrowdAugmentation(crop=16, vflip=True),
     ],
 )
-def test_counts_only_pictures_are_never_cropped(augmentation: Any) -> None:
+def test_counts_only_images_are_never_cropped(augmentation: Any) -> None:
     record = Record("1.png", classes=CLASSES, counts=np.float32([4, 0, 2.5]), size=(30, 44))
     dataset = make_dataset([record], training=True, augmentation=augmentation)
     for seed in range(8):
@@ -182,7 +182,7 @@ def test_counts_only_pictures_are_never_cropped(augmentation: Any) -> None:
         assert item["present"] == ["cat", "cow"]
 
 
-def test_counts_only_pictures_keep_every_pixel() -> None:
+def test_counts_only_images_keep_every_pixel() -> None:
     record = Record("1.png", classes=CLASSES, counts=np.float32([4, 0, 2.5]), size=(30, 44))
     dataset = make_dataset([record], training=True, augmentation=PlainAugmentation(crop=16, flip=True))
     whole = make_dataset([record])[0]["image"].float() / 255
@@ -198,7 +198,7 @@ def test_boxes_without_points_keep_their_count() -> None:
     assert len(item["boxes"]) == 20
 
 
-def test_a_picture_without_objects() -> None:
+def test_a_image_without_objects() -> None:
     record = make_record(0, n=0, classes=["cat"])
     for augmentation in (
         None,
@@ -212,7 +212,7 @@ def test_a_picture_without_objects() -> None:
         assert item["present"] == []
 
 
-def test_points_outside_the_decoded_picture_follow_the_policy() -> None:
+def test_points_outside_the_decoded_image_follow_the_policy() -> None:
     record = make_record(0, points=np.full((20, 2), 45, np.float32), boxes=None, box_labels=None)  # height is 40
     with pytest.raises(InputError, match=r"0\.png"):
         make_dataset([record])[0]
@@ -223,7 +223,7 @@ def test_points_outside_the_decoded_picture_follow_the_policy() -> None:
         assert make_dataset([record], outside="drop")[0]["counts"].sum() == 0
 
 
-def test_broken_pictures_raise_and_are_tolerated_in_predict_only() -> None:
+def test_broken_images_raise_and_are_tolerated_in_predict_only() -> None:
     records = [Record(f"{i}.png", size=(10, 12)) for i in range(4)]
 
     def read_or_fail(record: Record) -> bytes:
@@ -326,11 +326,11 @@ def test_workers_change_nothing_and_epochs_change_every_crop(augmentation: Any) 
     assert len(draws) == 18
 
 
-# -- several crops of a picture ---------------------------------------------------------------------------------------
+# -- several crops of a image ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("crops", [1, 2, 3])
-def test_crops_of_a_picture_are_items_of_the_batch(crops: int) -> None:
+def test_crops_of_a_image_are_items_of_the_batch(crops: int) -> None:
     records = [make_record(0), make_record(1, 30, 60, n=0)]
     dataset = make_dataset(records, training=True, augmentation=CrowdAugmentation(crop=16, crops=crops))
     loaded = [dataset[index, 7] for index in range(2)]
@@ -349,7 +349,7 @@ def test_crops_of_a_picture_are_items_of_the_batch(crops: int) -> None:
     assert torch.equal(single[0, 7]["image"], batch["image"][0])  # the first is the same, however many follow
 
 
-def test_a_picture_is_read_once_for_all_its_crops_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_is_read_once_for_all_its_crops_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[np.ndarray] = []
 
     def decode(data: bytes, name: str) -> np.ndarray:
@@ -366,7 +366,7 @@ def test_a_picture_is_read_once_for_all_its_crops_and_not_copied(monkeypatch: py
     before = decode_image(read(make_record(0)), "0.png")
     assert len(dataset[0, 3]) == 4
     assert len(decoded) == 1
-    assert np.array_equal(decoded[0], before)  # no crop wrote into the picture
+    assert np.array_equal(decoded[0], before)  # no crop wrote into the image
 
 
 def test_evaluation_knows_no_crops() -> None:
@@ -377,7 +377,7 @@ def test_evaluation_knows_no_crops() -> None:
     assert item["counts"].sum() == 20
 
 
-def test_several_crops_of_counts_only_pictures_keep_the_counts() -> None:
+def test_several_crops_of_counts_only_images_keep_the_counts() -> None:
     record = Record("1.png", classes=CLASSES, counts=np.float32([4, 0, 2.5]), size=(30, 44))
     dataset = make_dataset([record], training=True, augmentation=CrowdAugmentation(crop=16, crops=2))
     batch = collate([dataset[0, 1]], training=True)
@@ -405,7 +405,7 @@ def test_workers_change_no_crop(workers: int) -> None:
         assert torch.equal(images, expected)
 
 
-def test_crops_of_packed_pictures_are_the_same(tmp_path: Path) -> None:
+def test_crops_of_packed_images_are_the_same(tmp_path: Path) -> None:
     options: dict[str, Any] = {"batch_size": 2, "num_workers": 0, "augmentation": CrowdAugmentation(crop=32, crops=2)}
     scenes = SyntheticScenes(tmp_path, sizes={"train": 3, "val": 1, "test": 1}, **options)
     packed = PackedCounts(pack(scenes, tmp_path / "scenes.h5"), **options)
@@ -417,7 +417,7 @@ def test_crops_of_packed_pictures_are_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_picture_once_through_the_loader(world: int) -> None:
+def test_every_image_once_through_the_loader(world: int) -> None:
     dataset = make_dataset([make_record(i, 8 + i, 9) for i in range(7)])
     seen = []
     for rank in range(world):

@@ -26,7 +26,7 @@ def described(data: Any, split: str) -> SplitDescription:
 
 
 def test_numbers_of_a_split(tmp_path: Path) -> None:
-    fakes.fsc147(tmp_path)  # picture n has n points
+    fakes.fsc147(tmp_path)  # image n has n points
     data = FSC147(tmp_path)
     found = described(data, "test")
     assert (found.annotated, found.there, found.objects, found.names) == (3, 3, 24, 1)
@@ -36,7 +36,7 @@ def test_numbers_of_a_split(tmp_path: Path) -> None:
     assert found.constants["median"]["rmse"] == pytest.approx(np.sqrt(np.mean([4.5**2, 5.5**2, 6.5**2])))
 
 
-def test_pictures_without_their_file_count_too(tmp_path: Path) -> None:
+def test_images_without_their_file_count_too(tmp_path: Path) -> None:
     fakes.fsc147(tmp_path)
     complete = describe(FSC147(tmp_path))
     for name in ("1", "5", "6", "8"):
@@ -104,7 +104,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     words = ["describe", "--data", "ImageFolder", "--data.root"]
     assert main([*words, "cells"]) == 0
     said = capsys.readouterr().out
-    assert "constant" in said  # all pictures are the test split
+    assert "constant" in said  # all images are the test split
     assert "data.splits" in said
     assert described(ImageFolder("cells"), "test").sha256 in said  # type: ignore[operator]
     assert main([*words, "cells", "--data.constants", "{mean: 1}"]) == 0

@@ -75,7 +75,7 @@ def test_boxes_csv_gives_centres(tmp_path: Path) -> None:
 
 def test_coco_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i, name in enumerate(("a.png", "b.png")):
-        fakes.write_picture(tmp_path / "images" / name, np.zeros((0, 2)), seed=i)
+        fakes.write_image(tmp_path / "images" / name, np.zeros((0, 2)), seed=i)
     coco: dict[str, Any] = {
         "images": [{"id": i, "file_name": n, "height": 48, "width": 64} for i, n in enumerate(("a.png", "b.png"))],
         "categories": [{"id": 7, "name": "dog"}],
@@ -97,7 +97,7 @@ def test_coco_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_points_json(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        fakes.write_picture(tmp_path / name, np.zeros((0, 2)), seed=ord(name[0]))
+        fakes.write_image(tmp_path / name, np.zeros((0, 2)), seed=ord(name[0]))
     (tmp_path / "points.json").write_text(json.dumps({"a.png": [[1, 2]], "b.png": {"dog": [[3, 4]], "cat": []}}))
     records = _by_name(ImageFolder(tmp_path))
     assert (records["a.png"].classes, records["b.png"].classes) == (["objects"], ["dog"])
@@ -138,8 +138,8 @@ COUNTS_BY_CLASS: dict[str, Any] = {"a.png": {"cat": 2, "dog": 0}, "b.png": {"dog
     ],
 )
 def test_every_form_of_counts(tmp_path: Path, name: str, content: str) -> None:
-    for i, picture in enumerate(COUNTS_BY_CLASS):
-        fakes.write_picture(tmp_path / picture, np.zeros((0, 2)), seed=i)
+    for i, image in enumerate(COUNTS_BY_CLASS):
+        fakes.write_image(tmp_path / image, np.zeros((0, 2)), seed=i)
     (tmp_path / name).write_text(content)
     data = ImageFolder(tmp_path, annotation=name, classes=["dog", "cat"], prompts="all", splits={"train": [0, 3]})
     assert data.asked_counts("train").tolist() == [[0, 2], [3, 0], [0, 0]]
@@ -197,17 +197,17 @@ def test_classes_are_checked_in_a_folder_of_counts(tmp_path: Path) -> None:
     assert ImageFolder(tmp_path, classes=["dog"]).records("predict")[0].classes == []
 
 
-def test_mat_beside_each_picture(tmp_path: Path) -> None:
+def test_mat_beside_each_image(tmp_path: Path) -> None:
     for n, stem in ((3, "a"), (4, "b")):
         points = fakes.draw_points(n, 48, 64, n)
-        fakes.write_picture(tmp_path / f"{stem}.jpg", points, seed=n)
+        fakes.write_image(tmp_path / f"{stem}.jpg", points, seed=n)
         fakes.write_shanghai_mat(tmp_path / (f"{stem}.mat" if n == 3 else f"GT_{stem}.mat"), points)
     assert {n: len(r.points) for n, r in _by_name(ImageFolder(tmp_path)).items()} == {"a.jpg": 3, "b.jpg": 4}
 
 
-def test_dot_pictures(tmp_path: Path) -> None:
+def test_dot_images(tmp_path: Path) -> None:
     counts = fakes.dot_pairs(tmp_path)
-    data = ImageFolder(tmp_path, picture="{stem}cell.png", dots="{stem}dots.png")
+    data = ImageFolder(tmp_path, image="{stem}cell.png", dots="{stem}dots.png")
     assert {name: len(record.points) for name, record in _by_name(data).items()} == counts
     assert [record.image_id for record in data.records("predict")] == sorted(counts)
     assert all((record.points % 1 == 0.5).all() for record in data.records("test"))
@@ -239,17 +239,17 @@ def _marrow(root: Path, n: int = 3, folders: tuple[str, str] = ("BM_{stem}.png",
 
 
 @pytest.mark.parametrize(
-    ("picture", "dots"),
+    ("image", "dots"),
     [("{stem}.png", "{stem}_dots.png"), (None, "{stem}_dots.png"), ("BM_{stem}.*", "BM_{stem}_dots.*")],
 )
-def test_a_picture_pattern_that_fits_the_dot_pictures_too(tmp_path: Path, picture: str | None, dots: str) -> None:
+def test_a_image_pattern_that_fits_the_dot_images_too(tmp_path: Path, image: str | None, dots: str) -> None:
     counts = _marrow(tmp_path)
-    options: dict[str, Any] = {"picture": picture, "dots": dots}
+    options: dict[str, Any] = {"image": image, "dots": dots}
     data = ImageFolder(tmp_path, **options)
     names = [f"BM_GRAZ_{i:04d}_01.png" for i in range(3)]
     assert [(r.image_id, len(r.points)) for r in data.records("test")] == list(zip(names, counts, strict=True))
     assert [r.image_id for r in data.records("predict")] == names
-    # A picture without dots is predicted, dots without a picture are not; neither is passed over in a test.
+    # A image without dots is predicted, dots without a image are not; neither is passed over in a test.
     (tmp_path / names[1].replace(".png", "_dots.png")).unlink()
     (tmp_path / names[2]).unlink()
     assert [r.image_id for r in ImageFolder(tmp_path, **options).records("predict")] == names[:2]
@@ -260,7 +260,7 @@ def test_a_picture_pattern_that_fits_the_dot_pictures_too(tmp_path: Path, pictur
         ImageFolder(tmp_path, **options).records("test")
 
 
-def test_dot_pictures_are_not_predicted_in_another_folder(tmp_path: Path) -> None:
+def test_dot_images_are_not_predicted_in_another_folder(tmp_path: Path) -> None:
     _marrow(tmp_path / "old")
     _marrow(tmp_path / "new", 2)
     (tmp_path / "new" / "BM_GRAZ_0001_01.png").rename(tmp_path / "new" / "plain.png")
@@ -271,9 +271,9 @@ def test_dot_pictures_are_not_predicted_in_another_folder(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("patterns", ["images/{stem}.png dots/{stem}.png", "{stem}/cells.png {stem}/dots.png"])
 def test_dots_in_folders_of_their_own(tmp_path: Path, patterns: str) -> None:
-    picture, dots = patterns.split()
-    counts = _marrow(tmp_path, folders=(picture, dots))
-    data = ImageFolder(tmp_path, picture=picture, dots=dots)
+    image, dots = patterns.split()
+    counts = _marrow(tmp_path, folders=(image, dots))
+    data = ImageFolder(tmp_path, image=image, dots=dots)
     assert [len(record.points) for record in data.records("test")] == counts
     assert len(data.records("predict")) == len(counts)
 
@@ -285,7 +285,7 @@ def test_dots_in_folders_of_their_own(tmp_path: Path, patterns: str) -> None:
         ({"dots": "/dots/{stem}.png"}, r"data\.dots"),
         ({"dots": "dots.png"}, r"'dots\.png'"),
         ({"dots": "{stem}_d*s.png"}, "BM_GRAZ_0000_01"),
-        ({"dots": "{stem}_dots.png", "picture": "{stem}.*"}, r"data\.picture"),
+        ({"dots": "{stem}_dots.png", "image": "{stem}.*"}, r"data\.image"),
         ({"dots": "{stem}_dots.png", "dot": "cross"}, r"data\.dot"),
     ],
 )
@@ -327,7 +327,7 @@ def test_single_pixels_may_touch_and_blobs_that_do_are_told(tmp_path: Path, capl
     pixels = np.zeros((40, 50), np.uint8)
     pixels[2:30:3, 5:45:5] = pixels[2, 6] = 1
     (tmp_path / "a_dots.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
-    fakes.write_picture(tmp_path / "a.png", np.zeros((0, 2)), 40, 50)
+    fakes.write_image(tmp_path / "a.png", np.zeros((0, 2)), 40, 50)
     assert len(read_dots(tmp_path / "a_dots.png").points) == 81
     blobs = cv2.dilate(pixels, np.ones((2, 2), np.uint8))
     (tmp_path / "a_dots.png").write_bytes(cv2.imencode(".png", blobs)[1].tobytes())
@@ -359,7 +359,7 @@ def test_every_kind_of_png(tmp_path: Path, kind: str) -> None:
     assert read_dots(tmp_path / "d.png").points.tolist() == [[0.5, 4.5], [5.5, 4.5], [39.5, 29.5]]
 
 
-def test_dot_pictures_that_cannot_be_meant(tmp_path: Path) -> None:
+def test_dot_images_that_cannot_be_meant(tmp_path: Path) -> None:
     marks = np.zeros((30, 40, 4), np.uint8)
     marks[[4, 20], [0, 5]] = 255
     ghost = marks.copy()
@@ -419,7 +419,7 @@ def test_huge_json_is_not_parsed(tmp_path: Path) -> None:
         read_json(path)
 
 
-def test_picture_without_annotation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_image_without_annotation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fakes.folder(tmp_path, {"a.png": [(1, 2)], "b.png": []})
     with pytest.raises(InputError, match=r"b\.png"):
         ImageFolder(tmp_path).records("test")
@@ -427,7 +427,7 @@ def test_picture_without_annotation(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert str(tmp_path) in caplog.text
 
 
-def test_annotation_without_picture(tmp_path: Path) -> None:
+def test_annotation_without_image(tmp_path: Path) -> None:
     fakes.folder(tmp_path, THREE)
     (tmp_path / "images" / "a.png").unlink()
     with pytest.raises(InputError, match=r"a\.png"):
@@ -438,7 +438,7 @@ def test_annotation_without_picture(tmp_path: Path) -> None:
 
 def test_orphaned_and_mismatched_dots(tmp_path: Path) -> None:
     fakes.dot_pairs(tmp_path, 3)
-    options: dict[str, Any] = {"picture": "{stem}cell.png", "dots": "{stem}dots.png"}
+    options: dict[str, Any] = {"image": "{stem}cell.png", "dots": "{stem}dots.png"}
     black = np.zeros((40, 64), np.uint8)
     (tmp_path / "002dots.png").write_bytes(cv2.imencode(".png", black)[1].tobytes())
     with pytest.raises(InputError, match="40 x 64"):
@@ -463,7 +463,7 @@ def test_counts_must_match_points(tmp_path: Path) -> None:
 
 
 def test_points_outside_and_swapped(tmp_path: Path) -> None:
-    fakes.folder(tmp_path, {"a.png": [(10, 60)]})  # the picture is 64 wide and 48 high
+    fakes.folder(tmp_path, {"a.png": [(10, 60)]})  # the image is 64 wide and 48 high
     with pytest.raises(InputError, match="swapped"):
         ImageFolder(tmp_path).records("test")
     with pytest.warns(UserWarning, match=r"1 coordinates"):
@@ -487,7 +487,7 @@ def test_missing_root_and_no_annotation(tmp_path: Path) -> None:
         ImageFolder(tmp_path / "nowhere").records("test")
     with pytest.raises(InputError, match=r"data\.root"):
         ImageFolder().records("predict")
-    fakes.write_picture(tmp_path / "a.png", np.zeros((0, 2)))
+    fakes.write_image(tmp_path / "a.png", np.zeros((0, 2)))
     with pytest.raises(InputError, match=r"a\.png"):
         ImageFolder(tmp_path).records("test")
 
@@ -497,7 +497,7 @@ def test_missing_root_and_no_annotation(tmp_path: Path) -> None:
 
 def test_ranges_with_a_pool(tmp_path: Path) -> None:
     fakes.dot_pairs(tmp_path)
-    options: dict[str, Any] = {"picture": "{stem}cell.png", "dots": "{stem}dots.png"}
+    options: dict[str, Any] = {"image": "{stem}cell.png", "dots": "{stem}dots.png"}
     protocol: dict[str, Any] = {"splits": {"train": [0, 6], "test": [6, None]}, "sizes": {"train": 3, "val": 2}}
     draws = []
     for seed in range(4):
@@ -564,9 +564,9 @@ def test_sizes_alone_draw_from_everything(tmp_path: Path) -> None:
 # -- predict ----------------------------------------------------------------------------------------------------------
 
 
-def test_predict_finds_every_picture_below(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_predict_finds_every_image_below(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i, name in enumerate(("b.JPG", "a/deep/er.png", "a/ü x.bmp", "c.webp")):
-        fakes.write_picture(tmp_path / name.lower(), np.zeros((0, 2)), seed=i)
+        fakes.write_image(tmp_path / name.lower(), np.zeros((0, 2)), seed=i)
     (tmp_path / "b.jpg").rename(tmp_path / "b.JPG")
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "._b.jpg").write_text("macOS leaves these")
@@ -583,9 +583,9 @@ def test_predict_finds_every_picture_below(tmp_path: Path, caplog: pytest.LogCap
     assert ids == expected
 
 
-def test_predict_root_may_be_elsewhere_or_one_picture(tmp_path: Path) -> None:
+def test_predict_root_may_be_elsewhere_or_one_image(tmp_path: Path) -> None:
     fakes.folder(tmp_path / "annotated", THREE)
-    fakes.write_picture(tmp_path / "new" / "x.png", np.zeros((0, 2)))
+    fakes.write_image(tmp_path / "new" / "x.png", np.zeros((0, 2)))
     for place in (tmp_path / "new", tmp_path / "new" / "x.png"):
         data = ImageFolder(tmp_path / "annotated", predict_root=place)
         assert [record.image_id for record in data.records("predict")] == ["x.png"]
@@ -597,7 +597,7 @@ def test_predict_root_may_be_elsewhere_or_one_picture(tmp_path: Path) -> None:
 def test_vgg_cells() -> None:
     data = ImageFolder(
         fakes.shared_data("vgg_cells"),
-        picture="{stem}cell.png",
+        image="{stem}cell.png",
         dots="{stem}dots.png",
         classes=["cells"],
         splits={"train": [0, 100], "test": [100, 200]},
@@ -611,9 +611,9 @@ def test_vgg_cells() -> None:
 
 def test_toy_set_with_dots_in_another_folder() -> None:
     data = ImageFolder(
-        fakes.shared_data("crowd_samples", "tudor67_toy_set"), picture="images/{stem}.jpg", dots="gt_dots/{stem}.png"
+        fakes.shared_data("crowd_samples", "tudor67_toy_set"), image="images/{stem}.jpg", dots="gt_dots/{stem}.png"
     )
     with pytest.raises(InputError, match=r"images/001dots\.jpg"):  # named 001cell.png, so it is no pair
         data.records("test")
-    data = ImageFolder(data.root, picture="images/IMG{stem}.jpg", dots="gt_dots/IMG{stem}.png")
+    data = ImageFolder(data.root, image="images/IMG{stem}.jpg", dots="gt_dots/IMG{stem}.png")
     assert [len(record.points) for record in data.records("test")] == [208]

@@ -59,7 +59,7 @@ def test_missing_root_shows_the_expected_tree(tmp_path: Path) -> None:
         FSC147(tmp_path / "nowhere").records("train")
 
 
-def test_split_of_unannotated_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_split_of_unannotated_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fakes.fsc147(tmp_path)
     path = tmp_path / "annotation_FSC147_384.json"
     entries = json.loads(path.read_text())
@@ -82,7 +82,7 @@ def test_names_leading_out_are_refused(tmp_path: Path, name: str) -> None:
         FSC147(tmp_path / "").records("test")
 
 
-def test_bad_coordinates_name_the_picture(tmp_path: Path) -> None:
+def test_bad_coordinates_name_the_image(tmp_path: Path) -> None:
     fakes.fsc147(tmp_path)
     path = tmp_path / "annotation_FSC147_384.json"
     entries = json.loads(path.read_text())
@@ -118,7 +118,7 @@ def test_constant_predictors_of_the_real_annotation() -> None:
     assert data.asked_counts("test", data.read_split("test")).sum() == 78_836
 
 
-def test_real_pictures_match_their_annotation() -> None:
+def test_real_images_match_their_annotation() -> None:
     with pytest.warns(UserWarning, match="1187 of 1190"):
         records = {record.image_id: record for record in _real().records("test")}
     assert sorted(records) == ["343.jpg", "5849.jpg", "7707.jpg"]

@@ -35,18 +35,18 @@ from counting_zoo.types import Query
 FEW = {"train": 6, "val": 3, "test": 4}
 
 
-class Pictures(CountingDataModule):
+class Images(CountingDataModule):
     """Any records over PNG files of 8 x 10 pixels."""
 
     def __init__(self, root: Path, records: dict[str, list[Record]], **options: Any) -> None:
         super().__init__(root, **options)
         self.given = records
         for record in {r.image_id: r for found in records.values() for r in found}.values():
-            picture = np.random.default_rng(len(record.image_id)).integers(255, size=(8, 10, 3), dtype=np.uint8)
+            image = np.random.default_rng(len(record.image_id)).integers(255, size=(8, 10, 3), dtype=np.uint8)
             path = root / record.image_id
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                path.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+                path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
 
     def read_split(self, split: Split) -> list[Record]:
         return [replace(record, path=self.root / record.image_id) for record in self.given.get(split, [])]
@@ -165,7 +165,7 @@ def test_every_kind_of_annotation_and_its_absence(tmp_path: Path) -> None:
             exemplars=f([[0, 0, 2, 2]]),
         ),
     ]
-    source = Pictures(tmp_path, {"train": train})
+    source = Images(tmp_path, {"train": train})
     data = PackedCounts(pack(source, tmp_path / "mixed.h5", splits=["train"]))
     assert_same_records(data.records("train"), source.records("train"))
     assert data.records("train")[0].points is None
@@ -189,15 +189,15 @@ def test_the_protocol_goes_with_the_pack(tmp_path: Path, packed: Path) -> None:
 
 
 def test_only_unannotated(tmp_path: Path) -> None:
-    source = Pictures(tmp_path, {"predict": [Record("a.png"), Record("b.png")]})
+    source = Images(tmp_path, {"predict": [Record("a.png"), Record("b.png")]})
     data = PackedCounts(pack(source, tmp_path / "p.h5", splits=["predict"]), classes=["cats"], num_workers=0)
     assert_same_records(data.records("predict"), source.records("predict"))
     assert [names_of(batch) for batch in data.predict_dataloader()] == [[["cats"]], [["cats"]]]
 
 
-def test_a_picture_of_two_splits_is_stored_once(tmp_path: Path) -> None:
+def test_a_image_of_two_splits_is_stored_once(tmp_path: Path) -> None:
     shared = [Record(name, classes=["a"], counts=np.float32([1])) for name in ("a.png", "bb.png")]
-    source = Pictures(tmp_path, {"train": shared[:1], "val": shared, "test": shared})
+    source = Images(tmp_path, {"train": shared[:1], "val": shared, "test": shared})
     path = pack(source, tmp_path / "shared.h5")
     with h5py.File(path) as file:
         assert len(file["image/offset"]) == 3
@@ -230,7 +230,7 @@ def _damaged(packed: Path, folder: Path, needle: bytes, at: int = 10) -> Path:
     return path
 
 
-def test_flipped_byte_in_a_picture(scenes: SyntheticScenes, packed: Path, tmp_path: Path) -> None:
+def test_flipped_byte_in_a_image(scenes: SyntheticScenes, packed: Path, tmp_path: Path) -> None:
     encoded = scenes.read_bytes(scenes.records("test")[0])
     data = PackedCounts(_damaged(packed, tmp_path, encoded[-50:]), num_workers=0)
     with pytest.raises(ImageError, match=r"damaged\.h5"):
@@ -255,11 +255,11 @@ def test_flipped_byte_anywhere(packed: Path, tmp_path: Path, scenes: SyntheticSc
     path.write_bytes(data)
     found = PackedCounts(path)
     try:
-        pictures = [found.read_bytes(record) for record in found.records("val")]
+        images = [found.read_bytes(record) for record in found.records("val")]
     except InputError:
         return
     assert_same_records(found.records("val"), scenes.records("val"))
-    assert pictures == [scenes.read_bytes(record) for record in scenes.records("val")]
+    assert images == [scenes.read_bytes(record) for record in scenes.records("val")]
 
 
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.99])
@@ -288,9 +288,9 @@ def test_other_files(packed: Path, tmp_path: Path) -> None:
         PackedCounts(tmp_path / "foreign.h5").records("train")
 
 
-def test_unreadable_picture(tmp_path: Path) -> None:
+def test_unreadable_image(tmp_path: Path) -> None:
     records = [Record(name, classes=["a"], counts=np.float32([1])) for name in ("a.png", "bb.png", "ccc.png")]
-    source = Pictures(tmp_path, {"train": records})
+    source = Images(tmp_path, {"train": records})
     source.records("train")
     whole = (tmp_path / "bb.png").read_bytes()
     (tmp_path / "bb.png").write_bytes(whole[: len(whole) // 2])
@@ -305,8 +305,8 @@ def test_unreadable_picture(tmp_path: Path) -> None:
     assert [r.image_id for r in PackedCounts(old).records("train")] == ["a.png", "ccc.png"]
 
 
-def test_two_pictures_of_one_id(tmp_path: Path) -> None:
-    class Two(Pictures):
+def test_two_images_of_one_id(tmp_path: Path) -> None:
+    class Two(Images):
         def read_bytes(self, record: Record) -> bytes:
             self.calls = getattr(self, "calls", 0) + 1
             return cv2.imencode(".png", np.full((8, 10, 3), self.calls, np.uint8))[1].tobytes()

@@ -51,7 +51,7 @@ def test_training_ranks_share_one_shuffle(n: int, world: int) -> None:
         indices = [index for rank in drawn for index, _ in rank]
         assert set(indices) == set(range(n))
         seeds = [seed for rank in drawn for _, seed in rank]
-        assert len(set(seeds)) == len(seeds)  # a repeated picture is augmented differently
+        assert len(set(seeds)) == len(seeds)  # a repeated image is augmented differently
         assert all(0 <= seed < 2**31 for seed in seeds)
 
 
@@ -68,7 +68,7 @@ def test_training_order_depends_on_seed_and_epoch_only() -> None:
     assert len(set(seeds)) > 0.99 * len(seeds)
 
 
-def test_one_rank_gets_the_picture_sequence_that_ranks_get_together() -> None:
+def test_one_rank_gets_the_image_sequence_that_ranks_get_together() -> None:
     alone = list(TrainingSampler(range(12), seed=1))
     together = [list(TrainingSampler(range(12), seed=1, rank=rank, world_size=3)) for rank in range(3)]
     assert [pair for step in zip(*together, strict=True) for pair in step] == alone

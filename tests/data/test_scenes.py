@@ -21,7 +21,7 @@ def scenes(request: pytest.FixtureRequest) -> tuple[str, list[Scene]]:
     return request.param, _scenes(request.param, 5 if request.param == "full" else 25)
 
 
-def test_same_seed_same_picture() -> None:
+def test_same_seed_same_image() -> None:
     classes = PRESETS["easy"].class_splits()["train"]
     a, again, b = (render(PRESETS["easy"], classes, seed) for seed in [(1, 0, 3), (1, 0, 3), (2, 0, 3)])
     assert np.array_equal(a.image, again.image)
@@ -122,7 +122,7 @@ def test_low_list_needs_both_words() -> None:
     assert len({(c.shape, c.colour) for c in classes}) == 12
 
 
-def test_low_pictures_lack_most_classes_and_repeat_few() -> None:
+def test_low_images_lack_most_classes_and_repeat_few() -> None:
     classes = PRESETS["low"].class_splits()["train"]
     plans = [PRESETS["low"].plan(np.random.default_rng(i), classes) for i in range(300)]
     counts = np.array([n for plan in plans for _, n in plan])

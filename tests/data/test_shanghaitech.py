@@ -72,7 +72,7 @@ def test_faults_name_the_file(tmp_path: Path) -> None:
         ShanghaiTech(tmp_path).records("test")
 
 
-def test_annotation_without_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_annotation_without_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fakes.shanghaitech(tmp_path)
     (tmp_path / "part_A_final" / "test_data" / "images" / "IMG_2.jpg").unlink()
     with pytest.raises(InputError, match=r"GT_IMG_2\.mat"):
@@ -91,7 +91,7 @@ def test_truncated_mat(tmp_path: Path, keep: float) -> None:
         read_mat_points(path)
 
 
-def test_a_picture_without_people(tmp_path: Path) -> None:
+def test_a_image_without_people(tmp_path: Path) -> None:
     fakes.write_shanghai_mat(tmp_path / "a.mat", np.zeros((0, 2)))
     assert read_mat_points(tmp_path / "a.mat").shape == (0, 2)
 

@@ -100,7 +100,7 @@ OPERATIONS: dict[str, Callable[[Sample], Sample]] = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("centre", [(28.5, 18.5), (34.2, 26.9), (21.0, 24.0)])
-def test_picture_and_point_move_together(name: str, centre: tuple[float, float]) -> None:
+def test_image_and_point_move_together(name: str, centre: tuple[float, float]) -> None:
     y, x = np.mgrid[:50, :64] + 0.5
     light = 255 * np.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / (2 * 2.5**2))
     image = np.repeat(np.rint(light).astype(np.uint8)[..., None], 3, 2)
@@ -161,7 +161,7 @@ def test_crop_is_exact(seed: int, height: int, width: int, crop_height: int, cro
 
 @few
 @given(st.integers(0, 999), st.integers(1, 40), st.integers(1, 40), st.integers(1, 17), st.integers(1, 17))
-def test_crops_that_tile_a_picture_share_and_lose_no_point(seed: int, h: int, w: int, th: int, tw: int) -> None:
+def test_crops_that_tile_a_image_share_and_lose_no_point(seed: int, h: int, w: int, th: int, tw: int) -> None:
     sample = random_sample(seed, h, w, paired=seed % 2 == 0)
     sample = replace(sample, points=np.round(sample.points), boxes=np.round(sample.boxes))  # many on the seams
     tiles = [moves.crop(sample, x, y, min(tw, w - x), min(th, h - y)) for y in range(0, h, th) for x in range(0, w, tw)]
@@ -233,7 +233,7 @@ def test_pipelines_stay_consistent(name: str, seed: int, height: int, width: int
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_counts_only_pictures_keep_everything_in_frame(name: str) -> None:
+def test_counts_only_images_keep_everything_in_frame(name: str) -> None:
     sample = dotted(30, 44, [(0, 0), (43, 29), (10, 20)])
     empty = np.zeros((0, 2), np.float32)
     sample = replace(sample, points=empty, labels=np.zeros(0, np.int64), croppable=False)
@@ -243,7 +243,7 @@ def test_counts_only_pictures_keep_everything_in_frame(name: str) -> None:
         assert len(after.boxes) == 3
 
 
-def test_plain_crop_with_scale_equals_scaling_the_whole_picture() -> None:
+def test_plain_crop_with_scale_equals_scaling_the_whole_image() -> None:
     sample = dotted(64, 64, [(x, y) for x in range(2, 64, 6) for y in range(2, 64, 6)])
     augmentation = PlainAugmentation(crop=32, flip=False, scale=(2.0, 2.0))
     for seed in range(5):
@@ -263,7 +263,7 @@ def test_resize_takes_another_way_to_resample() -> None:
         assert np.array_equal(getattr(nearest, name), getattr(linear, name))
 
 
-def test_one_crop_of_a_picture_unless_said_otherwise() -> None:
+def test_one_crop_of_a_image_unless_said_otherwise() -> None:
     assert {augmentation.crops for augmentation in PIPELINES.values()} == {1}
 
 
@@ -440,7 +440,7 @@ def test_settings_out_of_range_are_named(make: Callable[[], Augmentation], named
         make()
 
 
-def test_a_crop_larger_than_every_picture_is_an_error() -> None:
+def test_a_crop_larger_than_every_image_is_an_error() -> None:
     augmentation = PlainAugmentation(crop=(64, 96))
     augmentation.check_sizes([(64, 96), (100, 100)])
     with pytest.raises(InputError, match=r"\(64, 96\)"):

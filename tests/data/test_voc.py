@@ -48,7 +48,7 @@ def test_counts_points_and_boxes_are_the_files(tmp_path: Path, difficult: Any) -
             assert counts == Counter(o[0] for o in wanted)
             assert record.size == (48, 64)
             seen.append(record.image_id)
-    assert sorted(seen) == sorted(truth)  # every picture is in exactly one split
+    assert sorted(seen) == sorted(truth)  # every image is in exactly one split
     assert data.provides >= {"counts", "points", "labels", "boxes", "box_labels"}
     hard = sum(o[5] for objects in truth.values() for o in objects)
     assert hard
@@ -121,7 +121,7 @@ def test_classes_that_nobody_asks_about(tmp_path: Path, caplog: pytest.LogCaptur
     assert "'person'" in caplog.text
 
 
-def test_a_picture_of_difficult_objects_alone_counts_zero(tmp_path: Path) -> None:
+def test_a_image_of_difficult_objects_alone_counts_zero(tmp_path: Path) -> None:
     fakes.voc(tmp_path)
     fakes.write_voc_xml(tmp_path / FIRST, [("cat", 1, 1, 5, 5, 1), ("dog", 1, 1, 5, 5, 1)])
     record = next(r for r in VOCCounts(tmp_path).records("test") if r.image_id == "000014.jpg")

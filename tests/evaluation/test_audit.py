@@ -30,7 +30,7 @@ from counting_zoo.module import CountingModule
 from counting_zoo.types import Batch, CountOutput, Query
 
 NAMES = ["dates", "figs", "kiwis", "plums"]
-#: How many objects of each name a picture shows, its own name first.
+#: How many objects of each name a image shows, its own name first.
 SHOWN: dict[str, dict[str, int]] = {
     "a.png": {"figs": 32, "dates": 64},
     "b.png": {"dates": 32},
@@ -143,7 +143,7 @@ def test_a_model_that_follows_the_text(listened: Audit) -> None:
     negative = found["negative"]
     assert [negative[key] for key in ("avg_np", "nmn", "pccn", "mae", "rmse")] == [1, 0, 100, 0, 0]
     assert negative["absent_above_half"] == 0
-    # PrACo takes the other class of the pictures a and d for an absent one.
+    # PrACo takes the other class of the images a and d for an absent one.
     assert negative["official"]["nmn"] == pytest.approx((64 / 3 / 32 + 32 / 3 / 64) / 5)
     assert found["multi_class"]["mae_micro"] == found["multi_class"]["mnp_micro"] == 0
     for place in ("global", "2x2", "4x4", "8x8"):
@@ -186,24 +186,24 @@ def test_a_model_that_ignores_the_text() -> None:
     )
 
 
-def test_each_picture_is_asked_once() -> None:
+def test_each_image_is_asked_once() -> None:
     model = Oracle().eval()
     audit(model, Gardens(), tests=["negative", "labelfree"], examples=0)
     passes = [(image_id, n) for image_id, n in model.passes if image_id in OWN and n > len(NAMES)]
     assert [image_id for image_id, _ in passes] == list(OWN)
     assert len(Asker(model).counts(torch.zeros(3, 4, 4), ["figs", "dates"], "a.png", (4, 4))) == 2
     in_parts = audit(Oracle().eval(), Gardens(), prompts_at_once=3)
-    assert in_parts.pictures == audit(Oracle().eval(), Gardens()).pictures
+    assert in_parts.images == audit(Oracle().eval(), Gardens()).images
 
 
 def test_names_that_compete_are_asked_alone(listened: Audit) -> None:
     found = audit(Oracle(competing=True).eval(), Gardens(), mosaics=0)
     assert not found.protocol["prompts_together"]
-    assert [one.counts for one in found.pictures] == [one.counts for one in listened.pictures]
-    assert [one.both for one in found.pictures if one.both is not None] == [48, 48]  # asked together, each is halved
+    assert [one.counts for one in found.images] == [one.counts for one in listened.images]
+    assert [one.both for one in found.images if one.both is not None] == [48, 48]  # asked together, each is halved
     assert listened.protocol["prompts_together"]
     assert listened.cost is not None
-    assert (listened.cost.pictures, listened.cost.prompts, listened.cost.difference) == (2, 4, 0)
+    assert (listened.cost.images, listened.cost.prompts, listened.cost.difference) == (2, 4, 0)
     assert Cost(1, 4, 8.0, 2.0, 0.0).ratio == 4
 
 
@@ -212,11 +212,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("audit*.*") if path.name != "audit_cost.json"}
 
 
-def test_a_picture_that_torch_refuses_is_listed() -> None:
+def test_a_image_that_torch_refuses_is_listed() -> None:
     model = Oracle().eval()
     model.too_small = "c.png"
     found = audit(model, Gardens(), mosaics=1)
-    assert "c.png" not in {one.image_id for one in found.pictures}
+    assert "c.png" not in {one.image_id for one in found.images}
     assert ("c.png", "RuntimeError: Kernel size can't be greater than actual input size") in found.failed
 
 
@@ -247,7 +247,7 @@ def test_an_interrupted_audit_goes_on_and_ends_with_the_same_files(tmp_path: Pat
     audit(Oracle(listens=False).eval(), Gardens(), mosaics=1, parts=parts)
     assert len(list(parts.glob("*.jsonl"))) == 2  # another question
     audit(Oracle(listens=False).eval(), Repainted(), mosaics=1, parts=parts)
-    assert len(list(parts.glob("*.jsonl"))) == 3  # other pictures
+    assert len(list(parts.glob("*.jsonl"))) == 3  # other images
 
 
 def test_the_files(tmp_path: Path, listened: Audit) -> None:
@@ -275,9 +275,9 @@ def test_the_files(tmp_path: Path, listened: Audit) -> None:
     assert json.loads((tmp_path / "audit_cost.json").read_text())["prompts"] == 4
 
 
-def test_an_unreadable_picture_does_not_end_it(tmp_path: Path) -> None:
+def test_an_unreadable_image_does_not_end_it(tmp_path: Path) -> None:
     found = audit(Oracle().eval(), Gardens(broken=["b.png", "a.png"]), mosaics=0)
-    assert [one.image_id for one in found.pictures] == ["c.png", "d.png", "e.png", "empty.png"]
+    assert [one.image_id for one in found.images] == ["c.png", "d.png", "e.png", "empty.png"]
     whole = [image_id for image_id, _ in found.failed if " above " not in image_id]
     below = [image_id for image_id, _ in found.failed if " above " in image_id]
     assert whole == ["a.png", "b.png"]
@@ -309,11 +309,11 @@ def test_counts_without_points() -> None:
     assert audit_figures(found)["negative"]["mae"] == 0
 
 
-def test_some_pictures_and_some_classes() -> None:
+def test_some_images_and_some_classes() -> None:
     found = audit(Oracle().eval(), Gardens(), limit=3, mosaics=2, tests=["mosaic"])
-    assert [one.image_id for one in found.pictures] == ["a.png", "c.png", "e.png"]
+    assert [one.image_id for one in found.images] == ["a.png", "c.png", "e.png"]
     assert [m.image_id for m in found.mosaics] == ["a.png"] * 2 + ["c.png"] * 2 + ["e.png"] * 2
-    assert set(found.pictures[0].counts) == set(NAMES)
+    assert set(found.images[0].counts) == set(NAMES)
 
 
 class Dazzled(Oracle):
@@ -323,11 +323,11 @@ class Dazzled(Oracle):
         return math.inf if image_id == "white" else super().said(image_id, prompt)
 
 
-def test_a_blank_picture_does_not_end_it(listened: Audit) -> None:
+def test_a_blank_image_does_not_end_it(listened: Audit) -> None:
     found = audit(Dazzled().eval(), Gardens(), mosaics=0)
     assert [image_id for image_id, _ in found.failed] == ["white picture"]
     assert set(found.blanks) == {"black", "grey", "noise"}
-    assert found.pictures == listened.pictures
+    assert found.images == listened.images
 
 
 class Blind(Oracle):

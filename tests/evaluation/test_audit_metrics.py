@@ -68,13 +68,13 @@ def test_negative_label(seed: int, official: bool) -> None:
     )
 
 
-def test_an_empty_picture_has_no_ratio_but_an_error() -> None:
+def test_an_empty_image_has_no_ratio_but_an_error() -> None:
     counts = np.array([[4.0, 1.0], [3.0, 2.0]])
     found = negative_label(counts, np.array([0, 0]), np.array([8.0, 0.0]))
     assert (found["n"], found["n_empty"]) == (2, 1)
     assert (found["avg_np"], found["nmn"]) == (0.5, 0.125)
     assert found["mae"] == 3.5
-    assert found["pccn"] == 50.0  # the empty picture's own count is further from 0 than the absent one
+    assert found["pccn"] == 50.0  # the empty image's own count is further from 0 than the absent one
 
 
 def test_names_that_are_present_or_not_asked_are_no_negatives() -> None:
@@ -163,10 +163,10 @@ def test_mosaics(seed: int, official: bool) -> None:
     truth[:3] = 0
     upper[5], lower[5] = -1, 0.0
     for half in (upper, lower):
-        half[np.arange(len(half)), positive] = np.nan  # a picture has no mosaic with its own class
-    pictures: dict[str, list[float]] = {"cnt_p": [], "cnt_r": [], "cnt_f1": []}
+        half[np.arange(len(half)), positive] = np.nan  # a image has no mosaic with its own class
+    images: dict[str, list[float]] = {"cnt_p": [], "cnt_r": [], "cnt_f1": []}
     for i, c in enumerate(truth.tolist()):
-        cells: dict[str, list[float]] = {name: [] for name in pictures}
+        cells: dict[str, list[float]] = {name: [] for name in images}
         for u, below in zip(upper[i].tolist(), lower[i].tolist(), strict=True):
             if c == 0:
                 continue
@@ -182,13 +182,13 @@ def test_mosaics(seed: int, official: bool) -> None:
             cells["cnt_p"].append(precision)
             cells["cnt_f1"].append(2 * precision * recall / both if both > 0 else math.nan)
         for name, values in cells.items():
-            pictures[name].append(skipping_mean(values))
+            images[name].append(skipping_mean(values))
     found = mosaic_scores(upper, lower, truth, official=official)
-    assert {name: found[name] for name in pictures} == pytest.approx(
-        {name: skipping_mean(values) for name, values in pictures.items()}
+    assert {name: found[name] for name in images} == pytest.approx(
+        {name: skipping_mean(values) for name, values in images.items()}
     )
     assert found["n"] == 37 * 6
-    assert found["n_without_f1"] == 6  # those of the picture in which nothing is counted
+    assert found["n_without_f1"] == 6  # those of the image in which nothing is counted
 
 
 @pytest.mark.parametrize("grid", [1, 2, 4, 8])
@@ -196,7 +196,7 @@ def test_mosaics_cell_by_cell(grid: int) -> None:
     rng = np.random.default_rng(grid)
     predicted = rng.normal(1.0, 1.0, (6, 3, grid, grid))
     predicted[..., 0, 0] = 2.5
-    upper = (np.arange(grid) < max(1, grid // 2))[:, None]  # a picture's own objects, whatever is below it
+    upper = (np.arange(grid) < max(1, grid // 2))[:, None]  # a image's own objects, whatever is below it
     truth = np.repeat(rng.integers(0, 4, (6, 1, grid, grid)) * upper, 3, 1)
     truth[..., 0, 0] += 1
     tp, fp = grid_matches(predicted, truth)
@@ -218,7 +218,7 @@ def test_mosaics_cell_by_cell(grid: int) -> None:
     assert [found["cnt_p"], found["cnt_r"], found["cnt_f1"]] == pytest.approx(expected.tolist())
 
 
-def test_one_cell_is_the_whole_picture() -> None:
+def test_one_cell_is_the_whole_image() -> None:
     """On a grid of one cell the localised test has the global one's recall, with what is too many as false."""
     upper, lower, truth = np.array([[12.0]]), np.array([[3.0]]), np.array([10.0])
     tp, fp = grid_matches((upper + lower)[..., None, None], truth[:, None, None, None])

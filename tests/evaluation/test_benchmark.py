@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from places import TESTS
-from tiny_zoo import TinyCounter, TinyPictures
+from tiny_zoo import TinyCounter, TinyImages
 
 from counting_zoo import benchmark, save
 from counting_zoo.cli import main
@@ -58,7 +58,7 @@ def by_name(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_runs_every_model_on_every_data_set(tmp_path: Path) -> None:
     models = {"a": model(0), "b": model(1)}
-    found = benchmark(models, {"few": TinyPictures(n=3), "more": TinyPictures(n=5)}, tmp_path, accelerator="cpu")
+    found = benchmark(models, {"few": TinyImages(n=3), "more": TinyImages(n=5)}, tmp_path, accelerator="cpu")
     runs = by_name(tmp_path)
     assert set(runs) == {("a", "few"), ("a", "more"), ("b", "few"), ("b", "more")}
     assert [(run.model, run.data) for run in found.runs] == [("a", "few"), ("a", "more"), ("b", "few"), ("b", "more")]
@@ -71,25 +71,25 @@ def test_runs_every_model_on_every_data_set(tmp_path: Path) -> None:
 
 
 def test_twice_the_same_bytes_and_nothing_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "pictures": 2}
-    benchmark({"a": model()}, {"d": TinyPictures()}, tmp_path / "one", **options)
-    benchmark({"a": model()}, {"d": TinyPictures()}, tmp_path / "two", **options)
+    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "images": 2}
+    benchmark({"a": model()}, {"d": TinyImages()}, tmp_path / "one", **options)
+    benchmark({"a": model()}, {"d": TinyImages()}, tmp_path / "two", **options)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     monkeypatch.setattr(TinyCounter, "forward", lambda *_: pytest.fail("counted again"))
-    options["pictures"] = 0
-    benchmark({"a": model()}, {"d": TinyPictures()}, tmp_path / "one", **options)
+    options["images"] = 0
+    benchmark({"a": model()}, {"d": TinyImages()}, tmp_path / "one", **options)
     monkeypatch.undo()
     assert json.loads((tmp_path / "one" / "benchmark.json").read_text())["data"][0]["models"][0]["figures"]["mae"] > 0
 
 
 def test_another_model_or_protocol_is_counted_anew(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "pictures": 0}
+    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "images": 0}
     for n, (made, data) in enumerate(
         [
-            (model(0), TinyPictures()),
-            (model(1), TinyPictures()),
-            (model(0), TinyPictures(prompts="all")),
-            (model(0), TinyPictures(n=4)),
+            (model(0), TinyImages()),
+            (model(1), TinyImages()),
+            (model(0), TinyImages(prompts="all")),
+            (model(0), TinyImages(n=4)),
         ],
         1,
     ):
@@ -97,14 +97,14 @@ def test_another_model_or_protocol_is_counted_anew(tmp_path: Path) -> None:
         assert len(list((tmp_path / "parts").iterdir())) == n
 
 
-class Repainted(TinyPictures):
+class Repainted(TinyImages):
     """The same annotation, other pictures."""
 
     def read_bytes(self, record: Record) -> bytes:
         return cv2.imencode(".png", np.full((32, 40, 3), 200, np.uint8))[1].tobytes()
 
 
-class Renamed(TinyPictures):
+class Renamed(TinyImages):
     """The same test pictures, and another name in training, which ``prompts: all`` asks about."""
 
     def read_split(self, split: Split) -> list[Record]:
@@ -112,9 +112,9 @@ class Renamed(TinyPictures):
         return [replace(r, classes=["apples", *r.classes[1:]]) for r in found] if split == "train" else found
 
 
-def test_counts_of_other_pictures_names_or_settings_are_not_taken_for_these(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "pictures": 0}
-    data = {"clean": TinyPictures(prompts="all"), "noisy": Repainted(prompts="all"), "more": Renamed(prompts="all")}
+def test_counts_of_other_images_names_or_settings_are_not_taken_for_these(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "images": 0}
+    data = {"clean": TinyImages(prompts="all"), "noisy": Repainted(prompts="all"), "more": Renamed(prompts="all")}
     counter = TinyCounter(scale=0.2, preprocess=Preprocess("warp", 32)).eval()
     together = benchmark({"a": counter}, data, tmp_path, **options).runs
     for run, (name, alone) in zip(together, data.items(), strict=True):
@@ -128,8 +128,8 @@ def test_counts_of_other_pictures_names_or_settings_are_not_taken_for_these(tmp_
 
 
 def test_names_that_differ_in_signs_only_have_files_of_their_own(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "pictures": 0}
-    found = benchmark({"a b": model(0), "A_b": model(1), 7: model(2)}, {"d": TinyPictures()}, tmp_path, **options)  # type: ignore[dict-item]
+    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "images": 0}
+    found = benchmark({"a b": model(0), "A_b": model(1), 7: model(2)}, {"d": TinyImages()}, tmp_path, **options)  # type: ignore[dict-item]
     tables = [CountTable.read(tmp_path / "counts" / f"{name}--d.csv") for name in ("a_b", "A_b_2", "7")]
     for run, table in zip(found.runs, tables, strict=True):
         np.testing.assert_array_equal(table.predicted.astype(np.float32), run.table.predicted.astype(np.float32))
@@ -140,7 +140,7 @@ def test_names_that_differ_in_signs_only_have_files_of_their_own(tmp_path: Path)
     [
         ({"split": "predict"}, "split"),
         ({"precision": "fp16"}, "precision"),
-        ({"pictures": -1}, "pictures"),
+        ({"images": -1}, "images"),
         ({"devices": "2"}, "devices"),
         ({"resamples": 0}, "resamples"),
         ({"costs": "no"}, "costs"),
@@ -149,12 +149,12 @@ def test_names_that_differ_in_signs_only_have_files_of_their_own(tmp_path: Path)
 )
 def test_options_out_of_range(tmp_path: Path, option: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        benchmark({"a": model()}, {"d": TinyPictures()}, tmp_path, **{"accelerator": "cpu", **option})
+        benchmark({"a": model()}, {"d": TinyImages()}, tmp_path, **{"accelerator": "cpu", **option})
 
 
 def test_what_is_no_counter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Linear"):
-        benchmark({"a": torch.nn.Linear(1, 1)}, {"d": TinyPictures()}, tmp_path, accelerator="cpu")  # type: ignore[dict-item]
+        benchmark({"a": torch.nn.Linear(1, 1)}, {"d": TinyImages()}, tmp_path, accelerator="cpu")  # type: ignore[dict-item]
 
 
 class Blind(TinyCounter):
@@ -163,7 +163,7 @@ class Blind(TinyCounter):
     class_blind = True
 
 
-class Mixed(TinyPictures):
+class Mixed(TinyImages):
     """Dots and stars in turns."""
 
     def read_split(self, split: Split) -> list[Record]:
@@ -171,7 +171,7 @@ class Mixed(TinyPictures):
 
 
 def test_the_protocol_says_what_a_model_was_not_asked_about(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "pictures": 0, "precision": "16-mixed"}
+    options: dict[str, Any] = {"accelerator": "cpu", "costs": False, "images": 0, "precision": "16-mixed"}
     models = {"blind": model(0, Blind), "fixed": model(0, Known)}
     found = benchmark(models, {"target": Mixed(), "all": Mixed(prompts="all")}, tmp_path, **options)
     said = {(run.model, run.data): " ".join(run.protocol) for run in found.runs}
@@ -184,22 +184,22 @@ def test_the_protocol_says_what_a_model_was_not_asked_about(tmp_path: Path) -> N
 def test_the_protocol_says_what_intervals_promise(tmp_path: Path) -> None:
     calibrated = model()
     calibrated.interval_calibration = fit_intervals(np.arange(100.0), np.arange(100.0) + 1, level=0.8)
-    found = benchmark({"sure": calibrated}, {"d": TinyPictures()}, tmp_path, accelerator="cpu", costs=False, pictures=0)
+    found = benchmark({"sure": calibrated}, {"d": TinyImages()}, tmp_path, accelerator="cpu", costs=False, images=0)
     assert any("80 %" in text and "'residual'" in text for text in found.runs[0].protocol)
     assert by_name(tmp_path)["sure", "d"]["figures"]["coverage"]["rows"] == 5
 
 
 @pytest.mark.parametrize("prompts", ["target", "all"])
-def test_the_worst_and_the_best_pictures_are_drawn(tmp_path: Path, prompts: Any) -> None:
+def test_the_worst_and_the_best_images_are_drawn(tmp_path: Path, prompts: Any) -> None:
     data = Mixed(n=6, prompts=prompts)
-    (run,) = benchmark({"a": model()}, {"d": data}, tmp_path, accelerator="cpu", costs=False, pictures=2).runs
+    (run,) = benchmark({"a": model()}, {"d": data}, tmp_path, accelerator="cpu", costs=False, images=2).runs
     ids, index = run.table.images()
     error = np.bincount(index, np.abs(run.table.predicted - run.table.target))
     true = np.bincount(index, run.table.target)
     by_error = sorted(range(len(ids)), key=lambda i: -error[i])
     rest = [i for i in by_error[2:] if true[i]]
     by_share = sorted(rest, key=lambda i: error[i] / true[i])
-    drawn = [(picture.group, picture.caption.partition(",")[0]) for picture in run.pictures]
+    drawn = [(image.group, image.caption.partition(",")[0]) for image in run.images]
     assert drawn == [("worst", ids[i]) for i in by_error[:2]] + [("best", ids[i]) for i in by_share[:2]]
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 4
 
@@ -213,7 +213,7 @@ def test_totals_from_elsewhere_stand_beside_constants_of_totals(tmp_path: Path) 
 
 
 def test_what_does_not_fit_together_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
-    data = {"dots": TinyPictures(prompts="all"), "figs": TinyPictures(classes=["figs"], prompts="all")}
+    data = {"dots": TinyImages(prompts="all"), "figs": TinyImages(classes=["figs"], prompts="all")}
     found = benchmark({"fixed": model(0, Known), "free": model()}, data, tmp_path, accelerator="cpu")
     assert [entry[:2] for entry in found.skipped] == [("fixed", "figs")]
     assert ("fixed", "figs") not in by_name(tmp_path)
@@ -227,7 +227,7 @@ def test_counts_from_elsewhere_take_part(tmp_path: Path) -> None:
     (tmp_path / "theirs.csv").write_text("image,count\n" + "".join(f"{i:02d} ü.png,{i + 1}\n" for i in range(5)))
     benchmark(
         {"ours": model(), "theirs": tmp_path / "theirs.csv"},
-        {"d": TinyPictures()},
+        {"d": TinyImages()},
         tmp_path / "out",
         accelerator="cpu",
         costs=False,
@@ -235,7 +235,7 @@ def test_counts_from_elsewhere_take_part(tmp_path: Path) -> None:
     assert by_name(tmp_path / "out")["theirs", "d"]["figures"]["mae"] == 0
 
 
-class Wrong(TinyPictures):
+class Wrong(TinyImages):
     """Finds a mistake where a loader's process reads."""
 
     def read_bytes(self, record: Record) -> bytes:
@@ -245,16 +245,16 @@ class Wrong(TinyPictures):
 def test_a_reason_is_a_sentence_and_no_traceback_of_a_worker(tmp_path: Path) -> None:
     found = benchmark(
         {"a": model()},
-        {"d": TinyPictures(), "wrong": Wrong(num_workers=1)},
+        {"d": TinyImages(), "wrong": Wrong(num_workers=1)},
         tmp_path,
         accelerator="cpu",
         costs=False,
-        pictures=0,
+        images=0,
     )
     assert found.skipped == [("a", "wrong", "what is wrong")]
 
 
-class OneTooSmall(TinyPictures):
+class OneTooSmall(TinyImages):
     """The first picture is smaller than a cell of the model."""
 
     def read_split(self, split: Split) -> list[Record]:
@@ -266,7 +266,7 @@ class OneTooSmall(TinyPictures):
         return cv2.imencode(".png", np.zeros(shape, np.uint8))[1].tobytes()
 
 
-def test_a_picture_that_cannot_be_counted_ends_neither_counting_nor_the_costs(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_counted_ends_neither_counting_nor_the_costs(tmp_path: Path) -> None:
     found = benchmark({"a": model()}, {"d": OneTooSmall()}, tmp_path, accelerator="cpu")
     assert [image_id for image_id, _ in found.runs[0].failed] == ["test/00 ü.png"]
     assert json.loads((tmp_path / "costs.json").read_text())["a on d"]["pictures"] == 4
@@ -279,13 +279,13 @@ def test_a_missing_file_is_an_error_before_anything_is_counted(tmp_path: Path) -
         ({"a": model()}, tmp_path / "file", r"\bout\b"),
     ):
         with pytest.raises(InputError, match=message):
-            benchmark(models, {"d": TinyPictures()}, out, accelerator="cpu")  # type: ignore[arg-type]
+            benchmark(models, {"d": TinyImages()}, out, accelerator="cpu")  # type: ignore[arg-type]
     assert not (tmp_path / "o").exists()
 
 
 def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="0 models"):
-        benchmark({}, {"d": TinyPictures()}, tmp_path)
+        benchmark({}, {"d": TinyImages()}, tmp_path)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     save(model(), tmp_path / "ours.ckpt")
-    data = {"data": {"class_path": "tiny_zoo.TinyPictures", "init_args": {"n": 4}}}
+    data = {"data": {"class_path": "tiny_zoo.TinyImages", "init_args": {"n": 4}}}
     (tmp_path / "dots.yaml").write_text(yaml.safe_dump(data))
     (tmp_path / "bench.yaml").write_text(
         yaml.safe_dump(
@@ -314,7 +314,7 @@ def files(tmp_path: Path) -> Path:
 
 def test_the_command_reads_its_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*COMMAND, "--config", str(files / "bench.yaml"), "--out", str(files / "o")]
-    assert main([*words, "--accelerator", "cpu", "--pictures", "0"]) == 0
+    assert main([*words, "--accelerator", "cpu", "--images", "0"]) == 0
     printed = capsys.readouterr().out
     assert "# Of dots" in printed
     assert set(by_name(files / "o")) == {("ours", "few"), ("more", "few")}
@@ -342,7 +342,7 @@ def test_the_command_takes_names_and_files(files: Path) -> None:
 def test_the_command_takes_files_with_the_names_that_lightning_gives(files: Path) -> None:
     path = (files / "ours.ckpt").rename(files / "epoch=3-step=10.ckpt")
     words = ["--models", str(path), f"b={path}", "--data", str(files / "dots.yaml"), "--out", str(files / "o")]
-    assert main([*COMMAND, *words, "--accelerator", "cpu", "--no-costs", "--pictures", "0"]) == 0
+    assert main([*COMMAND, *words, "--accelerator", "cpu", "--no-costs", "--images", "0"]) == 0
     assert set(by_name(files / "o")) == {("epoch=3-step=10", "dots"), ("b", "dots")}
 
 
@@ -369,7 +369,7 @@ def test_a_mistake_in_the_file_is_named(files: Path, change: dict[str, Any], mes
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_pictures(files: Path) -> None:
+def test_two_processes_share_the_images(files: Path) -> None:
     (files / "other.csv").write_text("image,count\nnone of these.png,1\n")  # is left out, by both
     words = [
         *COMMAND,

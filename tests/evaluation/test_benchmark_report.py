@@ -130,8 +130,8 @@ def test_the_page_is_whole_and_safe(tmp_path: Path) -> None:
     assert '<script>alert("x")' not in text
     assert all(link.startswith(("data:image/jpeg;base64,", "https://")) for link in page.links)
     assert text.count('class="dots one"') == 3 + 3, "a scatter for each model, and its legend"
-    pictures = [link for link in page.links if link.startswith("data:")]
-    decoded = cv2.imdecode(np.frombuffer(base64.b64decode(pictures[0].split(",")[1]), np.uint8), cv2.IMREAD_COLOR)
+    images = [link for link in page.links if link.startswith("data:")]
+    decoded = cv2.imdecode(np.frombuffer(base64.b64decode(images[0].split(",")[1]), np.uint8), cv2.IMREAD_COLOR)
     assert decoded.shape == (40, 60, 3)
     assert decoded[20, 30].tolist() == pytest.approx([2, 2, 200], abs=6), "colours are not swapped"
     stored = cv2.imread(str(tmp_path / "pictures" / "00-00.jpg"))
@@ -218,7 +218,7 @@ def test_several_data_sets_stand_apart(tmp_path: Path) -> None:
     assert [entry["name"] for entry in found["data"]] == [f"SHA {NASTY}", "B"]
     assert found["data"][1]["published"] == [], "without its settings it is not known which part"
     assert found["data"][1]["comparisons"] == []
-    assert [picture["file"] for picture in found["data"][1]["models"][0]["pictures"]] == [
+    assert [image["file"] for image in found["data"][1]["models"][0]["pictures"]] == [
         "pictures/03-00.jpg",
         "pictures/03-01.jpg",
     ]
@@ -240,7 +240,7 @@ def test_long_facts_are_in_the_json_alone(tmp_path: Path) -> None:
     assert read_results(tmp_path)["data"][0]["models"][0]["facts"]["recipe"] == recipe
 
 
-def test_pictures_of_an_earlier_benchmark_go(tmp_path: Path) -> None:
+def test_images_of_an_earlier_benchmark_go(tmp_path: Path) -> None:
     write(tmp_path, three())
     (tmp_path / "pictures" / "mine.jpg").write_bytes(b"x")
     write(tmp_path, [run("good", 2)])

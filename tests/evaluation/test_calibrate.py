@@ -16,7 +16,7 @@ import tiny as tiny_models
 import torch
 import yaml
 from asking import ask
-from tiny_zoo import BlockCounter, TinyCounter, TinyPictures
+from tiny_zoo import BlockCounter, TinyCounter, TinyImages
 
 import counting_zoo
 from counting_zoo import EBC, CountingModule, Prediction, RegionCLIPCounter, load, save
@@ -51,8 +51,8 @@ def one(found: Any) -> Prediction:
     return found
 
 
-def bounds(model: CountingModule, picture: Any = BLACK, **options: Any) -> torch.Tensor:
-    found = one(model.count(picture, "dots", **options)).interval
+def bounds(model: CountingModule, image: Any = BLACK, **options: Any) -> torch.Tensor:
+    found = one(model.count(image, "dots", **options)).interval
     assert found is not None
     return found
 
@@ -70,7 +70,7 @@ def quiet(folder: Path) -> L.Trainer:
 
 
 def test_a_calibrated_model_gives_intervals() -> None:
-    model, data = tiny(), TinyPictures(n=30)
+    model, data = tiny(), TinyImages(n=30)
     model.train()
     assert one(model.count(BLACK, "dots")).interval is None
     done = calibrate(model, data, split="val")
@@ -92,7 +92,7 @@ def test_a_calibrated_model_gives_intervals() -> None:
 
 
 def test_every_row_counts_where_all_names_are_asked_about() -> None:
-    done = calibrate(tiny(), TinyPictures(n=12, prompts="all"))
+    done = calibrate(tiny(), TinyImages(n=12, prompts="all"))
     assert len(done.counts) == 24
     text = done.describe()
     assert "24 counts of 12 images" in text
@@ -141,7 +141,7 @@ def test_other_windows_than_those_calibrated_with_have_no_interval() -> None:
 
 
 def test_a_model_without_names_has_intervals_of_totals() -> None:
-    model, data = ebc(), TinyPictures(n=25, prompts="all")
+    model, data = ebc(), TinyImages(n=25, prompts="all")
     done = calibrate(model, data)
     assert set(done.counts.name) == {"=stars + dots"}
     assert done.counts.target.tolist() == [i + 1.0 for i in range(25)]
@@ -158,7 +158,7 @@ def test_checkpoints_carry_the_calibration(tmp_path: Path) -> None:
     before = save(model, tmp_path / "before.ckpt")
     assert "intervals" not in read_checkpoint(before)["counting_zoo"], "files of models without are as they were"
     keys = set(model.state_dict())
-    calibrate(model, TinyPictures(n=30))
+    calibrate(model, TinyImages(n=30))
     again = load(save(model, tmp_path / "after.ckpt"))
     assert set(again.state_dict()) == keys
     assert again.interval_calibration == model.interval_calibration
@@ -169,7 +169,7 @@ def test_checkpoints_carry_the_calibration(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_copied_with_all_that_is_in_it(tmp_path: Path) -> None:
-    run, data = quiet(tmp_path), TinyPictures(n=25)
+    run, data = quiet(tmp_path), TinyImages(n=25)
     run.fit(tiny(), data)
     run.save_checkpoint(source := tmp_path / "last.ckpt")
     model = load(source)
@@ -201,7 +201,7 @@ def test_a_checkpoint_is_copied_with_all_that_is_in_it(tmp_path: Path) -> None:
 
 def test_other_settings_than_those_calibrated_with_drop_it(tmp_path: Path) -> None:
     model = BlockCounter(window=16)
-    calibrate(model, TinyPictures(n=25))
+    calibrate(model, TinyImages(n=25))
     path = save(model, tmp_path / "a.ckpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -264,7 +264,7 @@ def test_predict_writes_bounds(tmp_path: Path, calibrated: bool) -> None:
         enable_model_summary=False,
         callbacks=[PredictionWriter(str(tmp_path / "out"))],
     )
-    run.predict(model, TinyPictures(n=2, classes=["dots", "=stars"]), return_predictions=False)
+    run.predict(model, TinyImages(n=2, classes=["dots", "=stars"]), return_predictions=False)
     with (tmp_path / "out" / "counts.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:6] == ["image", "name", "target", "predicted", "low", "high"]
@@ -274,7 +274,7 @@ def test_predict_writes_bounds(tmp_path: Path, calibrated: bool) -> None:
 
 
 def test_the_test_report_has_coverage_and_width(tmp_path: Path) -> None:
-    model, data = tiny(), TinyPictures(n=30)
+    model, data = tiny(), TinyImages(n=30)
     calibrate(model, data, split="test", level=0.8)
     run = L.Trainer(
         accelerator="cpu",
@@ -340,7 +340,7 @@ def test_the_deviation_of_a_zero_inflated_law() -> None:
 
 def test_bins_are_calibrated_in_tiles_as_in_one_piece() -> None:
     """Windows side by side see other borders than the whole picture, so the tiles' own maps are added up here."""
-    data = TinyPictures(n=25)
+    data = TinyImages(n=25)
     for options in ({}, {"window": 16}, {"window": 16, "stride": 8}):
         model = ebc(**options)
         done = calibrate(model, data, width="bins")
@@ -360,7 +360,7 @@ def test_bins_are_calibrated_in_tiles_as_in_one_piece() -> None:
 
 @pytest.mark.parametrize("window", [None, 16])
 def test_no_calibration_takes_part_in_making_one(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, data = ebc(window=window), TinyPictures(n=25)
+    model, data = ebc(window=window), TinyImages(n=25)
     model.interval_calibration = ONE
     known: list[IntervalCalibration | None] = []
     reported = model.reported
@@ -392,17 +392,17 @@ def test_variances_of_tiles_are_joined_as_densities_are() -> None:
 def test_bins_need_a_model_of_bins(model: CountingModule) -> None:
     model.interval_calibration = ONE
     with pytest.raises(InputError, match=type(model).__name__):
-        calibrate(model, TinyPictures(n=20), width="bins")
+        calibrate(model, TinyImages(n=20), width="bins")
     with pytest.raises(InputError, match="'val'"):
-        calibrate(model, TinyPictures(n=5))
+        calibrate(model, TinyImages(n=5))
     assert model.interval_calibration == ONE, "an attempt that fails changes nothing"
     model.interval_calibration = replace(ONE, width="bins")
     with pytest.raises(InputError, match="bins"):
         model.count(BLACK, "dots")
 
 
-def test_training_pictures_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    calibrate(tiny(), TinyPictures(n=20), split="train")
+def test_training_images_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    calibrate(tiny(), TinyImages(n=20), split="train")
     assert "train" in caplog.text
 
 
@@ -417,7 +417,7 @@ def words(source: Path, n: int) -> list[str]:
         "--ckpt_path",
         str(source),
         "--data",
-        "tiny_zoo.TinyPictures",
+        "tiny_zoo.TinyImages",
         "--data.n",
         str(n),
     ]
@@ -432,7 +432,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"wrote {out}" in said
     model: CountingModule = load(out)
     expected = tiny()
-    done = calibrate(expected, TinyPictures(n=40), split="test", level=0.8)
+    done = calibrate(expected, TinyImages(n=40), split="test", level=0.8)
     assert model.interval_calibration == done.calibration
     assert done.describe() in said
 

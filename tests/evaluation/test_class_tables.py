@@ -91,7 +91,7 @@ def test_points_on_objects() -> None:
     boxes, kinds = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0]]), torch.tensor([0, 1])
     points = torch.tensor([[5.0, 5.0], [25.0, 5.0], [10.0, 10.0], [25.0, 5.0], [5.0, 5.0]])
     metric.update(points, torch.tensor([0, 0, 0, 1, 2]), boxes, kinds, "a.jpg")
-    assert metric.compute() == {"n_points": 4, "point_hits": 0.75}  # borders count; class 2 is not in the picture
+    assert metric.compute() == {"n_points": 4, "point_hits": 0.75}  # borders count; class 2 is not in the image
     metric.update(points, torch.tensor([0, 0, 0, 1, 2]), boxes, kinds, "a.jpg")  # the sampler repeats it
     metric.update(points[:0], torch.zeros(0, dtype=torch.int64), boxes, kinds, "b.jpg")
     metric.update(points[:1], torch.tensor([0]), boxes[:0], kinds[:0], "c.jpg")

@@ -44,7 +44,7 @@ def test_memory_and_speed_are_those_of_counting() -> None:
     assert before <= found["peak_memory_mib"] <= peak_of_process()
 
 
-def test_no_picture_no_cost() -> None:
+def test_no_image_no_cost() -> None:
     with pytest.raises(InputError, match="cost"):
         measure_costs(TinyCounter().eval(), [], [])
 

@@ -10,14 +10,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from tiny_zoo import TinyCounter, TinyPictures
+from tiny_zoo import TinyCounter, TinyImages
 
 from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import NamesError
 from counting_zoo.evaluation.counting import count_split, read_parts
 
 
-class SomeBroken(TinyPictures):
+class SomeBroken(TinyImages):
     """The second test picture cannot be read."""
 
     def read_bytes(self, record: Record) -> bytes:
@@ -46,10 +46,10 @@ def model() -> TinyCounter:
 
 @pytest.mark.parametrize("prompts", ["target", "all"])
 def test_the_numbers_are_those_of_test(model, prompts, tmp_path) -> None:
-    data = TinyPictures(prompts=prompts)
+    data = TinyImages(prompts=prompts)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     (scores,) = trainer.test(model, data, verbose=False)
-    table = count_split(model.eval(), TinyPictures(prompts=prompts)).table
+    table = count_split(model.eval(), TinyImages(prompts=prompts)).table
     error = table.predicted - table.target
     assert np.abs(error).mean() == pytest.approx(scores["test/mae"], rel=1e-6)
     assert np.sqrt(np.square(error).mean()) == pytest.approx(scores["test/rmse"], rel=1e-6)
@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_test(model, prompts, tmp_path) -> None:
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(model, tmp_path, monkeypatch) -> None:
-    whole = count_split(model, TinyPictures(n=6)).table
+    whole = count_split(model, TinyImages(n=6)).table
     original, seen = TinyCounter.forward, []
 
     def forward(limit):
@@ -73,91 +73,91 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, tmp_path, monkeypatc
 
     monkeypatch.setattr(TinyCounter, "forward", forward(limit=3))
     with pytest.raises(InterruptedError):
-        count_split(model, TinyPictures(n=6), parts=tmp_path)
+        count_split(model, TinyImages(n=6), parts=tmp_path)
     (part,) = tmp_path.glob("*.jsonl")
     with part.open("a", encoding="utf-8") as file:
         file.write('["test/05 ü.png", {"rows": [["test')  # the line that the interruption cut
     monkeypatch.setattr(TinyCounter, "forward", forward(limit=6))
-    resumed = count_split(model, TinyPictures(n=6), parts=tmp_path).table
+    resumed = count_split(model, TinyImages(n=6), parts=tmp_path).table
     assert len(seen) == 6  # none of the first three again
     assert resumed.image == whole.image
     np.testing.assert_array_equal(resumed.predicted, whole.predicted)
     np.testing.assert_array_equal(resumed.game, whole.game)
 
 
-def test_processes_share_the_pictures(model, tmp_path) -> None:
-    whole = count_split(model, TinyPictures(n=5)).table
+def test_processes_share_the_images(model, tmp_path) -> None:
+    whole = count_split(model, TinyImages(n=5)).table
     mine = [
-        len(count_split(model, TinyPictures(n=5), parts=tmp_path / "p", rank=r, world_size=3).table) for r in range(3)
+        len(count_split(model, TinyImages(n=5), parts=tmp_path / "p", rank=r, world_size=3).table) for r in range(3)
     ]
     assert mine == [2, 4, 5]  # each sees what was finished before it
-    together = read_parts(tmp_path / "p", TinyPictures(n=5), "test").table
+    together = read_parts(tmp_path / "p", TinyImages(n=5), "test").table
     assert together.image == whole.image
     np.testing.assert_array_equal(together.predicted, whole.predicted)
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_tried_again(model, tmp_path) -> None:
+def test_a_image_that_cannot_be_read_is_named_and_tried_again(model, tmp_path) -> None:
     found = count_split(model, SomeBroken(), parts=tmp_path)
     assert [image_id for image_id, _ in found.failed] == ["test/01 ü.png"]
     assert "ImageError" in found.failed[0][1]
     assert len(found.table) == 4
-    mended = count_split(model, TinyPictures(), parts=tmp_path)
+    mended = count_split(model, TinyImages(), parts=tmp_path)
     assert mended.failed == []
     assert len(mended.table) == 5
 
 
 def test_a_count_that_is_no_number_is_no_count(tmp_path) -> None:
-    found = count_split(TinyCounter(scale=float("nan")).eval(), TinyPictures(), parts=tmp_path)
+    found = count_split(TinyCounter(scale=float("nan")).eval(), TinyImages(), parts=tmp_path)
     assert len(found.table) == 0
     assert len(found.failed) == 5
     assert "nan" in found.failed[0][1]
 
 
 def test_a_fixed_list_of_names(model) -> None:
-    table = count_split(Known().eval(), TinyPictures(prompts="all")).table
+    table = count_split(Known().eval(), TinyImages(prompts="all")).table
     assert set(table.name) == {"dots"}
     with pytest.raises(NamesError, match="figs"):
-        count_split(Known().eval(), TinyPictures(classes=["figs"], prompts="all"))
+        count_split(Known().eval(), TinyImages(classes=["figs"], prompts="all"))
 
 
 def test_without_names_the_sum_is_scored() -> None:
-    table = count_split(Blind().eval(), TinyPictures(prompts="all")).table
+    table = count_split(Blind().eval(), TinyImages(prompts="all")).table
     assert table.name[0] == "=stars + dots"
     assert table.target.tolist() == [1, 2, 3, 4, 5]
     assert np.isfinite(table.game).all()
 
 
 def test_parts_of_unicode_names_come_back(model, tmp_path: Path) -> None:
-    count_split(model, TinyPictures(), parts=tmp_path)
-    assert read_parts(tmp_path, TinyPictures(), "test").table.image[0] == "test/00 ü.png"
+    count_split(model, TinyImages(), parts=tmp_path)
+    assert read_parts(tmp_path, TinyImages(), "test").table.image[0] == "test/00 ü.png"
 
 
-class Repainted(TinyPictures):
+class Repainted(TinyImages):
     """The same annotation, another picture."""
 
     def read_bytes(self, record: Record) -> bytes:
         return cv2.imencode(".png", np.full((32, 40, 3), 200, np.uint8))[1].tobytes()
 
 
-class Darkened(TinyPictures):
+class Darkened(TinyImages):
     """The same files, changed after they are checked."""
 
     def read_verified(self, record: Record) -> bytes:
         return cv2.imencode(".png", np.full((32, 40, 3), 20, np.uint8))[1].tobytes()
 
 
-def test_a_picture_whose_file_has_changed_is_counted_again(model, tmp_path) -> None:
-    first = count_split(model, TinyPictures(), parts=tmp_path).table
+def test_a_image_whose_file_has_changed_is_counted_again(model, tmp_path) -> None:
+    first = count_split(model, TinyImages(), parts=tmp_path).table
     second = count_split(model, Repainted(), parts=tmp_path).table
     np.testing.assert_array_equal(second.predicted, count_split(model, Repainted()).table.predicted)
     assert not np.isin(second.predicted, first.predicted).any()
-    assert read_parts(tmp_path, TinyPictures(), "test").table.predicted.tolist() == first.predicted.tolist()
+    assert read_parts(tmp_path, TinyImages(), "test").table.predicted.tolist() == first.predicted.tolist()
     third = count_split(model, Darkened(), parts=tmp_path).table
     np.testing.assert_array_equal(third.predicted, count_split(model, Darkened()).table.predicted)
     assert not np.isin(third.predicted, np.concatenate([first.predicted, second.predicted])).any()
 
 
-class Odd(TinyPictures):
+class Odd(TinyImages):
     """The second picture is smaller than a cell, the third one names nothing, and ids hold a separator of lines."""
 
     def read_split(self, split: Split) -> list[Record]:
@@ -172,7 +172,7 @@ class Odd(TinyPictures):
         return cv2.imencode(".png", np.zeros(shape, np.uint8))[1].tobytes()
 
 
-def test_no_picture_is_lost(model, tmp_path) -> None:
+def test_no_image_is_lost(model, tmp_path) -> None:
     found = count_split(model, Odd(), parts=tmp_path)
     assert [image_id[:7] for image_id in found.table.image] == ["test/00", "test/03", "test/04"]
     (small, why_small), (nameless, why_nameless) = found.failed

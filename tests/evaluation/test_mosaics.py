@@ -17,7 +17,7 @@ sides = st.integers(2, 60)
 
 @given(sides, sides, sides, sides, st.integers(0, 2**31 - 1))
 @settings(max_examples=30, deadline=None)
-def test_each_half_holds_what_its_picture_held(h1: int, w1: int, h2: int, w2: int, seed: int) -> None:
+def test_each_half_holds_what_its_image_held(h1: int, w1: int, h2: int, w2: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
 
     def points(n: int, height: int, width: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_each_half_holds_what_its_picture_held(h1: int, w1: int, h2: int, w2: in
     assert len(mosaic.points) == 22
     for name, n, grid in (("upper", 13, 0), ("lower", 9, 1)):
         own = mosaic.points[:13] if name == "upper" else mosaic.points[13:]
-        halves = points_to_grid([own], size, (2, 1))[0, 0, :, 0]  # refuses points outside the picture
+        halves = points_to_grid([own], size, (2, 1))[0, 0, :, 0]  # refuses points outside the image
         assert halves[grid] == n
         assert halves.sum() == n
     eighths = points_to_grid([mosaic.points], size, (8, 8))[0, 0]

@@ -24,7 +24,7 @@ def nwpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return data("nwpu_crowd", tiny.write_data("nwpu_crowd", tmp_path / "nwpu"))
 
 
-def test_every_test_picture_once_in_the_order_of_ids(nwpu: list[str], tmp_path: Path) -> None:
+def test_every_test_image_once_in_the_order_of_ids(nwpu: list[str], tmp_path: Path) -> None:
     assert run("predict", *trainer(callbacks=[]), *nwpu, "--ckpt_path=model.ckpt", SUBMISSION) == 0
     text = (tmp_path / "nwpu_submission.txt").read_text()
     assert not text.endswith("\n")
@@ -32,8 +32,8 @@ def test_every_test_picture_once_in_the_order_of_ids(nwpu: list[str], tmp_path: 
     assert [name for name, _ in rows] == ["0021", "3610", "5109"]
     model = load(tmp_path / "model.ckpt")
     for name, count in rows:
-        (picture,) = (tmp_path / "nwpu").rglob(f"{name}.jpg")
-        assert model.count(picture, "people")["people"] == pytest.approx(float(count), rel=1e-5)  # type: ignore[call-overload]
+        (image,) = (tmp_path / "nwpu").rglob(f"{name}.jpg")
+        assert model.count(image, "people")["people"] == pytest.approx(float(count), rel=1e-5)  # type: ignore[call-overload]
 
 
 def test_its_place_is_an_option(nwpu: list[str], tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_its_place_is_an_option(nwpu: list[str], tmp_path: Path) -> None:
     assert len((tmp_path / "deep" / "er" / "file.txt").read_text().split("\n")) == 3
 
 
-def test_a_picture_that_cannot_be_read_is_an_error(nwpu: list[str], tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_read_is_an_error(nwpu: list[str], tmp_path: Path) -> None:
     (tmp_path / "nwpu" / "images_part4" / "3610.jpg").write_bytes(b"no picture")
     with pytest.raises(ImageError, match="3610"):
         run("predict", *trainer(callbacks=[]), *nwpu, "--ckpt_path=model.ckpt", SUBMISSION)

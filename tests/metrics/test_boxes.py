@@ -29,17 +29,17 @@ def iou_of_spans(a: list[float], b: list[float]) -> float:
     return shared / ((a[2] - a[0]) + (b[2] - b[0]) - shared)
 
 
-def naive_ap50(pictures: list[dict]) -> float:
+def naive_ap50(images: list[dict]) -> float:
     """By loops over classes, pictures and boxes; distinct scores."""
     precisions = []
-    for kind in sorted({k for p in pictures for k in p["true_labels"].tolist()}):
+    for kind in sorted({k for p in images for k in p["true_labels"].tolist()}):
         ranked, n_true = [], 0
-        for picture in pictures:
-            truths = picture["true_boxes"][picture["true_labels"] == kind].tolist()
+        for image in images:
+            truths = image["true_boxes"][image["true_labels"] == kind].tolist()
             n_true += len(truths)
-            mine = picture["labels"] == kind
+            mine = image["labels"] == kind
             taken: set[int] = set()
-            scored = zip(picture["scores"][mine].tolist(), picture["boxes"][mine].tolist(), strict=True)
+            scored = zip(image["scores"][mine].tolist(), image["boxes"][mine].tolist(), strict=True)
             for score, box in sorted(scored, reverse=True):
                 overlaps = [iou_of_spans(box, truth) for truth in truths]
                 best = int(np.argmax(overlaps)) if overlaps else -1
@@ -60,10 +60,10 @@ def drawn(seed: int, n: int = 4) -> list[dict]:
         low = rng.uniform(0, 8, count)
         return bars(*zip(low, low + rng.uniform(2, 6, count), strict=True)) if count else NO_BOX
 
-    pictures = []
+    images = []
     for _ in range(n):
         found, true = rng.integers(0, 6), rng.integers(0, 4)
-        pictures.append(
+        images.append(
             {
                 "boxes": some(found),
                 "labels": torch.from_numpy(rng.integers(0, 2, found)),
@@ -72,13 +72,13 @@ def drawn(seed: int, n: int = 4) -> list[dict]:
                 "true_labels": torch.from_numpy(rng.integers(0, 2, true)),
             }
         )
-    return pictures
+    return images
 
 
-def scored(pictures: list[dict], ids: list[int]) -> BoxPrecision:
+def scored(images: list[dict], ids: list[int]) -> BoxPrecision:
     metric = BoxPrecision()
     for i in ids:
-        metric.update(**pictures[i], image_id=str(i))
+        metric.update(**images[i], image_id=str(i))
     return metric
 
 
@@ -107,18 +107,18 @@ def test_by_hand() -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_the_naive_figure(seed: int) -> None:
-    pictures = drawn(seed)
-    columns = [[p[key] for p in pictures] for key in ("boxes", "labels", "scores", "true_boxes", "true_labels")]
-    if sum(len(p["true_boxes"]) for p in pictures):
-        assert average_precision_50(*columns) == pytest.approx(naive_ap50(pictures), abs=1e-12)
+    images = drawn(seed)
+    columns = [[p[key] for p in images] for key in ("boxes", "labels", "scores", "true_boxes", "true_labels")]
+    if sum(len(p["true_boxes"]) for p in images):
+        assert average_precision_50(*columns) == pytest.approx(naive_ap50(images), abs=1e-12)
     else:
         with pytest.raises(InputError, match="true box"):
             average_precision_50(*columns)
 
 
 def test_order_and_repetition_play_no_role() -> None:
-    pictures = drawn(1, n=6)
-    assert scored(pictures, [3, 0, 3, 5, 1, 0, 4, 2]).compute() == scored(pictures, [0, 1, 2, 3, 4, 5]).compute()
+    images = drawn(1, n=6)
+    assert scored(images, [3, 0, 3, 5, 1, 0, 4, 2]).compute() == scored(images, [0, 1, 2, 3, 4, 5]).compute()
 
 
 def scored_by_one_of_two(rank: int, folder: str) -> None:

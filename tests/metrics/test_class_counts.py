@@ -63,10 +63,10 @@ def some_counts(n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
     return torch.from_numpy(predicted), torch.from_numpy(target)
 
 
-def score(metric: CountTable, predicted: torch.Tensor, target: torch.Tensor, pictures: list[int]) -> None:
+def score(metric: CountTable, predicted: torch.Tensor, target: torch.Tensor, images: list[int]) -> None:
     names = [str(k) for k in range(target.shape[1])]
-    for first in range(0, len(pictures), 4):
-        part = pictures[first : first + 4]
+    for first in range(0, len(images), 4):
+        part = images[first : first + 4]
         metric.update([f"{i}.jpg" for i in part], [names] * len(part), predicted[part], target[part])
 
 
@@ -205,7 +205,7 @@ def run_rank(rank: int, folder: str) -> None:
         metric = CountTable({"mean": 1.5})
         score(metric, predicted, target, dealt[rank])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a rank without pictures computes before it updates
+            warnings.simplefilter("ignore")  # a rank without images computes before it updates
             results.append(metric.compute())
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     distributed.destroy_process_group()

@@ -23,7 +23,7 @@ def test_comes_back_from_its_file(tmp_path) -> None:
         )
 
 
-def test_pictures_keep_their_order() -> None:
+def test_images_keep_their_order() -> None:
     table = CountTable.of([("b", "x", 1, 1), ("b", "y", 1, 1), ("a", "x", 1, 1)])
     names, index = table.images()
     assert names == ["b", "a"]

@@ -70,7 +70,7 @@ def test_low_precision_does_not_reach_the_rows(convert):
     assert metric.rows()["image_key"].dtype == torch.int64
 
 
-def test_repeated_pictures_count_once_and_ids_come_back():
+def test_repeated_images_count_once_and_ids_come_back():
     metric = CountTable()
     update(metric, torch.tensor([[1.0], [5.0]]), torch.tensor([[2.0], [5.0]]), ["ä b/1.jpg", "2.jpg"])
     update(metric, torch.tensor([[9.0], [4.0]]), torch.tensor([[5.0], [8.0]]), ["2.jpg", "3.jpg"])

@@ -18,11 +18,11 @@ from counting_zoo.metrics.counts import CountTable, PromptErrors, grid_errors
 LENGTHS = (1, 2, 3, 4, 5, 7, 8)  # fewer than the processes, as many, one more, and their multiples
 
 
-def picture(i: int) -> dict[str, Any]:
+def image(i: int) -> dict[str, Any]:
     """What one picture of the data set contributes; a function of its index alone."""
     rng = torch.Generator().manual_seed(i)
     prompts = torch.rand(5, 1, generator=rng)
-    prompts[3] = float("nan") if i % 3 else 1.0  # not every picture has a hard absent name
+    prompts[3] = float("nan") if i % 3 else 1.0  # not every image has a hard absent name
     return {
         "id": f"{i}.jpg",
         "density": torch.rand(2, 3, 5, generator=rng) * 1000 / 3,
@@ -37,7 +37,7 @@ def score(indices: list[int]) -> dict[str, float]:
     """All metrics over some pictures, batches of two."""
     table, prompts = CountTable({"mean": 3.3}), PromptErrors()
     for first in range(0, len(indices), 2):
-        batch = [picture(i) for i in indices[first : first + 2]]
+        batch = [image(i) for i in indices[first : first + 2]]
         ids = [p["id"] for p in batch]
         labels = [p["labels"] for p in batch]
         predicted = torch.stack([p["density"].sum((-2, -1)) for p in batch])
@@ -47,13 +47,13 @@ def score(indices: list[int]) -> dict[str, float]:
         table.update(ids, [p["names"] for p in batch], predicted, target, game=torch.stack(grids), interval=bounds)
         prompts.update(ids, *torch.cat([p["prompts"] for p in batch], 1))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a rank without pictures computes before it updates
+        warnings.simplefilter("ignore")  # a rank without images computes before it updates
         result = {
             f"{type(metric).__name__}.{key}": value
             for metric in (table, prompts)
             for key, value in metric.compute().items()
         }
-    assert set(table.image) == {picture(i)["id"] for i in indices}  # rows stay local
+    assert set(table.image) == {image(i)["id"] for i in indices}  # rows stay local
     return result
 
 

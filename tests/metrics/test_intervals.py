@@ -203,7 +203,7 @@ def test_a_calibration_is_plain_data() -> None:
             IntervalCalibration.from_dict(broken)
 
 
-def test_scores_are_those_of_each_picture_once() -> None:
+def test_scores_are_those_of_each_image_once() -> None:
     bounds = torch.tensor([[[0.0, 2.0], [3.0, 3.0]], [[1.0, 5.0], [0.0, 0.0]]])
     target = torch.tensor([[2.0, 4.0], [0.0, math.nan]])
     for truth, expected in ((target, (pytest.approx(1 / 3), 2.0)), (target * math.nan, (None, None))):

@@ -26,16 +26,14 @@ def strip(*spans: tuple[int, int], width: int = 20) -> Tensor:
     return torch.stack([(column >= a) & (column < b) for a, b in spans])[:, None]
 
 
-def naive(pictures: list[dict], threshold: float) -> tuple[float, float]:
+def naive(images: list[dict], threshold: float) -> tuple[float, float]:
     """mAP^r and ABO by loops: predictions one by one, the curve as a list of points, the area by steps."""
     precisions, overlaps = [], []
-    for kind in sorted({k for p in pictures for k in p["true_labels"].tolist()}):
+    for kind in sorted({k for p in images for k in p["true_labels"].tolist()}):
         ranked, n_true, best = [], 0, []
-        for picture in pictures:
-            truths = [
-                m for m, k in zip(picture["true_masks"], picture["true_labels"].tolist(), strict=True) if k == kind
-            ]
-            rows = zip(picture["masks"], picture["labels"].tolist(), picture["scores"].tolist(), strict=True)
+        for image in images:
+            truths = [m for m, k in zip(image["true_masks"], image["true_labels"].tolist(), strict=True) if k == kind]
+            rows = zip(image["masks"], image["labels"].tolist(), image["scores"].tolist(), strict=True)
             mine = sorted(((m, s) for m, k, s in rows if k == kind), key=lambda pair: -pair[1])
             n_true += len(truths)
             ious = [[((m & t).sum() / (m | t).sum()).item() if (m | t).any() else 0.0 for t in truths] for m, _ in mine]
@@ -61,13 +59,13 @@ def naive(pictures: list[dict], threshold: float) -> tuple[float, float]:
 
 def drawn(seed: int, n: int = 5, ties: bool = False) -> list[dict]:
     rng = np.random.default_rng(seed)
-    pictures = []
+    images = []
     for _ in range(n):
         n_predicted, n_true = rng.integers(0, 5), rng.integers(0, 4)
         spans = [sorted(rng.integers(0, 20, 2)) for _ in range(n_predicted + n_true)]
         masks = strip(*[(int(a), int(b) + 1) for a, b in spans]) if spans else torch.zeros(0, 1, 20, dtype=torch.bool)
         scores = rng.integers(0, 3, n_predicted) if ties else rng.normal(size=n_predicted)
-        pictures.append(
+        images.append(
             {
                 "masks": masks[:n_predicted],
                 "labels": torch.from_numpy(rng.integers(0, 3, n_predicted)),
@@ -76,7 +74,7 @@ def drawn(seed: int, n: int = 5, ties: bool = False) -> list[dict]:
                 "true_labels": torch.from_numpy(rng.integers(0, 3, n_true)),
             }
         )
-    return pictures
+    return images
 
 
 def test_by_hand() -> None:
@@ -135,27 +133,27 @@ def test_equal_scores_enter_together() -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), ties=st.booleans())
 def test_the_naive_figures(seed: int, ties: bool) -> None:
-    pictures = drawn(seed, ties=ties)
+    images = drawn(seed, ties=ties)
     metric = MaskPrecision()
-    for i, picture in enumerate(pictures):
-        metric.update(**picture, image_id=str(i))
+    for i, image in enumerate(images):
+        metric.update(**image, image_id=str(i))
     result = metric.compute()
     if not result["n_true"]:
         assert result.keys() == {"n", "n_true", "n_predicted"}
         return
     for threshold in (0.25, 0.5, 0.75):
-        precision, overlap = naive(pictures, threshold)
+        precision, overlap = naive(images, threshold)
         assert result[f"map{round(100 * threshold)}"] == pytest.approx(precision, abs=1e-12)
         assert result["abo"] == pytest.approx(overlap, abs=1e-6)
 
 
 def test_order_repetition_and_distribution_play_no_role() -> None:
-    pictures = drawn(1, n=8, ties=True)
+    images = drawn(1, n=8, ties=True)
 
     def scored(ids: list[int]) -> MaskPrecision:
         metric = MaskPrecision()
         for i in ids:
-            metric.update(**pictures[i], image_id=str(i))
+            metric.update(**images[i], image_id=str(i))
         return metric
 
     expected = scored(list(range(8))).compute()
@@ -170,9 +168,9 @@ def test_order_repetition_and_distribution_play_no_role() -> None:
 def scored_by_one_of_two(rank: int, folder: str) -> None:
     """One of two processes, which share a picture; the third is seen by the second alone."""
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    pictures, metric = drawn(2, n=3), MaskPrecision()
+    images, metric = drawn(2, n=3), MaskPrecision()
     for i in ([0], [0, 1, 2])[rank]:
-        metric.update(**pictures[i], image_id=str(i))
+        metric.update(**images[i], image_id=str(i))
     Path(folder, f"{rank}.json").write_text(json.dumps(metric.compute()))
     distributed.destroy_process_group()
 
@@ -180,8 +178,8 @@ def scored_by_one_of_two(rank: int, folder: str) -> None:
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     mp.start_processes(scored_by_one_of_two, (str(tmp_path),), nprocs=2, start_method="fork")
     metric = MaskPrecision()
-    for i, picture in enumerate(drawn(2, n=3)):
-        metric.update(**picture, image_id=str(i))
+    for i, image in enumerate(drawn(2, n=3)):
+        metric.update(**image, image_id=str(i))
     expected = metric.compute()
     assert "abo" in expected
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [expected] * 2

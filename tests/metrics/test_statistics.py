@@ -21,17 +21,17 @@ from counting_zoo.metrics.statistics import (
     errors_by_decade,
     interval_coverage,
     summarise,
-    summed_by_picture,
+    summed_by_image,
 )
 
 FEW = Bootstrap(resamples=200, seed=3)
 
 
-def random_table(seed: int, pictures: int = 30, names: tuple[str, ...] = ("figs",), unknown: float = 0.1) -> CountTable:
+def random_table(seed: int, images: int = 30, names: tuple[str, ...] = ("figs",), unknown: float = 0.1) -> CountTable:
     """Counts from 0 to hundreds, some unknown, with grid errors and intervals in some rows."""
     rng = np.random.default_rng(seed)
     rows: list[list[str | float | None]] = []
-    for i in range(pictures):
+    for i in range(images):
         for name in names:
             target = float(rng.integers(0, 10 ** rng.integers(1, 4))) if rng.random() > 0.2 else 0.0
             said = float(target * rng.uniform(0.5, 1.5) + rng.normal())
@@ -64,7 +64,7 @@ def naive(rows: list[tuple[float, float]]) -> dict[str, float]:
     return result
 
 
-def by_picture(table: CountTable, predicted: np.ndarray | None = None) -> list[list[tuple[float, float]]]:
+def by_image(table: CountTable, predicted: np.ndarray | None = None) -> list[list[tuple[float, float]]]:
     """(true, predicted) of the rows of each picture that has one."""
     found: dict[str, list[tuple[float, float]]] = {}
     for image, t, p in zip(table.image, table.target, table.predicted if predicted is None else predicted, strict=True):
@@ -96,24 +96,24 @@ def test_figures_and_intervals_are_those_of_a_loop(seed: int, names: tuple[str, 
     }
     for name, predicted in ({"": table.predicted} | as_constant).items():
         own = found["constants"][name] if name else found
-        pictures = by_picture(table, predicted)
-        expected = naive([row for rows in pictures for row in rows])
+        images = by_image(table, predicted)
+        expected = naive([row for rows in images for row in rows])
         assert {key: own[key] for key in expected} == pytest.approx(expected)
         rng = np.random.default_rng(FEW.seed)
         draws = []
         for _ in range(FEW.resamples):
-            chosen = rng.integers(len(pictures), size=len(pictures))
-            draws.append(naive([row for i in chosen for row in pictures[i]]))
+            chosen = rng.integers(len(images), size=len(images))
+            draws.append(naive([row for i in chosen for row in images[i]]))
         for key in expected:
             assert own["interval"][key] == pytest.approx(percentiles([draw.get(key, math.nan) for draw in draws]))
-    assert found["rows"] == sum(map(len, by_picture(table)))
-    assert found["pictures"] == len(by_picture(table))
+    assert found["rows"] == sum(map(len, by_image(table)))
+    assert found["pictures"] == len(by_image(table))
     assert found["rows"] + found["rows_without_target"] == len(table)
     json.dumps(found, allow_nan=False)
 
 
 def test_grid_errors_are_means_over_rows_that_have_them() -> None:
-    table = random_table(5, pictures=40)
+    table = random_table(5, images=40)
     found = summarise(table, None, FEW)
     used = [i for i in range(len(table)) if not math.isnan(table.target[i]) and not math.isnan(table.game[i, 0])]
     assert 0 < len(used) < found["rows"]
@@ -125,10 +125,10 @@ def test_grid_errors_are_means_over_rows_that_have_them() -> None:
     assert "game1" not in found["constants"]
 
 
-def test_totals_are_those_of_pictures_known_in_full() -> None:
+def test_totals_are_those_of_images_known_in_full() -> None:
     table = random_table(6, names=("figs", "dates"), unknown=0.2)
     found = summarise(table, {"each": {"figs": 2.0, "dates": 5.0}}, FEW)["totals"]
-    whole = [rows for rows in by_picture(table) if len(rows) == 2]
+    whole = [rows for rows in by_image(table) if len(rows) == 2]
     expected = naive([(sum(t for t, _ in rows), sum(p for _, p in rows)) for rows in whole])
     assert found["pictures"] == len(whole) < 30
     assert {key: found[key] for key in expected} == pytest.approx(expected)
@@ -172,7 +172,7 @@ def test_the_interval_does_not_depend_on_memory(monkeypatch: pytest.MonkeyPatch)
     assert summarise(table, None, Bootstrap(200, seed=4))["interval"]["mae"] != whole["interval"]["mae"]
 
 
-def test_every_draw_of_two_pictures() -> None:
+def test_every_draw_of_two_images() -> None:
     """All four draws of two pictures are equally likely, so quartiles of many draws are known."""
     sums = np.array([[1.0, 1.0], [5.0, 1.0]])
     drawn = Bootstrap(4000, seed=1).sums(sums)
@@ -188,9 +188,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(rows_each: int) -> No
     covered = 0
     for _ in range(300):
         shared = rng.exponential(1, 60)
-        picture = np.repeat(np.arange(60), rows_each)
-        error = shared[picture] + rng.uniform(0, 0.2, len(picture))
-        sums = summed_by_picture(np.stack([error, np.ones(len(picture))], 1), picture)
+        image = np.repeat(np.arange(60), rows_each)
+        error = shared[image] + rng.uniform(0, 0.2, len(image))
+        sums = summed_by_image(np.stack([error, np.ones(len(image))], 1), image)
         drawn = Bootstrap(400, seed=0).sums(sums)
         low, high = Bootstrap(400).interval(drawn[:, 0] / drawn[:, 1])
         covered += low <= 1.1 <= high
@@ -258,7 +258,7 @@ def test_binomial_bounds_of_nothing(hits: int, n: int) -> None:
         binomial_bounds(hits, n)
 
 
-def test_nothing_and_one_picture() -> None:
+def test_nothing_and_one_image() -> None:
     empty = summarise(CountTable.of([]), {"mean": 1.0}, FEW)
     assert empty == {
         "pictures": 0,
@@ -275,7 +275,7 @@ def test_nothing_and_one_picture() -> None:
     assert (unknown["rows"], unknown["rows_without_target"], "mae" in unknown) == (0, 1, False)
 
 
-def test_pictures_without_objects_have_no_nae() -> None:
+def test_images_without_objects_have_no_nae() -> None:
     found = summarise(CountTable.of([("a", "figs", 0, 1), ("b", "figs", 0, 2)]), None, FEW)
     assert "nae" not in found
     assert set(found["interval"]) == {"mae", "rmse", "bias"}
@@ -322,16 +322,16 @@ def test_bootstraps_that_are_none(bad: dict) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 12), st.integers(1, 3))
-def test_comparison_is_that_of_a_loop(seed: int, pictures: int, names: int) -> None:
+def test_comparison_is_that_of_a_loop(seed: int, images: int, names: int) -> None:
     kinds = tuple("abc"[:names])
-    a, b = (random_table(seed + i, pictures, kinds, unknown=0) for i in range(2))
+    a, b = (random_table(seed + i, images, kinds, unknown=0) for i in range(2))
     b = CountTable.of(zip(b.image, b.name, a.target, b.predicted, strict=True))
     found = compare(a, b, Bootstrap(50, seed=1))
-    of_a, of_b = by_picture(a), by_picture(b)
+    of_a, of_b = by_image(a), by_image(b)
     rng = np.random.default_rng(1)
     draws: dict[str, list[float]] = {"mae": [], "rmse": []}
     for _ in range(50):
-        chosen = rng.integers(pictures, size=pictures)
+        chosen = rng.integers(images, size=images)
         for key in draws:
             draws[key].append(
                 naive([r for i in chosen for r in of_a[i]])[key] - naive([r for i in chosen for r in of_b[i]])[key]
@@ -344,7 +344,7 @@ def test_comparison_is_that_of_a_loop(seed: int, pictures: int, names: int) -> N
         assert found[key]["interval"] == pytest.approx(percentiles(draws[key]), abs=1e-9)
     sizes = [[sum(abs(p - t) for t, p in rows) for rows in of] for of in (of_a, of_b)]
     assert found["a_better"] == pytest.approx(np.mean([x < y for x, y in zip(*sizes, strict=True)]))
-    assert (found["compared"], found["pictures"], found["rows"]) == ("rows", pictures, pictures * names)
+    assert (found["compared"], found["pictures"], found["rows"]) == ("rows", images, images * names)
     back = compare(b, a, Bootstrap(50, seed=1))
     assert back["mae"]["difference"] == -found["mae"]["difference"]
     assert back["b_better"] == found["a_better"]
@@ -404,6 +404,6 @@ def test_the_order_of_rows_does_not_matter() -> None:
     assert b["classes"]["interval"]["mrmse"] == pytest.approx(a["classes"]["interval"]["mrmse"], rel=1e-12)
 
 
-def test_one_picture_has_no_interval_of_the_difference() -> None:
+def test_one_image_has_no_interval_of_the_difference() -> None:
     found = compare(CountTable.of([("1", "x", 2, 3)]), CountTable.of([("1", "x", 2, 4)]), FEW)
     assert found["mae"] == {"a": 1.0, "b": 2.0, "difference": -1.0}

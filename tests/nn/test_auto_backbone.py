@@ -29,7 +29,7 @@ def made(kind: str, reduction: int = 8) -> Any:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("reduction", [8, 16])
-def test_any_picture_through_a_model(kind: str, reduction: int) -> None:
+def test_any_image_through_a_model(kind: str, reduction: int) -> None:
     torch.manual_seed(0)
     model = EBC(
         {"model_type": kind, **CONFIGS[kind]}, reduction=reduction, max_count=4, representatives="middle"

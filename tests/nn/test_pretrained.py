@@ -65,7 +65,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: student(kind).export(folder / f"{kind}.safetensors") for kind in KINDS}
 
 
-def pictures(seed: int = 0) -> Tensor:
+def images(seed: int = 0) -> Tensor:
     return torch.randn(2, 3, 64, 32, generator=torch.Generator().manual_seed(seed))
 
 
@@ -110,7 +110,7 @@ def test_half_precision_is_half_the_size_and_rounds(exports: dict[str, Path], tm
     assert path.stat().st_size < 0.65 * exports["vit"].stat().st_size  # the tokenizer is not rounded
     vision = DenseViT(other_clip("vit"))
     load_vision(vision.eval(), read_pretrained(path))
-    found, expected = vision(pictures()), DenseViT(_copy(model))(pictures())
+    found, expected = vision(images()), DenseViT(_copy(model))(images())
     assert 0 < tiny_clip.relative(found.detach(), expected.detach()) < 5e-3
     assert list(path.parent.iterdir()) == [path]  # nothing unfinished
 
@@ -156,7 +156,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_into_dense_vit(exports: dict[str, Path]) -> None:
     """Prompts are the counter's own, and stay; without them the features are the student's."""
-    model, x = student("vit"), pictures()
+    model, x = student("vit"), images()
     plain = DenseViT(other_clip("vit")).eval()
     before = plain(x)
     load_vision(plain, read_pretrained(exports["vit"]))
@@ -173,7 +173,7 @@ def test_into_dense_vit(exports: dict[str, Path]) -> None:
 
 @torch.no_grad()
 def test_into_dense_vit_with_a_stem(exports: dict[str, Path]) -> None:
-    model, x = student("stem"), pictures()
+    model, x = student("stem"), images()
     vision = DenseViT(other_clip("stem"), stem="conv").eval()
     load_vision(vision, read_pretrained(exports["stem"]))
     assert torch.equal(vision(x), model.encoder(x)[0])
@@ -181,7 +181,7 @@ def test_into_dense_vit_with_a_stem(exports: dict[str, Path]) -> None:
 
 @torch.no_grad()
 def test_into_prompted_vit(exports: dict[str, Path]) -> None:
-    model, x = student("vit"), pictures()
+    model, x = student("vit"), images()
     vision = PromptedViT(other_clip("vit"), n_prompts=0).eval()
     load_vision(vision, read_pretrained(exports["vit"]))
     torch.testing.assert_close(vision(x), model.encoder(x)[0])
@@ -190,7 +190,7 @@ def test_into_prompted_vit(exports: dict[str, Path]) -> None:
 @torch.no_grad()
 def test_into_clip_resnet(exports: dict[str, Path]) -> None:
     """At either stride of its last stage; batch norms are those of the student, which were frozen."""
-    model, x = student("resnet"), pictures()
+    model, x = student("resnet"), images()
     assert isinstance(model.encoder, ResNetRegions)
     assert any(isinstance(m, FrozenBatchNorm2d) for m in model.encoder.modules())
     for reduction in (32, 16):
@@ -204,7 +204,7 @@ def test_into_clip_resnet(exports: dict[str, Path]) -> None:
 @torch.no_grad()
 @each_kind
 def test_into_an_encoder_of_regions(kind: str, exports: dict[str, Path]) -> None:
-    model, x = student(kind), pictures()
+    model, x = student(kind), images()
     found = student(kind, pretrained_encoder=str(exports[kind]))
     fresh = RegionCLIPPretraining(**{**KINDS[kind], "concepts": "classes", "pretrained_encoder": str(exports[kind])})
     boxes = [torch.tensor([[3.0, 4, 20, 40]]), torch.tensor([[0.0, 0, 32, 64]])]
@@ -298,7 +298,7 @@ def test_clip_count_with_a_stem_takes_the_projection_too(exports: dict[str, Path
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_clip_ebc_starts_from_it(kind: str, exports: dict[str, Path], tmp_path: Path) -> None:
-    model, x = student(kind), pictures()
+    model, x = student(kind), images()
     options: dict[str, Any] = {"window": 64, "representatives": "middle"}
     options |= {"visual_prompts": 0} if kind == "vit" else {}
     torch.manual_seed(50)
@@ -318,7 +318,7 @@ def test_clip_ebc_starts_from_it(kind: str, exports: dict[str, Path], tmp_path: 
 
 def test_clip_itself_may_be_an_export(exports: dict[str, Path]) -> None:
     """With the heads that its file says: by OpenAI's rule a width of 32 would have one."""
-    model, x = student("vit"), pictures()
+    model, x = student("vit"), images()
     towers: Any = build_towers(str(exports["vit"]))
     assert towers.config.vision_config.num_attention_heads == 2
     encoder = region_encoder(towers).eval()

@@ -121,7 +121,7 @@ def test_range_of_the_first_prompts(init: str, fan: int) -> None:
     assert float(model.prompts.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.02)
 
 
-def test_dropout_is_drawn_for_each_picture_and_only_in_training() -> None:
+def test_dropout_is_drawn_for_each_image_and_only_in_training() -> None:
     model, image = vit(n_prompts=8, dropout=0.5), torch.randn(1, 3, 32, 32).expand(2, -1, -1, -1)
     with torch.no_grad():
         assert torch.equal(*model(image))

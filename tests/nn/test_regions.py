@@ -180,7 +180,7 @@ def test_both_ways_to_give_boxes() -> None:
     together = torch.cat([torch.tensor([[0.0], [0.0], [2.0]]), torch.cat([boxes.float() for boxes in own])], 1)
     expected = roi_align(features, own, 2)
     assert torch.equal(roi_align(features, together, 2), expected)
-    back = [2, 0, 1]  # pictures in any order
+    back = [2, 0, 1]  # images in any order
     assert torch.equal(roi_align(features, together[back], 2), expected[back])
 
 

@@ -19,7 +19,7 @@ def vit(*, patch: int = 16, image: int = 64, layers: int = 3, **options: object)
 @pytest.mark.parametrize("patch", [14, 16, 32])
 @pytest.mark.parametrize("prompts", [0, 3])
 @torch.no_grad()
-def test_grid_follows_patch_and_picture(patch: int, prompts: int) -> None:
+def test_grid_follows_patch_and_image(patch: int, prompts: int) -> None:
     model = vit(patch=patch, image=4 * patch, prompt_width=prompts, prompt_depth=2)
     for rows, columns in ((4, 4), (2, 7), (1, 1), (9, 3)):
         found = model(torch.rand(2, 3, rows * patch, columns * patch))

@@ -12,7 +12,8 @@ import tiny_clip
 import torch
 from asking import ask
 from PIL import Image
-from tiny_clip import NAMES, counter, pictures, training_batch
+from tiny_clip import NAMES, counter, training_batch
+from tiny_clip import images as pictures
 
 from counting_zoo import CLIPCount, Prediction, Preprocess
 from counting_zoo.errors import ImageError, InputError

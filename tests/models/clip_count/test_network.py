@@ -9,7 +9,8 @@ import pytest
 import tiny_clip
 import torch
 from asking import ask
-from tiny_clip import NAMES, counter, pictures, relative
+from tiny_clip import NAMES, counter, relative
+from tiny_clip import images as pictures
 from torch.nn.functional import cosine_similarity
 
 from counting_zoo import CLIPCount

@@ -114,7 +114,7 @@ def test_every_setting_at_small_size(heads: int, depth: int, coop: bool, vpt: bo
     if not vpt:
         state = {k: v for k, v in state.items() if not k.startswith("img_encoder.v")}
     model = load_official("clip_count", state, settings, tokenizer=tokenize)
-    image, prompts = tiny_clip.pictures(3, 384, 384), ["cats", "hot dogs", "dogs"]
+    image, prompts = tiny_clip.images(3, 384, 384), ["cats", "hot dogs", "dogs"]
     expected = clip_count(state, image, tokenize(prompts), heads=heads, coop=coop, vpt=vpt)
     with torch.inference_mode():
         found = model(image, ask([p] for p in prompts))
@@ -132,7 +132,7 @@ def test_every_setting_at_small_size(heads: int, depth: int, coop: bool, vpt: bo
 def test_official_windows_are_composited_from_left_to_right() -> None:
     state = official_state()
     model = load_official("clip_count", state, SETTINGS, tokenizer=tokenize)
-    image = tiny_clip.pictures(1, 384, 500)
+    image = tiny_clip.images(1, 384, 500)
     padded = torch.cat([image, torch.zeros(1, 3, 384, 12)], 3)  # 500 + 12 = 512: windows at 0 and 128
     with torch.inference_mode():
         first, second = (

@@ -10,7 +10,8 @@ import pytest
 import torch
 from places import GOLDEN
 from reference_clip_ebc import conv
-from tiny_clip import fill, pictures, relative
+from tiny_clip import fill, relative
+from tiny_clip import images as pictures
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, max_pool2d
 

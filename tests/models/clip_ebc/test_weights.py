@@ -14,7 +14,8 @@ import torch
 from asking import ask
 from reference_clip_ebc import clip_ebc, text_features
 from safetensors.torch import save_file
-from tiny_clip import clip_shapes, fill, pictures, relative, resnet_state
+from tiny_clip import clip_shapes, fill, relative, resnet_state
+from tiny_clip import images as pictures
 from torch import Tensor
 
 from counting_zoo import CLIPEBC, EBC, load, load_official
