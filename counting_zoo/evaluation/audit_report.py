@@ -152,7 +152,7 @@ def prompt_rows(audit: Audit) -> list[tuple[str, str, float | None, float]]:
 
 
 def _by_kind(own: Sequence[AskedImage], names: Sequence[str]) -> dict[str, list[float]]:
-    """Count over the true count of the picture's own name, for every answer."""
+    """Count over the true count of the image's own name, for every answer."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for one in own:
         target = str(one.target)

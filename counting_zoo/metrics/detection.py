@@ -327,7 +327,7 @@ def average_precision_50(
     """
     metric = BoxPrecision()
     for i, image in enumerate(zip(boxes, labels, scores, true_boxes, true_labels, strict=True)):
-        metric.update(*image, image_id=f"picture {i}")
+        metric.update(*image, image_id=f"image {i}")
     figures = metric.compute() if boxes else {}
     if "map50" not in figures:
         raise InputError("average precision without a true box is undefined; expected at least one image with one")

@@ -108,7 +108,7 @@ def summed_by_image(rows: np.ndarray, image: np.ndarray) -> np.ndarray:
 
     Args:
         rows: ``(N, C)``.
-        picture: ``(N,)`` index of the image of each row.
+        image: ``(N,)`` index of the image of each row.
 
     Returns:
         ``(P, C)``, P one more than the highest index.

@@ -77,7 +77,7 @@ def roi_align(
         )
     n, channels, height, width = features.shape
     exact = features if features.dtype == torch.float64 else features.float()
-    picture, xyxy = _flat_boxes(boxes, n, exact)
+    image, xyxy = _flat_boxes(boxes, n, exact)
     if not len(xyxy):
         return features.flatten()[:0].reshape(0, channels, rows, columns)  # still a function of the features
     start, end = (xyxy * spatial_scale - (0.5 if aligned else 0.0)).split(2, 1)
@@ -86,11 +86,11 @@ def roi_align(
     step = PRODUCT // (height * width) if one else min(TOGETHER, PRODUCT // (channels * height * columns))
     # Neighbours go together, so that the products need only the part of the map that they share.
     order = (start + size / 2)[:, 0].argsort()
-    order = order[picture[order].argsort(stable=True)]
+    order = order[image[order].argsort(stable=True)]
     pieces = []
     maps = exact.unbind()  # whose gradients are put together once, where those of a slice of all fill the whole batch
     with torch.autocast(features.device.type, enabled=False):
-        for own, mine in zip(maps, order.split(picture.bincount(minlength=n).tolist()), strict=True):
+        for own, mine in zip(maps, order.split(image.bincount(minlength=n).tolist()), strict=True):
             for part in mine.split(max(1, step)) if len(mine) else ():
                 along_x = _bin_weights(start[part, 0], size[part, 0], columns, width, sampling_ratio)  # (R, Q, W)
                 along_y = _bin_weights(start[part, 1], size[part, 1], rows, height, sampling_ratio)  # (R, P, H)
@@ -112,18 +112,18 @@ def _flat_boxes(boxes: Tensor | Sequence[Tensor], n: int, like: Tensor) -> tuple
     if isinstance(boxes, Tensor):
         if boxes.ndim != 2 or boxes.shape[1] != 5:
             raise InputError(f"boxes are {tuple(boxes.shape)}; expected (K, 5), image index first, or a list")
-        picture, corners = boxes[:, 0].long(), boxes[:, 1:]
+        image, corners = boxes[:, 0].long(), boxes[:, 1:]
     else:
         if len(boxes) != n or any(own.ndim != 2 or own.shape[1] != 4 for own in boxes):
             shapes = [tuple(own.shape) for own in boxes]
             raise InputError(f"boxes are {shapes} for {n} images; expected one (L, 4) tensor for each image")
-        picture = torch.tensor([i for i, own in enumerate(boxes) for _ in range(len(own))], dtype=torch.int64)
+        image = torch.tensor([i for i, own in enumerate(boxes) for _ in range(len(own))], dtype=torch.int64)
         corners = torch.cat([own.to(like) for own in boxes]) if len(boxes) else like.new_zeros(0, 4)
-    picture, corners = picture.to(like.device), corners.detach().to(like)
-    if len(corners) and not 0 <= int(picture.min()) <= int(picture.max()) < n:
-        raise InputError(f"boxes name images {int(picture.min())} to {int(picture.max())} of a batch of {n}")
+    image, corners = image.to(like.device), corners.detach().to(like)
+    if len(corners) and not 0 <= int(image.min()) <= int(image.max()) < n:
+        raise InputError(f"boxes name images {int(image.min())} to {int(image.max())} of a batch of {n}")
     _check_finite(corners, "boxes")
-    return picture, corners
+    return image, corners
 
 
 def _check_finite(values: Tensor, name: str) -> None:
@@ -522,7 +522,7 @@ def region_embeddings(encoder: RegionEncoder, images: Tensor, boxes: Sequence[Te
     return encoder.pool(encoder(images)[0], boxes)
 
 
-def region_and_picture_embeddings(
+def region_and_image_embeddings(
     encoder: RegionEncoder, images: Tensor, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Embed boxes and whole images, from one pass over the images.
@@ -535,13 +535,13 @@ def region_and_picture_embeddings(
     Returns:
         ``(N, D)`` of the boxes, and ``(B, D)`` of the images: the class token's, or that of a box around everything.
     """
-    features, pictures = encoder(images)
-    if pictures is None:
+    features, whole = encoder(images)
+    if whole is None:
         height, width = images.shape[-2:]
         extents = [(height, width)] * len(images) if sizes is None else sizes
         corners = [images.new_tensor([[0, 0, w, h]], dtype=torch.float32) for h, w in extents]
-        pictures = encoder.pool(features, corners)
-    return encoder.pool(features, boxes), pictures
+        whole = encoder.pool(features, corners)
+    return encoder.pool(features, boxes), whole
 
 
 def _check_size(images: Tensor, multiple: int) -> None:

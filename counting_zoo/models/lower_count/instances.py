@@ -65,7 +65,7 @@ class ProbabilisticBackward(TorchFunctionMode):
     """While active, 2-D convolutions run by this thread get :class:`ProbabilisticConv2d`'s backward.
 
     Only what runs inside is affected, in this thread, also if it raises; no module is changed. Batch norm must use its
-    running statistics and dropout must be off: a response that depends on chance or on other pictures says nothing.
+    running statistics and dropout must be off: a response that depends on chance or on other images says nothing.
 
     Raises:
         InputError: on a batch norm or dropout in training mode.
@@ -139,13 +139,13 @@ def peak_response_maps(
         network: gives the class maps ``(1, C, h, w)`` of ``image``, in evaluation mode. A compiled or scripted network
             cannot be looked into: hand over the original.
         image: ``(1, 3, H, W)``. The map adds up the gradient over the three channels of what is given here, so to get
-            the reference's maps give the normalised picture and let ``network`` not normalise again.
+            the reference's maps give the normalised image and let ``network`` not normalise again.
         peaks: ``(P, 3)`` int64 class, row and column of each peak in the class maps.
         together: how many peaks to propagate at once. One is fastest on CPU (ResNet-50, 448 x 448, 5 peaks on one
             core: 3.3 s; 3.6 s by twos, 4.9 s all at once); more may use a GPU better, for as many times the memory.
 
     Returns:
-        ``(P, H, W)`` non-negative maps that sum to 1; all zero where nothing reached the picture.
+        ``(P, H, W)`` non-negative maps that sum to 1; all zero where nothing reached the image.
 
     Raises:
         InputError: shapes that do not fit, a peak outside the maps, a network in training mode or without convolutions
@@ -161,7 +161,7 @@ def peak_response_maps(
                  [0.0000, 0.0000, 0.0000, 0.6250]]])
     """
     if image.ndim != 4 or len(image) != 1:
-        raise InputError(f"image has shape {tuple(image.shape)}; expected one picture, (1, 3, H, W)")
+        raise InputError(f"image has shape {tuple(image.shape)}; expected one image, (1, 3, H, W)")
     if peaks.ndim != 2 or peaks.shape[1] != 3 or peaks.is_floating_point():
         raise InputError(
             f"peaks is {peaks.dtype} of shape {tuple(peaks.shape)}; expected int64 (P, 3): class, row, column"
@@ -177,7 +177,7 @@ def peak_response_maps(
             class_maps = network(leaf)
         if not seen.convolutions or not class_maps.requires_grad:
             raise InputError(
-                f"no convolution between picture and class maps was seen ({seen.convolutions} ran); the network may be "
+                f"no convolution between image and class maps was seen ({seen.convolutions} ran); the network may be "
                 "compiled, scripted or run without gradients: hand over the original module"
             )
         where = _checked(peaks, class_maps)
@@ -222,7 +222,7 @@ CHUNK = 64
 
 @dataclass
 class Instances:
-    """What was found in one picture, the best first, in the pixels of the picture as it is stored.
+    """What was found in one image, the best first, in the pixels of the image as it is stored.
 
     Args:
         masks: ``(N, H, W)`` bool.
@@ -247,13 +247,13 @@ class Retrieval:
     Args:
         class_threshold: least score of a class whose peaks are used.
         peak_threshold: least height of a peak.
-        fallback: lower both thresholds so that every picture has an instance, also an empty one (the reference does).
+        fallback: lower both thresholds so that every image has an instance, also an empty one (the reference does).
         response_weight: a of :func:`retrieval_scores`.
         background_weight: b, for each pixel of background in the mask.
         density_weight: g.
         background: what is below this share of the mean of a class map is background.
         max_proposals: use the first ones only; ``None`` uses all.
-        area: least share of the picture that a proposal covers, and the share that is too much; ``None`` takes all.
+        area: least share of the image that a proposal covers, and the share that is too much; ``None`` takes all.
         overlap: from this IoU on, the lower of two instances is suppressed.
         per_class: suppress within a class only; across classes otherwise.
     """
@@ -276,7 +276,7 @@ class Retrieval:
         if self.area is not None:
             object.__setattr__(self, "area", tuple(self.area))  # a list, as it comes from a file
             if len(self.area) != 2 or not self.area[0] < self.area[1]:
-                raise InputError(f"area is {self.area}; expected (least, too much) as shares of the picture, or None")
+                raise InputError(f"area is {self.area}; expected (least, too much) as shares of the image, or None")
         if not 0 < self.overlap <= 1:
             raise InputError(f"overlap is {self.overlap}; expected an IoU above 0, at most 1")
 
@@ -317,7 +317,7 @@ def select_peaks(
 
 @dataclass
 class PreparedProposals:
-    """What scoring needs of a picture's proposals, made once.
+    """What scoring needs of a image's proposals, made once.
 
     Args:
         kept: ``(N,)`` int64, which of those given are left.
@@ -339,7 +339,7 @@ def prepare_proposals(
 
     Args:
         proposals: ``(N, H0, W0)`` bool.
-        frame: ``(H, W)`` of the picture that the network sees.
+        frame: ``(H, W)`` of the image that the network sees.
         grid: ``(h, w)`` of its maps.
         retrieval: whose ``max_proposals`` and ``area`` decide which are left.
     """
@@ -448,9 +448,9 @@ def retrieve_instances(
     proposals themselves. The response of a suppressed peak is added to that of the instance it lost to.
 
     Args:
-        proposals: ``(N, H0, W0)`` bool in the pixels of the stored picture.
+        proposals: ``(N, H0, W0)`` bool in the pixels of the stored image.
         peaks: ``(P, 3)`` int64 class, row, column; see :func:`select_peaks`.
-        responses: ``(P, H, W)`` in the network's frame, which covers exactly the picture; see
+        responses: ``(P, H, W)`` in the network's frame, which covers exactly the image; see
             :func:`~counting_zoo.models.lower_count.instances.peak_response_maps`.
         class_maps, raw_density: ``(C, h, w)`` each; see :func:`retrieval_scores`.
         retrieval: weights, limits and suppression.
@@ -477,7 +477,7 @@ def retrieve_instances(
         if len(peaks):
             warnings.warn(
                 f"no instances for {len(peaks)} peaks: of {len(proposals)} proposals the first "
-                f"{retrieval.max_proposals} were looked at, and none covers a share of the picture in {retrieval.area}",
+                f"{retrieval.max_proposals} were looked at, and none covers a share of the image in {retrieval.area}",
                 stacklevel=2,
             )
         empty = responses.new_zeros(0, *size)
@@ -554,12 +554,12 @@ def proposed_masks(proposals: Tensor | Proposals | str | Path | None, stored: Te
     """Collect ``(N, H, W)`` bool proposals of an image, from wherever :meth:`LowerCount.instances` takes them.
 
     Args:
-        proposals: masks, a file or folder of them, or ``None`` for those found in the picture itself.
-        stored: ``(3, H, W)`` uint8, the picture as it is stored.
+        proposals: masks, a file or folder of them, or ``None`` for those found in the image itself.
+        stored: ``(3, H, W)`` uint8, the image as it is stored.
         image_id: its path or name, under which a file has its proposals.
 
     Raises:
-        InputError: the masks do not fit the picture.
+        InputError: the masks do not fit the image.
     """
     size = (int(stored.shape[1]), int(stored.shape[2]))
     if proposals is None:
@@ -569,8 +569,8 @@ def proposed_masks(proposals: Tensor | Proposals | str | Path | None, stored: Te
         return source(Path(image_id).name, size)
     if proposals.ndim != 3 or tuple(proposals.shape[1:]) != size:
         raise InputError(
-            f"proposals have shape {tuple(proposals.shape)} for the picture {image_id!r} of {size[0]} x {size[1]} "
-            "pixels; expected (N, H, W) masks in the pixels of the picture as it is stored"
+            f"proposals have shape {tuple(proposals.shape)} for the image {image_id!r} of {size[0]} x {size[1]} "
+            "pixels; expected (N, H, W) masks in the pixels of the image as it is stored"
         )
     return proposals
 
@@ -588,10 +588,10 @@ def traced_instances(
     """Find masks with a network in evaluation for some of its classes.
 
     Args:
-        network: on the device of the picture.
-        seen: ``(3, h, w)`` uint8, the preprocessed picture.
+        network: on the device of the image.
+        seen: ``(3, h, w)`` uint8, the preprocessed image.
         columns: K classes of the network.
-        masks: ``(N, H, W)`` bool proposals in the pixels of the stored picture.
+        masks: ``(N, H, W)`` bool proposals in the pixels of the stored image.
         retrieval: weights and limits.
         by_count: as many instances of a class as it is counted; otherwise every peak above the thresholds.
         together: peaks that are traced back at once.

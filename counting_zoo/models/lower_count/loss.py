@@ -130,7 +130,7 @@ class LowerCountLoss:
 
         Args:
             present_share: ``(C,)`` share of the whole batch's images that a class is in.
-            drawn: ``(B, C)`` uniform numbers in [0, 1), as from :func:`picture_uniform`.
+            drawn: ``(B, C)`` uniform numbers in [0, 1), as from :func:`image_uniform`.
         """
         if self.negatives is None:
             return None
@@ -161,7 +161,7 @@ def total_count_terms(total_map: Tensor, counts: Tensor, countable: Tensor, loss
     }
 
 
-def picture_uniform(image_ids: Sequence[str], n: int, step: int) -> np.ndarray:
+def image_uniform(image_ids: Sequence[str], n: int, step: int) -> np.ndarray:
     """Draw random numbers that depend on image, class and step alone, and so are the same on any number of processes.
 
     Args:

@@ -16,7 +16,7 @@ from counting_zoo.images import as_image
 from counting_zoo.metrics.counts import reported_counts
 from counting_zoo.metrics.detection import PointHits
 from counting_zoo.models.lower_count.instances import Instances, Retrieval, proposed_masks, traced_instances
-from counting_zoo.models.lower_count.loss import LowerCountLoss, Mean, SpatialNorm, picture_uniform, total_count_terms
+from counting_zoo.models.lower_count.loss import LowerCountLoss, Mean, SpatialNorm, image_uniform, total_count_terms
 from counting_zoo.models.lower_count.network import (
     LowerCountConfig,
     LowerCountNet,
@@ -237,7 +237,7 @@ class LowerCount(CountingModule):
         present = torch.cat([(counts > 0).sum(0), counts.new_tensor([len(counts)])])
         *positive, n = self._summed(present.float())
         step = self.global_step if self._trainer is not None else 0
-        drawn = torch.from_numpy(picture_uniform(image_ids, counts.shape[1], step)).to(counts.device)
+        drawn = torch.from_numpy(image_uniform(image_ids, counts.shape[1], step)).to(counts.device)
         return self.loss.kept_negatives(torch.stack(positive) / n, drawn)
 
     def _whole_batch(self, terms: dict[str, Mean]) -> dict[str, Tensor]:
@@ -320,7 +320,7 @@ class LowerCount(CountingModule):
 
     def instances(
         self,
-        picture: Any,
+        image: Any,
         names: str | Sequence[str] | None = None,
         *,
         proposals: Tensor | Proposals | str | Path | None = None,
@@ -333,7 +333,7 @@ class LowerCount(CountingModule):
         About half a second for each peak of a ResNet-50 at 448 x 448 on one core.
 
         Args:
-            picture: as for :meth:`count`.
+            image: as for :meth:`count`.
             names: of which classes; all of the model's if ``None``.
             proposals: what the masks are chosen from: ``(N, H, W)`` bool in the pixels of the image, a file or folder
                 of proposals, or ``None`` for those found in the image itself
@@ -349,7 +349,7 @@ class LowerCount(CountingModule):
         Raises:
             InputError: an unknown name, no image, or proposals that do not fit it.
         """
-        stored, image_id = as_image(picture)
+        stored, image_id = as_image(image)
         asked = [names] if isinstance(names, str) else list(names or self.default_classes or [])
         masks = proposed_masks(proposals, stored, image_id)
         return self.instances_of(self.preprocess(stored), asked, masks, retrieval, by_count, together)

@@ -29,11 +29,11 @@ OPACITY = 0.45
 TURN = 0.618034  # of the hue circle: neighbours in the list never look alike
 
 
-def draw_instances(picture: np.ndarray, instances: Instances, names: Sequence[str]) -> np.ndarray:
+def draw_instances(image: np.ndarray, instances: Instances, names: Sequence[str]) -> np.ndarray:
     """Draw each instance in a colour of its own, with its outline, class and score; the best on top.
 
     Args:
-        picture: ``(H, W, 3)`` uint8 RGB, as it is stored; it is not changed.
+        image: ``(H, W, 3)`` uint8 RGB, as it is stored; it is not changed.
         instances: in its pixels.
         names: of the classes.
 
@@ -43,11 +43,11 @@ def draw_instances(picture: np.ndarray, instances: Instances, names: Sequence[st
     Raises:
         InputError: masks of another size, or a label without a name.
     """
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise InputError(f"a picture of {picture.dtype} {picture.shape}; expected uint8 RGB (H, W, 3)")
-    if len(instances) and tuple(instances.masks.shape[1:]) != picture.shape[:2]:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"a image of {image.dtype} {image.shape}; expected uint8 RGB (H, W, 3)")
+    if len(instances) and tuple(instances.masks.shape[1:]) != image.shape[:2]:
         raise InputError(
-            f"masks of {tuple(instances.masks.shape[1:])} on a picture of {picture.shape[:2]}; give the picture as it "
+            f"masks of {tuple(instances.masks.shape[1:])} on a image of {image.shape[:2]}; give the image as it "
             "is stored, whose pixels masks are in"
         )
     labels, scores = instances.labels.tolist(), instances.scores.tolist()
@@ -55,8 +55,8 @@ def draw_instances(picture: np.ndarray, instances: Instances, names: Sequence[st
         raise InputError(
             f"labels {min(labels)} to {max(labels)} for {len(names)} names; expected one name for each class"
         )
-    canvas = picture.copy()
-    size = max(0.35, min(picture.shape[:2]) / 900)
+    canvas = image.copy()
+    size = max(0.35, min(image.shape[:2]) / 900)
     captions = []
     for i in reversed(range(len(labels))):
         mask = instances.masks[i].cpu().numpy()
@@ -65,13 +65,13 @@ def draw_instances(picture: np.ndarray, instances: Instances, names: Sequence[st
         colour = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(i * TURN % 1, 0.85, 1))
         canvas[mask] = np.rint(canvas[mask] * (1 - OPACITY) + np.array(colour) * OPACITY)
         outline, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-        cv2.drawContours(canvas, outline, -1, colour, 1 + min(picture.shape[:2]) // 400, cv2.LINE_AA)
+        cv2.drawContours(canvas, outline, -1, colour, 1 + min(image.shape[:2]) // 400, cv2.LINE_AA)
         text = f"{ascii_text(names[labels[i]])} {scores[i]:.2f}"
         captions.append((text, _inside(mask)))
     for text, centre in captions:  # over all masks
         (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
-        x = max(1, min(centre[0] - width // 2, picture.shape[1] - width - 1))
-        y = max(height + 1, min(centre[1] + height // 2, picture.shape[0] - 2))
+        x = max(1, min(centre[0] - width // 2, image.shape[1] - width - 1))
+        y = max(height + 1, min(centre[1] + height // 2, image.shape[0] - 2))
         for colour, thickness in ((DARK, 3), (WHITE, 1)):
             cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA)
     return canvas
@@ -85,29 +85,29 @@ def _inside(mask: np.ndarray) -> tuple[int, int]:
 
 
 class InstanceWriter(L.Callback):
-    """Writes what :meth:`LowerCount.instances` finds: ``instances.json`` and one drawing for each picture.
+    """Writes what :meth:`LowerCount.instances` finds: ``instances.json`` and one drawing for each image.
 
     The file is a list of COCO results, ``{image_id, category, score, segmentation: {size, counts}}``, with run lengths
-    in the pixels of the stored picture.
+    in the pixels of the stored image.
 
     Args:
         dir: the folder; files of an earlier run in it are replaced.
-        proposals: a file or folder of proposals in the pixels of the stored pictures; found in the pictures if
+        proposals: a file or folder of proposals in the pixels of the stored images; found in the images if
             ``None``.
         by_count: as many instances of a class as it is counted; otherwise every peak above the reference's thresholds.
-        max_pictures: how many pictures to draw at most on each process.
+        max_images: how many images to draw at most on each process.
 
     Example:
         On the command line: ``--trainer.callbacks+=counting_zoo.models.lower_count.writer.InstanceWriter``.
     """
 
     def __init__(
-        self, dir: str = "predictions", proposals: str | None = None, by_count: bool = True, max_pictures: int = 1000
+        self, dir: str = "predictions", proposals: str | None = None, by_count: bool = True, max_images: int = 1000
     ) -> None:
         self.dir = Path(dir).expanduser()
         self.proposals = None if proposals is None else Proposals(proposals)
         self.by_count = by_count
-        self.max_pictures = max_pictures
+        self.max_images = max_images
         self._rows: list[dict[str, Any]] = []
         self._drawn = 0
 
@@ -146,7 +146,7 @@ class InstanceWriter(L.Callback):
     def _find(
         self, module: LowerCount, image_id: str, size: tuple[int, int] | None, names: list[str], seen: Tensor
     ) -> None:
-        assert size is not None  # predictions of pictures have one
+        assert size is not None  # predictions of images have one
         if self.proposals is not None:
             masks = self.proposals(image_id, size)
         else:
@@ -158,12 +158,12 @@ class InstanceWriter(L.Callback):
             {"image_id": image_id, "category": names[label], "score": score, "segmentation": encode_mask(mask)}
             for mask, label, score in zip(found.masks.cpu(), found.labels.tolist(), found.scores.tolist(), strict=True)
         ]
-        if self._drawn >= self.max_pictures:
+        if self._drawn >= self.max_images:
             return
         self._drawn += 1
-        picture = np.ascontiguousarray(seen.permute(1, 2, 0).cpu().numpy())
-        picture = cv2.resize(picture, size[::-1], interpolation=cv2.INTER_LINEAR)
+        image = np.ascontiguousarray(seen.permute(1, 2, 0).cpu().numpy())
+        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
         found.masks = found.masks.cpu()
-        drawn = cv2.cvtColor(draw_instances(picture, found, names), cv2.COLOR_RGB2BGR)
+        drawn = cv2.cvtColor(draw_instances(image, found, names), cv2.COLOR_RGB2BGR)
         path = self.dir / "instances" / f"{image_id.replace('/', '_')}.jpg"
         write_whole(path, cv2.imencode(".jpg", drawn)[1].tobytes())

@@ -358,11 +358,11 @@ class RegionCLIPCounter(CountingModule):
             regions, texts, score=self.config.score, temperature=self.config.temperature, negatives=negatives
         )
 
-    def classify_regions(self, picture: Any, boxes: Any, prompts: str | Sequence[str]) -> ClassifiedRegions:
+    def classify_regions(self, image: Any, boxes: Any, prompts: str | Sequence[str]) -> ClassifiedRegions:
         """Classify given boxes of an image, by the whole image's features (not by crops).
 
         Args:
-            picture: a path, PIL image, ``(H, W[, C])`` array or ``(3, H, W)`` tensor.
+            image: a path, PIL image, ``(H, W[, C])`` array or ``(3, H, W)`` tensor.
             boxes: ``(N, 4)`` x1, y1, x2, y2 in its pixels; what is outside the image is clipped.
             prompts: K names.
 
@@ -372,11 +372,11 @@ class RegionCLIPCounter(CountingModule):
         Raises:
             InputError: a box without area in the image, coordinates that are not finite, or no name.
         """
-        image, _ = as_image(picture)
-        size, names = (image.shape[1], image.shape[2]), [prompts] if isinstance(prompts, str) else list(prompts)
+        pixels, _ = as_image(image)
+        size, names = (pixels.shape[1], pixels.shape[2]), [prompts] if isinstance(prompts, str) else list(prompts)
         if not names or len(set(names)) != len(names):
             raise InputError(f"prompts are {names}; expected names, each once")
-        seen = self.preprocess(image)
+        seen = self.preprocess(pixels)
         inside = boxes_inside(boxes, size, (seen.shape[1], seen.shape[2])).to(self.device)
         training = self.training
         self.eval()

@@ -51,7 +51,7 @@ from counting_zoo.nn.regions import (
     RegionEncoder,
     ResNetRegions,
     StemRegions,
-    region_and_picture_embeddings,
+    region_and_image_embeddings,
     region_encoder,
 )
 from counting_zoo.nn.text import TextPool, TextTower, TokenizerLike
@@ -62,13 +62,13 @@ from counting_zoo.types import Batch
 
 
 def named_shares(
-    regions: Tensor, pictures: Tensor, texts: Tensor, labels: Sequence[Tensor]
+    regions: Tensor, images: Tensor, texts: Tensor, labels: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """Compute the share of each image's regions that are nearest to their own name, by cosine.
 
     Args:
         regions: ``(N, D)`` in the order of images.
-        pictures: ``(B, D)`` of whole images.
+        images: ``(B, D)`` of whole images.
         texts: ``(C, D)`` of all names.
         labels: B tensors ``(N_i,)`` int64, the names of its regions.
 
@@ -84,7 +84,7 @@ def named_shares(
         [(0.5, 1.0)]
     """
     nearest = text_logits(regions, texts).argmax(1).split([len(own) for own in labels])
-    first = text_logits(pictures, texts).argmax(1)
+    first = text_logits(images, texts).argmax(1)
     return [
         ((given == own).float().mean(), (own == whole).any().float())
         for given, own, whole in zip(nearest, labels, first, strict=True)
@@ -98,10 +98,10 @@ class RegionAccuracy(ImageRows):
         super().__init__(("region", "whole"), **options)
 
     def update(
-        self, image_ids: Sequence[str], regions: Tensor, pictures: Tensor, texts: Tensor, labels: Sequence[Tensor]
+        self, image_ids: Sequence[str], regions: Tensor, images: Tensor, texts: Tensor, labels: Sequence[Tensor]
     ) -> None:
         """Add B images by their names; the others are as in :func:`named_shares`."""
-        shares = named_shares(regions, pictures, texts, labels)
+        shares = named_shares(regions, images, texts, labels)
         for image_id, own, (region, whole) in zip(image_ids, labels, shares, strict=True):
             if len(own):
                 self.append([image_id], region=region.reshape(1, 1), whole=whole.reshape(1, 1))
@@ -212,12 +212,12 @@ CAPTIONS = 5
 """Captions of an image that one is drawn from at most, as in the reference."""
 
 
-def picture_generators(image_ids: Sequence[str]) -> list[torch.Generator]:
+def image_generators(image_ids: Sequence[str]) -> list[torch.Generator]:
     """Build a generator for each image, seeded by its name, so that draws depend on no other image or process."""
     return [torch.Generator().manual_seed(zlib.crc32(image_id.encode())) for image_id in image_ids]
 
 
-def padded_pictures(
+def padded_images(
     images: Tensor | Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int
 ) -> tuple[Tensor, list[Size]]:
     """Pad normalised images with zeros on the right and at the bottom.
@@ -339,11 +339,11 @@ def filled_rows(regions: Tensor, pseudo: PseudoLabels, rows: int) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class PretrainingStep:
-    """Weighted ``terms`` of a batch, ``statistics`` to watch, embeddings of ``pictures`` and of ``more`` boxes."""
+    """Weighted ``terms`` of a batch, ``statistics`` to watch, embeddings of ``images`` and of ``more`` boxes."""
 
     terms: dict[str, Tensor]
     statistics: dict[str, Tensor]
-    pictures: Tensor
+    images: Tensor
     more: Tensor
 
 
@@ -618,10 +618,10 @@ class RegionCLIPPretraining(TrainingModule):
             boxes: B tensors ``(N_i, 4)`` of x1, y1, x2, y2 in pixels.
         """
         images, sizes = self._padded(image)
-        return region_and_picture_embeddings(self.encoder, images, boxes, self._extents(sizes))
+        return region_and_image_embeddings(self.encoder, images, boxes, self._extents(sizes))
 
     def _padded(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
-        return padded_pictures(images, self.mean, self.std, self.encoder.multiple)
+        return padded_images(images, self.mean, self.std, self.encoder.multiple)
 
     def _extents(self, sizes: list[Size]) -> list[Size] | None:
         return sizes if self.picture_box == "picture" else None
@@ -642,7 +642,7 @@ class RegionCLIPPretraining(TrainingModule):
         if not (self.weights["region_text"] or self.weights["distillation"]):
             boxes, names = [own[:0] for own in boxes], []
         every = boxes if more is None else [torch.cat(both) for both in zip(boxes, more, strict=True)]
-        found, pictures = region_and_picture_embeddings(self.encoder, images, every, self._extents(sizes))
+        found, whole = region_and_image_embeddings(self.encoder, images, every, self._extents(sizes))
         regions, others = (found, found[:0]) if more is None else parted_rows(found, boxes, more)
         concepts = self._embeddings(pool)
         if self.teacher is None:
@@ -663,7 +663,7 @@ class RegionCLIPPretraining(TrainingModule):
             pseudo.labels,
             pseudo.kept,
             concepts,
-            pictures,
+            whole,
             texts,
             captions=same,
             temperature=self.temperature,
@@ -671,7 +671,7 @@ class RegionCLIPPretraining(TrainingModule):
             all_gather=self._all_gather,
         )
         terms = {name: self.weights[name] * loss for name, loss in losses.items() if self.weights[name]}
-        return PretrainingStep(terms, statistics, pictures, others)
+        return PretrainingStep(terms, statistics, whole, others)
 
     def _boxes(
         self, batch: Batch, sizes: list[Size], generators: Sequence[torch.Generator]
@@ -742,7 +742,7 @@ class RegionCLIPPretraining(TrainingModule):
         names = concepts_from_classes(self._validated, ()) if named or self.labels == "boxes" else []
         more = [own.to(self.device) for own in batch["boxes"]] if named else None
         pool = names if self.labels == "boxes" else self.concepts
-        step = self._step(batch, pool, picture_generators(image_ids), more)
+        step = self._step(batch, pool, image_generators(image_ids), more)
         found = step.terms | step.statistics | {"loss": torch.stack(list(step.terms.values())).sum()}
         # An image that evens out the processes counts twice here, and once in the accuracies.
         found = {f"val/{name}": value.float() for name, value in found.items()}
@@ -750,7 +750,7 @@ class RegionCLIPPretraining(TrainingModule):
         if named:
             asked = zip(batch["queries"], batch["box_labels"], strict=True)
             labels = [named_labels([q.names[i] for i in ids.tolist()], names, self.device).labels for q, ids in asked]
-            self.accuracy.update(image_ids, step.more, step.pictures, self._embeddings(names), labels)
+            self.accuracy.update(image_ids, step.more, step.images, self._embeddings(names), labels)
 
     def on_validation_epoch_end(self) -> None:
         with warnings.catch_warnings():

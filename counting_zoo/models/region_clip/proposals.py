@@ -66,7 +66,7 @@ class ProposalSource(Protocol):
         ...
 
 
-def check_pictures(images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None) -> None:
+def check_images(images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None) -> None:
     """Check what a source may rely on.
 
     Raises:
@@ -187,7 +187,7 @@ class GridProposals:
     def __call__(
         self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None
     ) -> list[Proposed]:
-        check_pictures(images, image_ids, sizes)
+        check_images(images, image_ids, sizes)
         found = []
         for image in images:
             height, width = image.shape[-2:]
@@ -231,7 +231,7 @@ class _Region:
     """A part of an image: where it is, what was found in it as a whole, and the parts it was cut into.
 
     Attributes:
-        picture: its index.
+        image: its index.
         corner: x, y of the first pixel.
         size: ``(H, W)``.
         found: in pixels of the whole image.
@@ -239,7 +239,7 @@ class _Region:
         tiles: none, or upper left, upper right, lower left, lower right.
     """
 
-    picture: int
+    image: int
     corner: tuple[int, int]
     size: Size
     found: Proposed | None = None
@@ -294,15 +294,15 @@ def tiled(
         raise InputError(
             f"tiled: depth is {depth}, overlap {overlap} and step {step}; expected at least 0, 0 to 0.9, and at least 0"
         )
-    check_pictures(images, image_ids, sizes)
+    check_images(images, image_ids, sizes)
     level = roots = [_Region(i, (0, 0), (int(im.shape[-2]), int(im.shape[-1]))) for i, im in enumerate(images)]
     for left in reversed(range(depth + 1)):
-        names = [image_ids[region.picture] for region in level]
-        looks = [_look(region, images[region.picture]) for region in level]
+        names = [image_ids[region.image] for region in level]
+        looks = [_look(region, images[region.image]) for region in level]
         stored = {} if sizes is None or level is not roots else {"sizes": sizes}
         given = first if first is not None and level is roots else source(looks, names, **stored)
         for region, look, found in zip(level, looks, given, strict=True):
-            region.found = _in_picture(found, region, look)
+            region.found = _in_image(found, region, look)
         level = [tile for region in level for tile in _cut(region, overlap)] if left else []
         if not level:
             break
@@ -317,7 +317,7 @@ def _look(region: _Region, image: Tensor) -> Tensor:
     return resize_image(image[:, y:bottom, x:right], (height, width), antialias=False)
 
 
-def _in_picture(found: Proposed, region: _Region, look: Tensor) -> Proposed:
+def _in_image(found: Proposed, region: _Region, look: Tensor) -> Proposed:
     boxes = scale_boxes(found.boxes, (look.shape[-2], look.shape[-1]), region.size)
     return Proposed(boxes + boxes.new_tensor(region.corner * 2), found.scores, found.saturated)
 
@@ -333,7 +333,7 @@ def _cut(region: _Region, overlap: float) -> list[_Region]:
         margin = round(overlap * (end - start) / 2)
         spans.append([(start, middle + margin), (middle - margin, end)])
     region.tiles = [
-        _Region(region.picture, (left, top), (bottom - top, right - left))
+        _Region(region.image, (left, top), (bottom - top, right - left))
         for top, bottom in spans[1]
         for left, right in spans[0]
     ]
@@ -475,7 +475,7 @@ class FileProposals:
     def __call__(
         self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None
     ) -> list[Proposed]:
-        check_pictures(images, image_ids, sizes)
+        check_images(images, image_ids, sizes)
         stored = [None] * len(images) if sizes is None else sizes
         return [self._of(*each) for each in zip(images, image_ids, stored, strict=True)]
 
@@ -574,7 +574,7 @@ class _Detector:
     def __call__(
         self, images: Sequence[Tensor], image_ids: Sequence[str], sizes: Sequence[Size] | None = None
     ) -> list[Proposed]:
-        check_pictures(images, image_ids, sizes)
+        check_images(images, image_ids, sizes)
         return [found for batch in self._batches(images, image_ids) for found in self._run(*batch)]
 
     def _batches(

@@ -44,7 +44,7 @@ def test_contrastive_in_closed_form() -> None:
     assert float(patch_text_contrastive(patches, text, everything)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_contrastive_of_a_picture_without_objects_is_finite_and_pushes() -> None:
+def test_contrastive_of_a_image_without_objects_is_finite_and_pushes() -> None:
     torch.manual_seed(0)
     patches = torch.randn(1, 6, 5, requires_grad=True)
     text = torch.randn(1, 1, 5, requires_grad=True)

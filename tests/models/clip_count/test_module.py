@@ -13,7 +13,7 @@ import torch
 from asking import ask
 from PIL import Image
 from tiny_clip import NAMES, counter, training_batch
-from tiny_clip import images as pictures
+from tiny_clip import images as made_images
 
 from counting_zoo import CLIPCount, Prediction, Preprocess
 from counting_zoo.errors import ImageError, InputError
@@ -88,7 +88,7 @@ def test_frozen_clip_stays_frozen_and_in_evaluation_mode_gives_the_same_features
 
 
 @pytest.mark.parametrize("contrast", ["patch", "region"])
-def test_pictures_without_objects_train(contrast: str) -> None:
+def test_images_without_objects_train(contrast: str) -> None:
     model = counter(contrast=contrast, contrast_weight_after=1.0, count_weight=0.1).train()
     for empty in ((0,), (0, 1)):
         batch = training_batch([["pears"], ["forks"]], empty=empty)
@@ -122,7 +122,7 @@ def test_loss_is_zero_for_the_target_itself() -> None:
 def test_random_clip_makes_its_tokenizer_from_the_training_classes() -> None:
     model = counter(tokens=False, prompt_template="many {}")
     with pytest.raises(InputError, match="tokenizer"):
-        model(pictures(1), ask([["pears"]]))
+        model(made_images(1), ask([["pears"]]))
     model.read_facts(SimpleNamespace(class_names=lambda split: ["pears", "forks"]))
     assert model.train_classes == ["pears", "forks"]
     ids, _ = model.network.text.tokenizer(["many pears"])  # type: ignore[misc]
@@ -132,12 +132,12 @@ def test_random_clip_makes_its_tokenizer_from_the_training_classes() -> None:
 @torch.no_grad()
 def test_template_is_used_and_braces_in_names_are_text() -> None:
     plain, template = counter(), counter(prompt_template="many {}")
-    found = template(pictures(1), ask([["pears"]])).density
-    assert torch.equal(found, plain(pictures(1), ask([["many pears"]])).density)
-    assert torch.isfinite(template(pictures(1), ask([["{0} pears {x}"]])).density).all()
+    found = template(made_images(1), ask([["pears"]])).density
+    assert torch.equal(found, plain(made_images(1), ask([["many pears"]])).density)
+    assert torch.isfinite(template(made_images(1), ask([["{0} pears {x}"]])).density).all()
 
 
-# -- counting pictures as they come -----------------------------------------------------------------------------------
+# -- counting images as they come -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def model() -> CLIPCount:
     return counter(stride=16, preprocess=Preprocess("short", 48), default_classes=["pears"])
 
 
-def test_kinds_of_pictures(model: CLIPCount, tmp_path: Path) -> None:
+def test_kinds_of_images(model: CLIPCount, tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
     sources = [
@@ -169,7 +169,7 @@ def test_kinds_of_pictures(model: CLIPCount, tmp_path: Path) -> None:
 
 
 def test_names(model: CLIPCount) -> None:
-    image = pictures(1, 40, 40)[0]
+    image = made_images(1, 40, 40)[0]
     assert model.count(image).names == ["pears"]  # type: ignore[union-attr]
     assert model.count(image, "forks").names == ["forks"]  # type: ignore[union-attr]
     for names, message in (([], "apples"), ("", "prompt"), (["pears", " "], "prompt")):
@@ -183,26 +183,26 @@ def test_names(model: CLIPCount) -> None:
 
 @pytest.mark.parametrize("name", ["🍎", "苹果", "яблоки", "PEARS", "pear", "a,b;c", "<script>", "{}", "x" * 15])
 def test_any_text_counts(model: CLIPCount, name: str) -> None:
-    assert torch.isfinite(model.count(pictures(1, 40, 40)[0], name).counts).all()  # type: ignore[union-attr]
+    assert torch.isfinite(model.count(made_images(1, 40, 40)[0], name).counts).all()  # type: ignore[union-attr]
 
 
 def test_case_does_not_matter_and_plural_does(model: CLIPCount) -> None:
-    one, same, other = model.count(pictures(1)[0], ["pears", "PEARS", "pear"]).counts  # type: ignore[union-attr]
+    one, same, other = model.count(made_images(1)[0], ["pears", "PEARS", "pear"]).counts  # type: ignore[union-attr]
     assert float(one) == float(same) != float(other)
 
 
 def test_prompt_of_500_words_is_cut_with_a_warning(model: CLIPCount) -> None:
     with pytest.warns(UserWarning, match="22"):
-        found = model.count(pictures(1)[0], "pears " * 500)
+        found = model.count(made_images(1)[0], "pears " * 500)
     assert torch.isfinite(found.counts).all()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 300), (300, 5), (31, 33)])
 @pytest.mark.parametrize("window", [None, 0])
 @pytest.mark.parametrize("resize", ["none", "long"])
-def test_pictures_of_any_shape(height: int, width: int, window: int | None, resize: str) -> None:
+def test_images_of_any_shape(height: int, width: int, window: int | None, resize: str) -> None:
     model = counter(stride=16, preprocess=Preprocess(resize, None if resize == "none" else 48))  # type: ignore[arg-type]
-    found = model.count(pictures(1, height, width)[0], ["pears", "forks"], window=window)
+    found = model.count(made_images(1, height, width)[0], ["pears", "forks"], window=window)
     assert isinstance(found, Prediction)
     assert found.size == (height, width)
     assert torch.isfinite(found.counts).all()
@@ -210,11 +210,11 @@ def test_pictures_of_any_shape(height: int, width: int, window: int | None, resi
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_blank_pictures(model: CLIPCount, value: int) -> None:
+def test_blank_images(model: CLIPCount, value: int) -> None:
     assert torch.isfinite(model.count(np.full((40, 40, 3), value, np.uint8)).counts).all()  # type: ignore[union-attr]
 
 
-def test_no_picture(model: CLIPCount, tmp_path: Path) -> None:
+def test_no_image(model: CLIPCount, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no picture")
     with pytest.raises(ImageError, match=r"a\.jpg"):
         model.count(tmp_path / "a.jpg")
@@ -224,13 +224,13 @@ def test_no_picture(model: CLIPCount, tmp_path: Path) -> None:
 
 def test_counting_leaves_the_mode_and_the_text_cache(model: CLIPCount, monkeypatch: pytest.MonkeyPatch) -> None:
     other = counter().train()
-    other.count(pictures(1)[0], "pears")
+    other.count(made_images(1)[0], "pears")
     assert other.training
     runs: list[list[str]] = []
     own = model.network.text._run
     monkeypatch.setattr(model.network.text, "_run", lambda prompts: runs.append(prompts) or own(prompts))
     for _ in range(3):
-        model.count(pictures(1)[0], ["sea shells", "spoons"])
+        model.count(made_images(1)[0], ["sea shells", "spoons"])
     assert runs == [["sea shells"], ["spoons"]]
 
 
@@ -238,7 +238,7 @@ def test_counting_leaves_the_mode_and_the_text_cache(model: CLIPCount, monkeypat
 def test_lists_of_names_of_different_lengths(model: CLIPCount) -> None:
     asked = [["pears"], ["forks", "spoons"]]
     for window in (0, 32):
-        found = model.count_images(list(pictures(2)), ask(asked), window=window)
+        found = model.count_images(list(made_images(2)), ask(asked), window=window)
         assert [tuple(o.counts.shape) for o in found] == [(1, 1), (1, 2)]  # type: ignore[union-attr]
 
 

@@ -10,7 +10,7 @@ import tiny_clip
 import torch
 from asking import ask
 from tiny_clip import NAMES, counter, relative
-from tiny_clip import images as pictures
+from tiny_clip import images as made_images
 from torch.nn.functional import cosine_similarity
 
 from counting_zoo import CLIPCount
@@ -36,8 +36,8 @@ def model(request: pytest.FixtureRequest) -> CLIPCount:
 
 
 @torch.no_grad()
-def test_many_prompts_on_a_picture_equal_one_at_a_time(model: CLIPCount) -> None:
-    image = pictures(2)
+def test_many_prompts_on_a_image_equal_one_at_a_time(model: CLIPCount) -> None:
+    image = made_images(2)
     asked = [["pears", "red apples", "forks"], ["sea shells", "pears", "a heap of green apples"]]
     together = model(image, ask(asked))
     for k in range(3):
@@ -48,36 +48,36 @@ def test_many_prompts_on_a_picture_equal_one_at_a_time(model: CLIPCount) -> None
 
 @torch.no_grad()
 def test_order_of_prompts_is_kept(model: CLIPCount) -> None:
-    forward, backward = model(pictures(1), ask([NAMES])), model(pictures(1), ask([NAMES[::-1]]))
+    forward, backward = model(made_images(1), ask([NAMES])), model(made_images(1), ask([NAMES[::-1]]))
     assert relative(forward.density, backward.density.flip(1)) < 1e-5
 
 
 @torch.no_grad()
 def test_text_changes_the_count(model: CLIPCount) -> None:
-    counts = model(pictures(1), ask([["pears", "forks"]])).counts[0]
+    counts = model(made_images(1), ask([["pears", "forks"]])).counts[0]
     assert abs(float(counts[0] - counts[1])) > 1e-4 * float(counts.abs().max())
 
 
 @torch.no_grad()
 def test_batch_size_does_not_matter(model: CLIPCount) -> None:
-    image, asked = pictures(5), [[name] for name in NAMES[:5]]
+    image, asked = made_images(5), [[name] for name in NAMES[:5]]
     together = model(image, ask(asked))
     alone = torch.cat([model(image[i : i + 1], ask(asked[i : i + 1])).density for i in range(5)])
     assert relative(together.density, alone) < 1e-5
 
 
 @torch.no_grad()
-def test_picture_is_encoded_once_for_many_prompts(model: CLIPCount) -> None:
+def test_image_is_encoded_once_for_many_prompts(model: CLIPCount) -> None:
     seen: list[int] = []
     model.network.vision.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    model(pictures(2), ask([NAMES, NAMES]))
+    model(made_images(2), ask([NAMES, NAMES]))
     assert seen == [2]
 
 
 @torch.no_grad()
 def test_density_sums_to_counts_in_float32_under_autocast(model: CLIPCount) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(pictures(2), ask([["pears", "forks"]] * 2))
+        output = model(made_images(2), ask([["pears", "forks"]] * 2))
         counts = output.counts
     assert output.density.dtype == torch.float32
     assert counts.dtype == torch.float32
@@ -86,8 +86,8 @@ def test_density_sums_to_counts_in_float32_under_autocast(model: CLIPCount) -> N
 
 
 @torch.no_grad()
-def test_windows_of_several_pictures_equal_one_by_one(model: CLIPCount) -> None:
-    images = [pictures(1, h, w, seed=h)[0] for h, w in ((40, 70), (32, 32), (20, 90))]
+def test_windows_of_several_images_equal_one_by_one(model: CLIPCount) -> None:
+    images = [made_images(1, h, w, seed=h)[0] for h, w in ((40, 70), (32, 32), (20, 90))]
     asked = [["pears", "forks"], ["spoons", "pears"], ["forks", "red apples"]]
     together = model.count_images(images, ask(asked), stride=16)
     for found, image, names in zip(together, images, asked, strict=True):  # type: ignore[arg-type]
@@ -106,12 +106,12 @@ def test_windows_of_several_pictures_equal_one_by_one(model: CLIPCount) -> None:
 def test_any_patch_and_window(patch: int, image: int, window: int, interaction: str) -> None:
     model = counter(tiny_clip.config(patch=patch, image=image), window=window, interaction=interaction)
     side = image // patch
-    output = model(pictures(2, window, window), ask([["pears"]] * 2))
+    output = model(made_images(2, window, window), ask([["pears"]] * 2))
     assert output.density.shape == (2, 1, window, window)
     assert output.grid == (side, side)
     assert output.patch_embeds.shape == output.contrast_embeds.shape == (2, side * side, 128)
     assert output.text_embeds.shape == (2, 1, 128)
-    wide = model(pictures(1, window, 2 * window), ask([["pears"]]))
+    wide = model(made_images(1, window, 2 * window), ask([["pears"]]))
     assert wide.density.shape == (1, 1, window, 2 * window)
     assert wide.grid == (side, 2 * side)
     assert torch.isfinite(wide.density).all()
@@ -122,7 +122,7 @@ def test_any_patch_and_window(patch: int, image: int, window: int, interaction: 
 def test_density_of_text_heads_lies_on_the_encoders_grid(interaction: str) -> None:
     model = counter(tiny_clip.config(image=64), window=128, interaction=interaction)
     assert model.cell == 32
-    assert model(pictures(1, 128, 256), ask([["pears"]])).density.shape == (1, 1, 4, 8)
+    assert model(made_images(1, 128, 256), ask([["pears"]])).density.shape == (1, 1, 4, 8)
     conv = counter(tiny_clip.config(image=64), window=64, interaction=interaction, stem="conv", prompt_width=0)
     assert conv.cell == 8
     with pytest.raises(InputError, match="window 102"):
@@ -166,15 +166,15 @@ def test_cosines_of_groups_are_those_of_their_channels() -> None:
 
 
 @torch.no_grad()
-def test_integer_pictures_equal_floating_ones() -> None:
-    model, image = counter(), (pictures(1) * 255).to(torch.uint8)
+def test_integer_images_equal_floating_ones() -> None:
+    model, image = counter(), (made_images(1) * 255).to(torch.uint8)
     assert torch.equal(model(image, ask([["pears"]])).density, model(image.float() / 255, ask([["pears"]])).density)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "softplus", "none"])
 @torch.no_grad()
 def test_activation_and_scale(activation: str) -> None:
-    model, image = counter(activation=activation, density_scale=7.0), pictures(1)
+    model, image = counter(activation=activation, density_scale=7.0), made_images(1)
     output = model(image, ask([["pears"]]))
     assert torch.equal(output.density, output.raw_density / 7.0)
     linear = counter(activation="none", density_scale=7.0)
@@ -206,7 +206,7 @@ def test_counting_does_not_disturb_later_training() -> None:
     model = counter(window=48)
     model.count(torch.zeros(3, 48, 48), "pears")
     model.train()
-    model(pictures(1, 48, 48), ask([["pears"]])).density.sum().backward()
+    model(made_images(1, 48, 48), ask([["pears"]])).density.sum().backward()
     assert model.network.text.context.grad is not None  # the text it had counted with was embedded anew
 
 

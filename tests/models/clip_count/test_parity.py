@@ -47,7 +47,7 @@ def set_heads(model: CLIPCount, heads: int) -> None:
         block.self_attn.heads = heads
 
 
-def random_pictures(seed: int, n: int, width: int) -> Tensor:
+def random_images(seed: int, n: int, width: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).random_sample((n, 3, 384, width)).astype(np.float32))
 
 
@@ -55,7 +55,7 @@ def random_pictures(seed: int, n: int, width: int) -> Tensor:
 def output(published: CLIPCount, golden: dict[str, Any]) -> CLIPCountOutput:
     set_heads(published, 8)
     with torch.inference_mode():
-        return published(random_pictures(0, 2, 384), ask([text] for text in golden["texts"].tolist()))
+        return published(random_images(0, 2, 384), ask([text] for text in golden["texts"].tolist()))
 
 
 def test_embeddings(output: CLIPCountOutput, golden: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def test_density_of_four_heads_as_the_checkpoint_says(published: CLIPCount, gold
     assert published.hparams["network"]["heads"] == 4
     set_heads(published, 4)
     with torch.inference_mode():
-        found = published(random_pictures(0, 2, 384), ask([text] for text in golden["texts"].tolist()))
+        found = published(random_images(0, 2, 384), ask([text] for text in golden["texts"].tolist()))
     assert relative(found.raw_density[:, 0, ::8, ::8], golden["density_4_heads"]) < 1e-5
     assert relative(found.counts[:, 0], golden["count_4_heads"]) < 1e-5
 
@@ -95,7 +95,7 @@ def test_sliding_windows(published: CLIPCount, golden: dict[str, Any], width: in
     set_heads(published, 8)
     with torch.inference_mode():
         queries = ask([[golden["texts"].tolist()[1]]])
-        (found,) = published.count_images(list(random_pictures(2 + width, 1, width)), queries)
+        (found,) = published.count_images(list(random_images(2 + width, 1, width)), queries)
     assert relative(found.density[0, 0, ::8, ::8] * 60, golden[f"slide_{width}"]) < 1e-5
     assert relative(found.counts[0, 0], golden[f"slide_{width}_count"]) < 1e-5
 

@@ -177,7 +177,7 @@ def test_histogram_against_a_loop(data: st.DataObject) -> None:
         assert found.tolist() == naive(points, size, block, windows, unique)
 
 
-def test_histograms_of_pictures_add_up() -> None:
+def test_histograms_of_images_add_up() -> None:
     draw = np.random.default_rng(0)
     points = [draw.uniform(0, 40, (n, 2)) for n in (0, 5, 300)]
     together = block_count_histogram(points, [(40, 40)] * 3, 8)

@@ -11,7 +11,7 @@ import torch
 from places import GOLDEN
 from reference_clip_ebc import conv
 from tiny_clip import fill, relative
-from tiny_clip import images as pictures
+from tiny_clip import images as made_images
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, max_pool2d
 
@@ -88,7 +88,7 @@ def test_every_name_keeps_the_contract(name: str) -> None:
 @pytest.mark.parametrize("reduction", [8, 16, 32])
 def test_vgg_upsamples_before_its_decoder(reduction: int) -> None:
     encoder, s = filled("vgg19_ae", reduction)
-    x = pictures(1, 64, 96)
+    x = made_images(1, 64, 96)
     features = interpolate(vgg(x, s, [2, 2, 4, 4, 4]), (64 // reduction, 96 // reduction), mode="bilinear")
     expected = conv(conv(features, s, "reg_layer.0").relu(), s, "reg_layer.2").relu()
     assert relative(encoder(x).detach(), expected) < 1e-5
@@ -98,7 +98,7 @@ def test_vgg_upsamples_before_its_decoder(reduction: int) -> None:
 @pytest.mark.parametrize("reduction", [8, 16])
 def test_csrnet_and_cannet(name: str, reduction: int) -> None:
     encoder, s = filled(name, reduction)
-    x = pictures(1, 64, 96)
+    x = made_images(1, 64, 96)
     f = vgg(x, s, [2, 2, 3, 3])
     if name == "cannet":
         above, below = torch.zeros_like(f), torch.zeros_like(f)
@@ -114,7 +114,7 @@ def test_csrnet_and_cannet(name: str, reduction: int) -> None:
     assert relative(encoder(x).detach(), f) < 1e-5
 
 
-def test_context_of_a_picture_smaller_than_its_regions() -> None:
+def test_context_of_a_image_smaller_than_its_regions() -> None:
     assert torch.isfinite(Context(8)(torch.rand(1, 8, 1, 2))).all()
 
 

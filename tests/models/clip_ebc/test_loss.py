@@ -190,7 +190,7 @@ def test_a_rank_without_objects_has_finite_terms_that_stay_in_the_graph(log_doma
     assert network.weight.grad.any()  # type: ignore[union-attr]
 
 
-def test_empty_pictures_do_not_touch_the_others() -> None:
+def test_empty_images_do_not_touch_the_others() -> None:
     density, counts, points = random_batch([9, 0])
     both = dm_loss(density, counts, points, 8)
     alone = dm_loss(density[:1], counts[:1], points[:1], 8)

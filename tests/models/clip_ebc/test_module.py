@@ -179,7 +179,7 @@ def test_facts_are_taken_in_the_models_frame() -> None:
             "preprocess": {"resize": "warp", "size": 16},
         }
     )
-    points = np.array([[10, 10], [18, 18]], np.float32)  # in one block of 8 once the picture is a fifth as large
+    points = np.array([[10, 10], [18, 18]], np.float32)  # in one block of 8 once the image is a fifth as large
     model.read_facts(Facts([points], [(80, 80)]))
     assert model.network.head.representatives.values.tolist() == [0.0, 1.0, 2.0]
 

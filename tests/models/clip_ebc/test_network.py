@@ -201,7 +201,7 @@ def test_small_encoder_has_no_other_reduction() -> None:
         SmallEncoder(6)
 
 
-def test_bins_of_a_whole_picture_sum_to_its_count() -> None:
+def test_bins_of_a_whole_image_sum_to_its_count() -> None:
     torch.manual_seed(0)
     head = BinHead(LinearHead(3, 5), Representatives(5, [0.0, 1.0, 2.0, 3.0, 4.2]))
     net = BlockwiseNet(Cells(8, 8), Decoder(3, [], "basic"), head, reduction=8, normalization="clip")

@@ -24,7 +24,7 @@ NUMBERS = ("no person", "one person", "two people", "three people", "more than f
 PROMPTS = [f"There {'is' if 'person' in n else 'are'} {n}." for n in NUMBERS]
 
 
-def picture(seed: int, n: int, height: int, width: int) -> Tensor:
+def image(seed: int, n: int, height: int, width: int) -> Tensor:
     """A picture in [0, 1]-like units whose normalised form is what the reference was given."""
     draw = np.random.RandomState(seed)
     low = torch.from_numpy(draw.standard_normal((n, 3, height // 16, width // 16)).astype(np.float32))
@@ -58,7 +58,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any], Blockwise
 def test_logits_density_and_count(case: tuple[str, dict[str, Any], BlockwiseCounter]) -> None:
     _, golden, model = case
     with torch.inference_mode():
-        found = model(picture(10, 2, 224, 224), ask([["people"]] * 2))
+        found = model(image(10, 2, 224, 224), ask([["people"]] * 2))
     assert relative(found.logits[:, :, ::4, ::4], golden["logits"]) < 1e-5
     assert relative(found.density, golden["density"]) < 1e-5
     assert relative(found.counts[:, 0], golden["count"]) < 1e-5
@@ -71,7 +71,7 @@ def test_losses_and_gradients(case: tuple[str, dict[str, Any], BlockwiseCounter]
     _, golden, model = case
     model.count_loss = {"dmcount": "dm"}.get(kind, kind)  # type: ignore[assignment]
     with torch.no_grad():
-        logits = model(picture(10, 2, 224, 224), ask([["people"]] * 2)).logits
+        logits = model(image(10, 2, 224, 224), ask([["people"]] * 2)).logits
     logits.requires_grad_()
     output = EBCOutput(density=model.network.head.representatives(logits), logits=logits)
     batch: Batch = {
@@ -93,7 +93,7 @@ def test_sliding_windows(case: tuple[str, dict[str, Any], BlockwiseCounter]) -> 
     height, width, window, stride = golden["slide_args"].tolist()
     with torch.inference_mode():
         (found,) = model.count_images(
-            list(picture(12, 1, height, width)), ask([["people"]]), window=window, stride=stride
+            list(image(12, 1, height, width)), ask([["people"]]), window=window, stride=stride
         )
     assert relative(found.density, golden["slide_density"]) < 1e-5
     assert relative(found.counts[0, 0], golden["slide_count"]) < 1e-5

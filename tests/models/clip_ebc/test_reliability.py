@@ -45,7 +45,7 @@ def test_tiles_change_nothing(height: int, width: int, window: int, stride: int)
     model = MODEL
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(height * 131 + width))
     window, stride = 8 * window, 8 * min(stride, window)
-    # What lies beyond the picture is black in tiles and mean grey without, so blocks that reach there may differ.
+    # What lies beyond the image is black in tiles and mean grey without, so blocks that reach there may differ.
     inner = (height // 8, width // 8)
     with torch.inference_mode():
         (whole,) = model.count_images(list(image), ask([["people"]]))
@@ -64,12 +64,12 @@ MODEL = blockwise()
 
 @pytest.mark.parametrize("size", [(200, 300), (500, 700), (1, 5000), (1, 1), (33, 47)])
 @pytest.mark.parametrize("window", [None, 224])
-def test_any_picture_is_counted_and_its_map_sums_to_the_count(size: tuple[int, int], window: int | None) -> None:
+def test_any_image_is_counted_and_its_map_sums_to_the_count(size: tuple[int, int], window: int | None) -> None:
     """F7 and I2: at every output resolution."""
     torch.manual_seed(1)
     model = EBC(encoder="small", width=4, representatives="middle", window=window).eval()
-    picture = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-    found = model.count(picture, "people")
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    found = model.count(image, "people")
     assert isinstance(found, Prediction)
     assert torch.isfinite(found.counts).all()
     assert float(found.density.sum()) == pytest.approx(found["people"], rel=1e-5)
@@ -81,7 +81,7 @@ def test_any_picture_is_counted_and_its_map_sums_to_the_count(size: tuple[int, i
 
 
 @pytest.mark.parametrize("value", [0, 255, None])
-def test_blank_and_noise_pictures_have_finite_counts(value: int | None) -> None:
+def test_blank_and_noise_images_have_finite_counts(value: int | None) -> None:
     """I3."""
     model = EBC(encoder="small", width=4, representatives="middle", head="zip").eval()
     noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
@@ -116,15 +116,15 @@ def test_export(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     network = Density(EXPORTED[kind]().eval()).eval()
     side = {name: 32 * torch.export.Dim(name, min=2, max=32) for name in ("rows", "columns")}
     free = {"image": {0: torch.export.Dim("batch", min=1, max=64), 2: side["rows"], 3: side["columns"]}}
-    pictures = [torch.rand(*shape) for shape in ((2, 3, 64, 96), (1, 3, 96, 64), (5, 3, 128, 160))]
+    images = [torch.rand(*shape) for shape in ((2, 3, 64, 96), (1, 3, 96, 64), (5, 3, 128, 160))]
     with torch.no_grad():
-        exported = torch.export.export(network, (pictures[0],), dynamic_shapes=free, strict=False)
-        for image in pictures:
+        exported = torch.export.export(network, (images[0],), dynamic_shapes=free, strict=False)
+        for image in images:
             torch.testing.assert_close(exported.module()(image), network(image), rtol=1e-4, atol=1e-6)
         if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript")):
             return
         torch.onnx.export(exported, (), "model.onnx", dynamo=True)
         session = importlib.import_module("onnxruntime").InferenceSession("model.onnx")
-        for image in pictures:
+        for image in images:
             (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
             torch.testing.assert_close(torch.from_numpy(found), network(image), rtol=1e-4, atol=1e-5)

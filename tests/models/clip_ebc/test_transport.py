@@ -109,7 +109,7 @@ def test_points_that_coincide_and_points_on_the_border() -> None:
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_picture_stops_by_itself(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_stops_by_itself(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each keeps the potentials of its own last iteration, which is another one for every picture."""
     monkeypatch.setattr(transport, "PADDING", math.inf if together else 1.0)
     points, density = random_case([30, 50, 4, 100, 1], (6, 6), 8)

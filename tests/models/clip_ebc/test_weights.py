@@ -15,7 +15,7 @@ from asking import ask
 from reference_clip_ebc import clip_ebc, text_features
 from safetensors.torch import save_file
 from tiny_clip import clip_shapes, fill, relative, resnet_state
-from tiny_clip import images as pictures
+from tiny_clip import images as made_images
 from torch import Tensor
 
 from counting_zoo import CLIPEBC, EBC, load, load_official
@@ -88,7 +88,7 @@ def config(kind: str = "deep", **options: Any) -> dict[str, Any]:
 
 def check(model: Any, state: State, *, reduction: int = 8, style: str = "word", side: int = 32) -> None:
     prompts = bin_prompts(Bins.of(BINS), style, "official")  # type: ignore[arg-type]
-    image = pictures(2, side, 2 * side)
+    image = made_images(2, side, 2 * side)
     texts = text_features(state, tokenize(prompts))
     logits, density = clip_ebc(state, image, texts, torch.tensor(ANCHORS), reduction)
     with torch.inference_mode():
@@ -214,7 +214,7 @@ def test_convert_and_load_give_the_same_numbers(tmp_path: Path, monkeypatch: pyt
     settings.write_text(json.dumps(own))
     assert main(["convert", "clip_ebc", str(source), str(tmp_path / "out.ckpt"), "--config", str(settings)]) == 0
     model, expected = load(tmp_path / "out.ckpt"), load_official("clip_ebc", source, own)
-    image = pictures(1, 40, 56)
+    image = made_images(1, 40, 56)
     with torch.inference_mode():
         assert torch.equal(model(image, ask([["x"]])).density, expected(image, ask([["x"]])).density)
 
@@ -242,7 +242,7 @@ def test_heads_without_clip(head: str) -> None:
     )
     model = load_official("clip_ebc", state, settings)
     assert isinstance(model, EBC)
-    image = pictures(1, 32, 48)
+    image = made_images(1, 32, 48)
     with torch.inference_mode():
         features = model.network.encoder((image - model.network.mean) / model.network.std)
         if head == "regression":

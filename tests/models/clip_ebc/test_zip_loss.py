@@ -72,7 +72,7 @@ def test_positive_bins_against_a_loop() -> None:
     assert float(positive_bins_loss(logits, classes)) == pytest.approx(total / 2, rel=1e-5)
 
 
-def test_positive_bins_of_empty_pictures_are_zero_and_stay_in_the_graph() -> None:
+def test_positive_bins_of_empty_images_are_zero_and_stay_in_the_graph() -> None:
     logits = torch.randn(2, 4, 3, 5, requires_grad=True)
     loss = positive_bins_loss(logits, torch.zeros(2, 3, 5).long())
     loss.backward()
@@ -108,7 +108,7 @@ def test_multiscale_settings(arguments: dict[str, tuple[int, ...]]) -> None:
         multiscale_mae(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), **arguments)
 
 
-def test_count_error_is_of_whole_pictures() -> None:
+def test_count_error_is_of_whole_images() -> None:
     density = torch.tensor([[1.0, 2.0], [0.0, 0.5]]).reshape(2, 1, 1, 2)
     counts = torch.tensor([[2.0, 2.0], [0.0, 0.0]]).reshape(2, 1, 1, 2)
     assert float(count_error(density, counts)) == pytest.approx((1.0 + 0.5) / 2)

@@ -19,9 +19,9 @@ def instances(n: int = 2, size: tuple[int, int] = (120, 160)) -> Instances:
 
 
 def test_masks_are_coloured_and_the_rest_stays() -> None:
-    picture = np.full((120, 160, 3), 100, np.uint8)
-    drawn = draw_instances(picture, instances(), ["cat", "café"])
-    assert (picture == 100).all()
+    image = np.full((120, 160, 3), 100, np.uint8)
+    drawn = draw_instances(image, instances(), ["cat", "café"])
+    assert (image == 100).all()
     changed = (drawn != 100).any(2)
     assert changed[15:45, 25:115].all()
     assert changed[65:95, 25:115].all()
@@ -40,12 +40,12 @@ def test_a_caption_stands_inside_a_ring() -> None:
     assert _inside(full)[1] == 1  # the middle row, though the mask reaches the frame
 
 
-def test_nothing_and_tiny_pictures() -> None:
-    picture = np.full((6, 5, 3), 9, np.uint8)
+def test_nothing_and_tiny_images() -> None:
+    image = np.full((6, 5, 3), 9, np.uint8)
     none = instances(0, (6, 5))
-    assert np.array_equal(draw_instances(picture, none, []), picture)
+    assert np.array_equal(draw_instances(image, none, []), image)
     one = Instances(torch.ones(1, 6, 5, dtype=torch.bool), torch.tensor([0]), torch.ones(1), torch.ones(1, 6, 5) / 30)
-    assert draw_instances(picture, one, ["a long name"]).shape == (6, 5, 3)
+    assert draw_instances(image, one, ["a long name"]).shape == (6, 5, 3)
 
 
 def test_bad_input_is_named() -> None:

@@ -54,7 +54,7 @@ class Redness(torch.nn.Module):
         return torch.relu(self.mean(x) - 0.5)
 
 
-def picture(height: int = 96, width: int = 128) -> tuple[np.ndarray, torch.Tensor]:
+def image(height: int = 96, width: int = 128) -> tuple[np.ndarray, torch.Tensor]:
     """Two red squares of a cell each on grey, and their masks."""
     pixels = np.full((height, width, 3), 128, np.uint8)
     masks = torch.zeros(2, height, width, dtype=torch.bool)
@@ -70,8 +70,8 @@ def iou(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a & b).sum() / (a | b).sum())
 
 
-def test_masks_lie_on_the_objects_in_pixels_of_the_stored_picture(counter: LowerCount) -> None:
-    pixels, truth = picture()
+def test_masks_lie_on_the_objects_in_pixels_of_the_stored_image(counter: LowerCount) -> None:
+    pixels, truth = image()
     counts = counter.count(pixels).counts  # type: ignore[union-attr]
     assert float(counts[0]) > 1.5
     assert float(counts[1]) == 0  # its class score is below zero
@@ -91,7 +91,7 @@ def test_masks_lie_on_the_objects_in_pixels_of_the_stored_picture(counter: Lower
 
 
 def test_proposals_from_a_file(counter: LowerCount, tmp_path: Path) -> None:
-    pixels, truth = picture()
+    pixels, truth = image()
     cv2.imwrite(str(tmp_path / "a.png"), pixels[..., ::-1])
     rows = [{"image_id": "a.png", "segmentation": encode_mask(mask)} for mask in truth]
     (tmp_path / "proposals.json").write_text(json.dumps(rows))
@@ -105,7 +105,7 @@ def test_proposals_from_a_file(counter: LowerCount, tmp_path: Path) -> None:
 
 
 def test_proposals_of_another_size(counter: LowerCount) -> None:
-    pixels, truth = picture()
+    pixels, truth = image()
     with pytest.raises(InputError, match=r"\(2, 48, 128\)"):
         counter.instances(pixels, proposals=truth[:, :48])
 
@@ -113,7 +113,7 @@ def test_proposals_of_another_size(counter: LowerCount) -> None:
 @pytest.mark.parametrize("side", [1, 7, 8, 64])
 def test_any_size(counter: LowerCount, side: int) -> None:
     counter.preprocess = type(counter.preprocess)()
-    pixels, _ = picture(side, 2 * side)
+    pixels, _ = image(side, 2 * side)
     found = counter.instances(pixels)
     assert found.masks.shape[1:] == (side, 2 * side)
 

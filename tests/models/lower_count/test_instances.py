@@ -45,14 +45,14 @@ class ColourNet(nn.Module):
         return self.pool(self.hue(x).relu())
 
 
-def test_from_a_picture_to_masks_in_its_own_pixels() -> None:
-    """Peaks of a network that sees a warped picture, its response maps, proposals from the picture, masks."""
+def test_from_a_image_to_masks_in_its_own_pixels() -> None:
+    """Peaks of a network that sees a warped photo, its response maps, proposals from the photo, masks."""
     size, discs = (150, 220), [(40, 45, 0), (110, 100, 0), (180, 50, 0), (50, 115, 1), (175, 115, 1)]
-    picture, truth = np.full((*size, 3), 128, np.uint8), []
+    photo, truth = np.full((*size, 3), 128, np.uint8), []
     for x, y, kind in discs:
-        cv2.circle(picture, (x, y), 17, (220, 40, 40) if kind == 0 else (40, 40, 220), cv2.FILLED)
+        cv2.circle(photo, (x, y), 17, (220, 40, 40) if kind == 0 else (40, 40, 220), cv2.FILLED)
         truth.append(cv2.circle(np.zeros(size, np.uint8), (x, y), 17, 1, cv2.FILLED))
-    image = Preprocess("warp", 128)(torch.from_numpy(picture).permute(2, 0, 1))[None].float() / 255
+    image = Preprocess("warp", 128)(torch.from_numpy(photo).permute(2, 0, 1))[None].float() / 255
     net = ColourNet().eval()
     with torch.no_grad():
         maps = net(image)
@@ -61,7 +61,7 @@ def test_from_a_picture_to_masks_in_its_own_pixels() -> None:
     peaks = select_peaks(maps[0], cells[0], peak_scores(maps, cells)[0])
     assert peaks[:, 0].bincount().tolist() == [3, 2]
     responses = peak_response_maps(net, image, peaks)
-    found = retrieve_instances(segment_proposals(picture), peaks, responses, maps[0], raw)
+    found = retrieve_instances(segment_proposals(photo), peaks, responses, maps[0], raw)
     assert found.masks.shape == (5, *size)
     iou = mask_iou(torch.from_numpy(np.stack(truth)).bool(), found.masks)
     assert (iou.amax(1) > 0.8).all(), iou
@@ -138,7 +138,7 @@ def test_background_is_what_pillow_makes_of_the_map() -> None:
 def test_proposals_are_sampled_counted_and_limited_by_area() -> None:
     proposals = rectangles((0, 0, 26, 30), (0, 0, 13, 15), (3, 3, 3, 3), (5, 5, 6, 6), (0, 0, 26, 15))
     prepared = prepare_proposals(proposals, FRAME, GRID, Retrieval(area=(2e-5, 0.5)))
-    assert prepared.kept.tolist() == [1, 3]  # the whole picture and half of it are too large, nothing is too small
+    assert prepared.kept.tolist() == [1, 3]  # the whole image and half of it are too large, nothing is too small
     assert prepared.masks[0].sum() == 12 * 16
     assert prepared.contours.shape == (2, *FRAME)
     assert prepared.cells.shape == (2, *GRID)
@@ -222,7 +222,7 @@ def test_counts_are_rounded_and_negative_ones_are_none() -> None:
     assert few.labels.bincount().tolist() == [2, 0, 2]
 
 
-def test_merged_responses_add_up_in_the_stored_picture() -> None:
+def test_merged_responses_add_up_in_the_stored_image() -> None:
     case = drawn(3, n_peaks=5)
     case["peaks"][:, 0] = 0
     found = retrieve_instances(**case, retrieval=Retrieval(area=None, overlap=1e-9))
@@ -242,7 +242,7 @@ def test_which_peaks_are_kept() -> None:
     assert select_peaks(maps, peaks, scores, peak_threshold=10.0).tolist() == []
 
 
-def test_an_empty_picture_has_instances_only_with_the_references_fallback() -> None:
+def test_an_empty_image_has_instances_only_with_the_references_fallback() -> None:
     maps, peaks = torch.full((2, 2, 3), -4.0), torch.zeros(2, 2, 3, dtype=torch.bool)
     maps[0, 1, 1], maps[1, 0, 0] = -2.0, -3.0
     peaks[0, 1, 1] = peaks[1, 0, 0] = True

@@ -11,7 +11,7 @@ import torch
 from places import GOLDEN
 from torch import Tensor
 
-from counting_zoo.models.lower_count.loss import LowerCountLoss, Mean, picture_uniform, total_count_terms
+from counting_zoo.models.lower_count.loss import LowerCountLoss, Mean, image_uniform, total_count_terms
 from counting_zoo.models.lower_count.network import find_peaks, highest_peaks, peak_scores
 
 CASES = torch.load(GOLDEN / "lower_count_small.pt", weights_only=True)["losses"]
@@ -173,20 +173,20 @@ def test_the_sum_of_all_counts() -> None:
     counted = torch.tensor([True, True, False]).expand(4, 3)
     maps = torch.full((4, 1, 2, 2), 2.0)
     terms = total_count_terms(maps, counts, counted, LowerCountLoss())
-    assert float(terms["total"].total) == 1.0  # the first picture: (2 - 3)^2
+    assert float(terms["total"].total) == 1.0  # the first image: (2 - 3)^2
     assert int(terms["total"].n) == 1
     assert float(terms["total_rank"].total) == pytest.approx(0.1 * 4)  # the second: more than 4 and 1, so at least 6
     assert int(terms["total_rank"].n) == 1
 
 
-def test_random_numbers_depend_on_the_picture_alone() -> None:
+def test_random_numbers_depend_on_the_image_alone() -> None:
     names = [f"{i}.jpg" for i in range(200)]
-    drawn = picture_uniform(names, 20, step=7)
+    drawn = image_uniform(names, 20, step=7)
     assert drawn.dtype == np.float32
     assert drawn.min() >= 0
     assert drawn.max() < 1
-    np.testing.assert_array_equal(picture_uniform(names[50:53], 20, step=7), drawn[50:53])
-    assert not np.allclose(picture_uniform(names, 20, step=8), drawn)
+    np.testing.assert_array_equal(image_uniform(names[50:53], 20, step=7), drawn[50:53])
+    assert not np.allclose(image_uniform(names, 20, step=8), drawn)
     assert abs(drawn.mean() - 0.5) < 0.01  # 4,000 uniform numbers: the mean's deviation is 0.0046
     assert abs(np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1]) < 0.25
     histogram = np.histogram(drawn, 10, (0, 1))[0]

@@ -26,7 +26,7 @@ from counting_zoo import LowerCount, Prediction, load, save
 from counting_zoo.data.base import CountingDataModule
 from counting_zoo.data.records import Record, Split
 from counting_zoo.errors import InputError, NamesError
-from counting_zoo.models.lower_count.loss import picture_uniform
+from counting_zoo.models.lower_count.loss import image_uniform
 from counting_zoo.models.lower_count.network import find_peaks
 from counting_zoo.queries import known_names
 from counting_zoo.schedules import WarmupHoldDecay
@@ -48,14 +48,14 @@ def counter(seed: int = 0, **options: Any) -> LowerCount:
     return LowerCount(**LowerCount.nested({**SMALL, "classes": NAMES, **options})).eval()
 
 
-def pictures(n: int = 2, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
+def made_images(n: int = 2, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def batch(counts: Any, names: list[str] = NAMES, seed: int = 0) -> Batch:
     rows = torch.tensor(counts, dtype=torch.float32)
     return {
-        "image": pictures(len(rows), seed=seed),
+        "image": made_images(len(rows), seed=seed),
         "queries": ask([list(names)] * len(rows)),
         "counts": rows,
         "image_id": [f"{i}.png" for i in range(len(rows))],
@@ -163,22 +163,22 @@ def test_losses_are_those_of_the_network() -> None:
 
 def test_a_name_it_does_not_know_is_told_the_names_it_knows() -> None:
     said = "kiwis"
-    picture = pictures(1)[0]
+    image = made_images(1)[0]
     for names in ("grapes", ["figs", "grapes"]):
         with pytest.raises(InputError, match=said):
-            counter().count(picture, names)
+            counter().count(image, names)
     with pytest.raises(InputError, match="classes"):
-        counter(classes=None).count(picture, "figs")
+        counter(classes=None).count(image, "figs")
 
 
 def test_any_names_in_any_order_have_the_numbers_of_the_whole() -> None:
-    model, picture = counter(1), pictures(1, 40, 50)[0]
-    whole = model.count(picture)
+    model, image = counter(1), made_images(1, 40, 50)[0]
+    whole = model.count(image)
     assert isinstance(whole, Prediction)
     assert whole.names == NAMES
     assert whole.counts.unique().numel() > 1
     for names in (["plums"], ["kiwis", "figs"], NAMES[::-1]):
-        some = model.count(picture, names)
+        some = model.count(image, names)
         assert isinstance(some, Prediction)
         for k, name in enumerate(names):
             i = NAMES.index(name)
@@ -187,8 +187,8 @@ def test_any_names_in_any_order_have_the_numbers_of_the_whole() -> None:
             assert torch.equal(some.points[k], whole.points[i])
 
 
-def test_pictures_of_a_batch_may_have_names_of_their_own() -> None:
-    model, images = counter(1), pictures(3)
+def test_images_of_a_batch_may_have_names_of_their_own() -> None:
+    model, images = counter(1), made_images(3)
     whole = model(images, ask([NAMES] * 3))
     asked = [["dates", "figs"], ["figs", "kiwis"], ["plums", "dates"]]
     some = model(images, ask(asked))
@@ -219,7 +219,7 @@ def test_names_that_only_the_data_or_only_the_model_knows() -> None:
 
 def test_evaluation_leaves_out_names_it_does_not_know() -> None:
     given: Batch = {
-        "image": list(pictures(3)),
+        "image": list(made_images(3)),
         "image_id": ["a", "b", "c"],
         "queries": ask([["stones", "figs", "plums"], ["stones", "nuts", "hay"], ["plums", "stones", "figs"]]),
         "counts": torch.tensor([[2.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 2.0]]),
@@ -291,7 +291,7 @@ def test_one_name_of_many_is_scored_beside_its_own_constant(tmp_path: Path) -> N
     assert found["test/train_mean_mae"] == pytest.approx(float(np.abs(trained - counts).mean()), rel=1e-5)
 
 
-def test_vocabularies_meet_what_each_picture_shows(tmp_path: Path) -> None:
+def test_vocabularies_meet_what_each_image_shows(tmp_path: Path) -> None:
     """``prompts: target``: one name for each picture, some of which the model does not know."""
 
     class Targets(Baskets):
@@ -381,8 +381,8 @@ def test_classes_come_from_the_training_data_and_stay(average: bool, tmp_path: P
     assert scores(again, data, tmp_path) == expected
     (tested,) = trainer(tmp_path).test(counter(classes=None), data, ckpt_path=str(tmp_path / "a.ckpt"), verbose=False)
     assert tested == expected
-    picture = pictures(1)[0]
-    found, first = again.count(picture), model.count(picture)
+    image = made_images(1)[0]
+    found, first = again.count(image), model.count(image)
     assert isinstance(found, Prediction)
     assert isinstance(first, Prediction)
     assert torch.equal(found.counts, first.counts)
@@ -409,11 +409,11 @@ def test_without_classes_and_without_data_that_name_them(tmp_path: Path) -> None
     ids=str,
 )
 def test_a_checkpoint_is_the_whole_recipe(options: dict[str, Any], tmp_path: Path) -> None:
-    model, picture = counter(1, **options), pictures(1, 40, 60)[0]
+    model, image = counter(1, **options), made_images(1, 40, 60)[0]
     again = load(save(model, tmp_path / "a.ckpt"))
     assert isinstance(again, LowerCount)
     assert again.loss == model.loss
-    expected, found = model.count(picture), again.count(picture)
+    expected, found = model.count(image), again.count(image)
     assert isinstance(expected, Prediction)
     assert isinstance(found, Prediction)
     assert torch.equal(found.counts, expected.counts)
@@ -478,17 +478,15 @@ def test_rounding_and_clamping_are_in_scores_predictions_and_the_library(rule: A
 
 @pytest.mark.parametrize("size", [(64, 64), (37, 50), (200, 90), (3, 400)])
 @pytest.mark.parametrize("rule", [{"resize": "warp", "size": 48}, {"resize": "none"}, {"resize": "short", "size": 41}])
-def test_points_are_the_highest_peaks_in_pixels_of_the_picture_given(
-    size: tuple[int, int], rule: dict[str, Any]
-) -> None:
+def test_points_are_the_highest_peaks_in_pixels_of_the_image_given(size: tuple[int, int], rule: dict[str, Any]) -> None:
     if rule["resize"] == "short" and min(size) == 3:
         return  # 41 x 5467 pixels
     model = counter(1, gated=False, preprocess=rule)
     model.network.density_branch.get_parameter("2.bias").data += torch.tensor([3.0, 0.0, 1.0, 7.0])
-    picture = pictures(1, *size)[0]
-    found = model.count(picture)
+    image = made_images(1, *size)[0]
+    found = model.count(image)
     assert isinstance(found, Prediction)
-    seen = model.preprocess(picture.mul(255).round().to(torch.uint8))
+    seen = model.preprocess(image.mul(255).round().to(torch.uint8))
     with torch.inference_mode():
         maps = model(seen[None].float() / 255, ask([NAMES])).class_maps
     peaks = find_peaks(maps)[0]
@@ -504,7 +502,7 @@ def test_points_are_the_highest_peaks_in_pixels_of_the_picture_given(
     assert sum(len(p) for p in found.points) > 3
 
 
-def test_points_of_predict_are_in_pixels_of_the_stored_picture(tmp_path: Path) -> None:
+def test_points_of_predict_are_in_pixels_of_the_stored_image(tmp_path: Path) -> None:
     model = counter(1, gated=False, preprocess={"resize": "warp", "size": 64})
     model.network.density_branch.get_parameter("2.bias").data += 3
     found = [p for given in trainer(tmp_path).predict(model, Baskets(NAMES, n=2)) or [] for p in given]
@@ -579,7 +577,7 @@ def test_a_frozen_encoder() -> None:
 # -- stages, sampling and resuming ------------------------------------------------------------------------------------
 
 
-def test_negatives_are_drawn_for_each_picture_anew_in_each_step() -> None:
+def test_negatives_are_drawn_for_each_image_anew_in_each_step() -> None:
     given = batch([[0, 0, 0, 1], [0, 3, 0, 0], [0, 0, 0, 7]])
     model = counter(negatives=0.5, negatives_share=0.6)
 
@@ -594,8 +592,8 @@ def test_negatives_are_drawn_for_each_picture_anew_in_each_step() -> None:
     assert first == kept(counts, ids)
     assert kept(counts[[2, 0, 1]], [ids[2], ids[0], ids[1]]) == [first[2], first[0], first[1]]  # not of its place
     assert any(kept(counts, ids, step) != first for step in (1, 2))
-    assert all(row[3] for row in first)  # kiwis are in two of three pictures
-    drawn = picture_uniform(ids, 4, 0)
+    assert all(row[3] for row in first)  # kiwis are in two of three images
+    drawn = image_uniform(ids, 4, 0)
     assert [row[:3] for row in first] == (drawn[:, :3] < 0.5).tolist()
     assert counter()._kept(counts, ids) is None
 

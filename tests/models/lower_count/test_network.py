@@ -232,7 +232,7 @@ def test_encoders_that_there_are_not(options: dict[str, Any], said: str) -> None
 
 @pytest.mark.parametrize("kind", ["small", *TINY])
 @pytest.mark.parametrize("reduction", [8, 16])
-def test_every_encoder_counts_pictures_of_any_size(kind: str, reduction: int) -> None:
+def test_every_encoder_counts_images_of_any_size(kind: str, reduction: int) -> None:
     torch.manual_seed(0)
     model = LowerCount(TINY.get(kind, kind), width=4, reduction=reduction, classes=["a", "b"]).eval()
     for height, width in ((64, 96), (50, 70), (9, 130)):

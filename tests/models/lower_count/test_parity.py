@@ -53,30 +53,28 @@ def model(golden: dict[str, Any]) -> LowerCount:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Tensor:
+def images() -> Tensor:
     x = np.random.RandomState(20).standard_normal((3, 3, 448, 448)).astype(np.float32)
     return torch.from_numpy(x) * STD + MEAN
 
 
-def test_evaluation(model: LowerCount, golden: dict[str, Any], pictures: Tensor, tmp_path: Path) -> None:
+def test_evaluation(model: LowerCount, golden: dict[str, Any], images: Tensor, tmp_path: Path) -> None:
     with torch.inference_mode():
-        found = model(pictures, ask(ASKED))
+        found = model(images, ask(ASKED))
     assert relative(found.class_scores, golden["score"]) < 1e-5
     assert relative(found.class_maps, golden["M"]) < 1e-5
     assert relative(found.raw_density, golden["D"]) < 1e-5
     assert torch.equal(model.reported(found.counts), torch.from_numpy(golden["count"]))
     again = load(save(model, tmp_path / "model.ckpt"))
     with torch.inference_mode():
-        assert torch.equal(
-            again(pictures[:1], ask(ASKED[:1])).raw_density, model(pictures[:1], ask(ASKED[:1])).raw_density
-        )
+        assert torch.equal(again(images[:1], ask(ASKED[:1])).raw_density, model(images[:1], ask(ASKED[:1])).raw_density)
     assert torch.equal(again.reported(torch.tensor([0.5, 1.5, -0.6])), torch.tensor([0.0, 2.0, -1.0]))
 
 
-def test_training(model: LowerCount, golden: dict[str, Any], pictures: Tensor) -> None:
+def test_training(model: LowerCount, golden: dict[str, Any], images: Tensor) -> None:
     model.train()
     with torch.no_grad():
-        found = model(pictures, ask(ASKED))
+        found = model(images, ask(ASKED))
     counts = torch.from_numpy(golden["gt"]).float()
     assert relative(found.class_scores, golden["train_score"]) < 1e-5
     assert relative(found.class_maps, golden["train_M"]) < 1e-5
@@ -86,17 +84,17 @@ def test_training(model: LowerCount, golden: dict[str, Any], pictures: Tensor) -
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_losses_and_gradients(model: LowerCount, golden: dict[str, Any], pictures: Tensor, stage: int) -> None:
+def test_losses_and_gradients(model: LowerCount, golden: dict[str, Any], images: Tensor, stage: int) -> None:
     model.train()
     batch: Batch = {
-        "image": pictures,
+        "image": images,
         "queries": ask(ASKED),
         "image_id": ["a", "b", "c"],
         "counts": torch.from_numpy(golden["gt"]).float(),
     }
     model.first_stage = 20 if stage == 1 else 0
     model._trainer = _Epoch()  # type: ignore[assignment]
-    terms = model.losses(model(pictures, ask(ASKED)), batch)
+    terms = model.losses(model(images, ask(ASKED)), batch)
     wanted: dict[str, float] = {}
     for name, value in zip(golden[f"termnames_stage{stage}"], golden[f"terms_stage{stage}"], strict=True):
         key = TERMS[str(name)]

@@ -118,7 +118,7 @@ def test_one_convolution_in_every_geometry(
     torch.testing.assert_close(grad, value * expected, rtol=1e-10, atol=1e-12)
 
 
-def test_all_of_a_positive_network_reaches_the_picture() -> None:
+def test_all_of_a_positive_network_reaches_the_image() -> None:
     """Without negative weights nothing is lost on the way: the gradient itself sums to one."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 1, 3))

@@ -80,7 +80,7 @@ def test_polygons_take_the_pixels_whose_centre_they_hold() -> None:
     assert polygon_mask([[2.4, 3, 6.4, 3, 6.4, 8, 2.4, 8]], (10, 12))[3, 2:6].all()
     two = polygon_mask([[0, 0, 4, 0, 4, 4, 0, 4], [2, 2, 6, 2, 6, 6, 2, 6]], (8, 8))
     assert two.sum() == 16 + 16 - 4  # a union: what lies in both stays
-    assert polygon_mask([[-5, -5, 50, -5, 50, 50, -5, 50]], (8, 9)).all()  # beyond the picture
+    assert polygon_mask([[-5, -5, 50, -5, 50, 50, -5, 50]], (8, 9)).all()  # beyond the image
     assert not polygon_mask([[1, 1, 3, 1, 5, 1]], (8, 9)).any()  # no area
 
 
@@ -102,7 +102,7 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def test_one_file_of_one_picture_keeps_its_order(tmp_path: Path) -> None:
+def test_one_file_of_one_image_keeps_its_order(tmp_path: Path) -> None:
     masks = [drawn(i) for i in range(3)]
     path = write(tmp_path / "a.json", [spans(mask) for mask in masks])
     found = Proposals(path)("a.jpg", (9, 13))
@@ -111,7 +111,7 @@ def test_one_file_of_one_picture_keeps_its_order(tmp_path: Path) -> None:
     assert Proposals(write(tmp_path / "none.json", []))("a.jpg", (9, 13)).shape == (0, 9, 13)
 
 
-def test_a_folder_has_a_file_for_each_picture(tmp_path: Path) -> None:
+def test_a_folder_has_a_file_for_each_image(tmp_path: Path) -> None:
     write(tmp_path / "b.json", [spans(drawn(1, (4, 5)))])
     proposals = Proposals(tmp_path)
     assert proposals("test/b.jpg", (4, 5)).shape == (1, 4, 5)
@@ -119,7 +119,7 @@ def test_a_folder_has_a_file_for_each_picture(tmp_path: Path) -> None:
         proposals("c.jpg", (4, 5))
 
 
-def test_results_are_found_by_picture_the_best_first(tmp_path: Path) -> None:
+def test_results_are_found_by_image_the_best_first(tmp_path: Path) -> None:
     first, second, other = (drawn(i) for i in range(3))
     rows = [
         {"image_id": 7, "score": 0.2, "segmentation": {"size": [9, 13], "counts": compressed(runs(first))}},
@@ -145,7 +145,7 @@ def test_a_coco_file_is_asked_by_file_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write_row", [spans, lambda mask: {"size": list(mask.shape), "counts": runs(mask)}])
-def test_proposals_of_another_picture_size(tmp_path: Path, write_row) -> None:
+def test_proposals_of_another_image_size(tmp_path: Path, write_row) -> None:
     path = write(tmp_path / "a.json", [write_row(drawn(0)), write_row(drawn(1, (13, 9)))])
     with pytest.raises(InputError, match="13 x 9"):
         Proposals(path)("a.jpg", (9, 13))
@@ -195,7 +195,7 @@ def test_files_of_something_else(tmp_path: Path, content: bytes) -> None:
         Proposals(tmp_path / "b.json")
 
 
-def test_rows_with_and_without_a_picture(tmp_path: Path) -> None:
+def test_rows_with_and_without_a_image(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", [{"image_id": 1, "segmentation": GOOD}, GOOD])
     with pytest.raises(InputError, match="image_id"):
         Proposals(path)("1", (2, 3))

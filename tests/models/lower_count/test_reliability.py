@@ -52,13 +52,13 @@ def test_tiles_change_nothing(height: int, width: int, window: int, stride: int)
     """I1, for windows and strides that are any multiples of the cell."""
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(height * 131 + width))
     window, stride = 8 * window, 8 * min(stride, window)
-    # What lies beyond the picture is black in tiles and mean grey without, so cells that reach there may differ.
+    # What lies beyond the image is black in tiles and mean grey without, so cells that reach there may differ.
     rows, columns = height // 8, width // 8
     with torch.inference_mode():
         (whole,) = MODEL.count_images(list(image), ask([NAMES[:2]]))
         (tiled,) = MODEL.count_images(list(image), ask([NAMES[:2]]), window=window, stride=stride)
     assert whole.density.shape == tiled.density.shape == (1, 2, -(-height // 8), -(-width // 8))
-    # The density of a picture is D over all its cells, and that of a tile over those of the tile.
+    # The density of a image is D over all its cells, and that of a tile over those of the tile.
     cells, own = -(-height // 8) * -(-width // 8), (window // 8) ** 2
     raw = [found.density[..., :rows, :columns] * n for found, n in ((whole, cells), (tiled, own))]
     torch.testing.assert_close(raw[1], raw[0], rtol=1e-4, atol=1e-5)
@@ -67,7 +67,7 @@ def test_tiles_change_nothing(height: int, width: int, window: int, stride: int)
 @pytest.mark.parametrize("size", [(200, 300), (1, 3000), (1, 1), (33, 47)])
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("options", [{}, {"preprocess": {"resize": "none"}}, {"density_branch": "modulated"}], ids=str)
-def test_any_picture_is_counted_and_its_map_sums_to_the_count(
+def test_any_image_is_counted_and_its_map_sums_to_the_count(
     size: tuple[int, int], window: int | None, options: dict[str, Any]
 ) -> None:
     """F7 and I2: at every output resolution."""
@@ -85,7 +85,7 @@ def test_any_picture_is_counted_and_its_map_sums_to_the_count(
 
 
 @pytest.mark.parametrize("value", [0, 255, None])
-def test_blank_and_noise_pictures_have_finite_counts(value: int | None) -> None:
+def test_blank_and_noise_images_have_finite_counts(value: int | None) -> None:
     """I3: finite, and no more points than were counted where all cells are alike."""
     noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     found = counter(1).count(noise if value is None else torch.full_like(noise, value))
@@ -94,7 +94,7 @@ def test_blank_and_noise_pictures_have_finite_counts(value: int | None) -> None:
     assert all(len(p) <= max(0, round(float(c))) for p, c in zip(found.points, found.counts, strict=True))
 
 
-# -- what pictures are said to hold -----------------------------------------------------------------------------------
+# -- what images are said to hold -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", [[0, 0, 0, 0], [20_033, 20_033, 0, 0], [math.nan] * 4, [4, 5, 1e9, 0]], ids=str)
@@ -158,10 +158,10 @@ def metrics(path: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("empty", ["some", "all"])
-def test_pictures_without_objects(empty: str, words: list[str]) -> None:
+def test_images_without_objects(empty: str, words: list[str]) -> None:
     """F8, F9: fit and test in both stages with finite losses and metrics; what is undefined is left out."""
     counts_folder({f"{i}.png": [("figs", 0 if empty == "all" or i % 2 else 2), ("dates", 0)] for i in range(8)})
-    words = [*words, "--data.classes=[figs, dates]"]  # a name that no picture has is in no table
+    words = [*words, "--data.classes=[figs, dates]"]  # a name that no image has is in no table
     fitting = [*tiny.trainer(max_epochs=2), *tiny.model("lower_count_small")]
     assert tiny.run("fit", *fitting, *words) == 0
     found = metrics("runs/a/metrics.csv")
@@ -220,11 +220,11 @@ def tensors() -> int:
 
 def test_counting_and_training_keep_nothing() -> None:
     """I7: as many tensors after many pictures as after a few."""
-    model, picture, given = counter(), torch.rand(3, 40, 50), batch([[1, 0, 2, 7], [0, 3, 0, 0]])
+    model, image, given = counter(), torch.rand(3, 40, 50), batch([[1, 0, 2, 7], [0, 3, 0, 0]])
 
     def some(n: int) -> int:
         for _ in range(n):
-            model.eval().count(picture)
+            model.eval().count(image)
             model.zero_grad()
             total(model.train().training_losses(given)).backward()
         return tensors()

@@ -17,24 +17,24 @@ from counting_zoo.models.lower_count.proposals import _Hierarchy, segment_propos
 def scene(seed: int, size: tuple[int, int] = (240, 300), n: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Discs on a noisy ground, some touching, and their masks."""
     rng = np.random.default_rng(seed)
-    picture = np.full((*size, 3), 120, np.uint8)
+    image = np.full((*size, 3), 120, np.uint8)
     masks = np.zeros((n, *size), np.uint8)
     for i, mask in enumerate(masks):
         centre = 40 + 70 * (i % 4), 60 + 100 * (i // 4)
         colour = [(220, 60, 60), (60, 60, 220), (240, 240, 60), (20, 20, 20)][i % 4]
-        for plane, value in ((mask, 1), (picture, colour)):
+        for plane, value in ((mask, 1), (image, colour)):
             cv2.circle(plane, centre, int(18 + 4 * (i % 3)), value, cv2.FILLED)
-    noise = rng.normal(0, 6, picture.shape)
-    return (picture + noise).clip(0, 255).astype(np.uint8), masks > 0
+    noise = rng.normal(0, 6, image.shape)
+    return (image + noise).clip(0, 255).astype(np.uint8), masks > 0
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("scale", [1, 2])
 def test_objects_are_among_the_proposals(seed: int, scale: int) -> None:
-    picture, truth = scene(seed)
-    picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    image, truth = scene(seed)
+    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     truth = truth.repeat(scale, 1).repeat(scale, 2)
-    masks = segment_proposals(picture, 100)
+    masks = segment_proposals(image, 100)
     assert masks.shape[1:] == truth.shape[1:]
     best = mask_iou(torch.from_numpy(truth), masks).amax(1)
     assert (best > 0.8).all(), best
@@ -42,32 +42,32 @@ def test_objects_are_among_the_proposals(seed: int, scale: int) -> None:
 
 
 def test_what_touches_comes_apart() -> None:
-    picture = np.full((200, 200, 3), 230, np.uint8)
+    image = np.full((200, 200, 3), 230, np.uint8)
     truth = np.zeros((2, 200, 200), np.uint8)
     for plane, x in zip(truth, (70, 130), strict=True):
         cv2.circle(plane, (x, 100), 30, 1, cv2.FILLED)
-    picture[truth.any(0)] = (150, 30, 60)
-    best = mask_iou(torch.from_numpy(truth > 0), segment_proposals(picture)).amax(1)
+    image[truth.any(0)] = (150, 30, 60)
+    best = mask_iou(torch.from_numpy(truth > 0), segment_proposals(image)).amax(1)
     assert (best > 0.85).all(), best
 
 
 def test_twice_the_same_from_arrays_and_tensors() -> None:
-    picture, _ = scene(0)
-    first = segment_proposals(picture, 40)
+    image, _ = scene(0)
+    first = segment_proposals(image, 40)
     assert len(first) == 40
-    assert torch.equal(first, segment_proposals(picture.copy(), 40))
-    assert torch.equal(first, segment_proposals(torch.from_numpy(picture).permute(2, 0, 1), 40))
-    assert torch.equal(first[:7], segment_proposals(picture, 7))
+    assert torch.equal(first, segment_proposals(image.copy(), 40))
+    assert torch.equal(first, segment_proposals(torch.from_numpy(image).permute(2, 0, 1), 40))
+    assert torch.equal(first[:7], segment_proposals(image, 7))
     assert first.flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 200), (20, 2000)])
-def test_pictures_of_any_size(size: tuple[int, int]) -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
-    assert segment_proposals(picture).shape[1:] == size
+def test_images_of_any_size(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    assert segment_proposals(image).shape[1:] == size
 
 
-def test_a_picture_of_one_colour_has_none() -> None:
+def test_a_image_of_one_colour_has_none() -> None:
     masks = segment_proposals(np.full((40, 60, 3), 77, np.uint8))
     assert masks.shape == (0, 40, 60)
     assert masks.dtype == torch.bool
@@ -105,13 +105,13 @@ def test_regions_join_by_the_least_added_deviation() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    for picture in (
+    for image in (
         np.zeros((4, 5), np.uint8),
         np.zeros((4, 5, 3)),
         torch.zeros(3, 4, 5),
         np.zeros((0, 5, 3), np.uint8),
     ):
         with pytest.raises(InputError, match="uint8 RGB"):
-            segment_proposals(picture)
+            segment_proposals(image)
     with pytest.raises(InputError, match="most"):
         segment_proposals(np.zeros((4, 5, 3), np.uint8), 0)

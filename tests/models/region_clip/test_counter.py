@@ -167,7 +167,7 @@ def test_a_step(kind: str, supervision: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_alone(kind: str) -> None:
+def test_a_image_alone(kind: str) -> None:
     """One picture for each process, with and without an object."""
     data = Fruit(empty=(1,))
     model = counter(**KINDS[kind])
@@ -280,18 +280,18 @@ def test_a_source_is_made_when_it_is_needed(tmp_path: Path) -> None:
             model.count(torch.zeros(3, 48, 64), "figs")
 
 
-def test_pictures_in_which_nothing_was_found(tmp_path: Path) -> None:
+def test_images_in_which_nothing_was_found(tmp_path: Path) -> None:
     file = tmp_path / "boxes.csv"
     file.write_text("image,x1,y1,x2,y2\na.png,0,0,20,20\n", encoding="utf-8")
     for missing in ("error", "empty"):
         model = counter(proposals=str(file), missing_proposals=missing, threshold=0.0)
-        pictures, asked = [torch.zeros(3, 48, 64)] * 2, [["figs"]] * 2
+        images, asked = [torch.zeros(3, 48, 64)] * 2, [["figs"]] * 2
         if missing == "empty":
-            named, unnamed = model.count_images(list(pictures), ask(asked), image_ids=["a.png", "b.png"])
+            named, unnamed = model.count_images(list(images), ask(asked), image_ids=["a.png", "b.png"])
             assert (named.counts.tolist(), unnamed.counts.tolist()) == ([[1.0]], [[0.0]])
         else:
             with pytest.raises(InputError, match=r"b\.png"):
-                model.count_images(list(pictures), ask(asked), image_ids=["a.png", "b.png"])
+                model.count_images(list(images), ask(asked), image_ids=["a.png", "b.png"])
 
 
 def test_names_of_one_spelling_leave_the_negatives_alone() -> None:
@@ -423,7 +423,7 @@ class Bright(nn.Module):
         return 4 * bright + 4, torch.full((len(images), 2, *bright.shape[-2:]), math.log(4 / 16))
 
 
-def test_saturated_pictures_are_cut_and_nothing_is_counted_twice() -> None:
+def test_saturated_images_are_cut_and_nothing_is_counted_twice() -> None:
     """Dots 6 pixels apart run together in cells of 4; in tiles, at 1.7 times their size, they do not."""
     image = torch.zeros(3, 96, 96)
     y, x = torch.meshgrid(torch.arange(3, 96, 6), torch.arange(3, 96, 6), indexing="ij")
@@ -446,7 +446,7 @@ def test_saturated_pictures_are_cut_and_nothing_is_counted_twice() -> None:
     assert float(gaps.max()) < 3
 
 
-def test_pictures_that_are_not_saturated_are_not_cut() -> None:
+def test_images_that_are_not_saturated_are_not_cut() -> None:
     image = torch.zeros(3, 96, 96)
     image[:, 11::24, 11::24] = 1
     model = counter(tile_depth=2)
@@ -548,7 +548,7 @@ def test_given_boxes_are_classified_through_predict(photos: Path) -> None:
         assert said.labels == [row["name"] for row in mine]
 
 
-def test_a_picture_that_the_file_does_not_name(photos: Path) -> None:
+def test_a_image_that_the_file_does_not_name(photos: Path) -> None:
     model = counter(proposals="boxes.json")
     with pytest.raises(InputError, match=r"photo\.png"):
         look(model, torch.zeros(3, 48, 64), ["figs"], "photo.png")
@@ -587,10 +587,10 @@ def test_a_detector_of_transformers(folders: dict[str, Path], tmp_path: Path) ->
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (33, 47), (48, 64)])
 @pytest.mark.parametrize("proposals", ["grid", "peaks"])
-def test_any_picture(proposals: str, size: tuple[int, int]) -> None:
+def test_any_image(proposals: str, size: tuple[int, int]) -> None:
     model = counter(proposals=proposals, threshold=0.0, peak_floor=0.0)
-    picture = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-    found = one(model.count(picture, ["figs", "dates"]))
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    found = one(model.count(image, ["figs", "dates"]))
     assert bool((found.counts > 0).all())
     torch.testing.assert_close(found.density.sum((-2, -1)), found.counts)
     assert found.boxes is not None
@@ -606,16 +606,16 @@ def test_any_picture(proposals: str, size: tuple[int, int]) -> None:
 def test_batches_and_types_change_nothing(kind: str) -> None:
     """A tensor, a list, one by one; uint8 and the same as float; in training mode ``count`` evaluates."""
     model = counter(**KINDS[kind], threshold=0.3, peak_floor=0.0, tile_depth=0, scale=1.0, bias=0.0)
-    pictures = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8)
     names = [["figs", "dates"]] * 3
-    together = model.count_images(list(pictures), ask(names))
-    apart = model.count_images(list(pictures.float() / 255), ask(names))
+    together = model.count_images(list(images), ask(names))
+    apart = model.count_images(list(images.float() / 255), ask(names))
     counts = torch.cat([output.counts for output in together])
     assert float(counts.sum()) > 0
     assert torch.equal(counts, torch.cat([output.counts for output in apart]))
     with torch.no_grad():
-        assert torch.equal(model(pictures.float() / 255, ask(names)).counts, counts)
-    assert torch.equal(one(model.train().count(pictures[0], names[0])).counts, counts[0])
+        assert torch.equal(model(images.float() / 255, ask(names)).counts, counts)
+    assert torch.equal(one(model.train().count(images[0], names[0])).counts, counts[0])
     assert model.training
 
 
@@ -841,7 +841,7 @@ def test_validation_shows_what_is_counted(tmp_path: Path) -> None:
     assert counted() > strict
 
 
-def test_no_pictures_no_threshold(tmp_path: Path) -> None:
+def test_no_images_no_threshold(tmp_path: Path) -> None:
     model = guessing(tmp_path, threshold=0.3)
     model.trainer = SimpleNamespace(sanity_checking=False, world_size=1)  # type: ignore[assignment]
     model.log = model.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
@@ -873,21 +873,21 @@ def test_nothing_above_the_threshold(tmp_path: Path) -> None:
 # -- whole regions ----------------------------------------------------------------------------------------------------
 
 
-def forms_of(picture: np.ndarray, folder: Path) -> Iterator[Any]:
+def forms_of(image: np.ndarray, folder: Path) -> Iterator[Any]:
     path = folder / "picture.png"
-    path.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
+    path.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
     yield path
     yield str(path)
-    yield picture
-    yield torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    yield image
+    yield torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize("kind", ["stem", "vit", "resnet"])
 def test_classify_regions(kind: str, tmp_path: Path) -> None:
     model = counter(**KINDS[kind], preprocess={"resize": "short", "size": 32})
-    picture = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
     boxes = [[0, 0, 20, 20], [30.5, 10, 64, 48], [-5, -5, 10, 500]]
-    found = [model.classify_regions(form, boxes, NAMES) for form in forms_of(picture, tmp_path)]
+    found = [model.classify_regions(form, boxes, NAMES) for form in forms_of(image, tmp_path)]
     for one_form in found:
         assert one_form.probabilities.shape == (3, 4)
         assert bool(((one_form.probabilities > 0) & (one_form.probabilities < 1)).all())
@@ -895,22 +895,22 @@ def test_classify_regions(kind: str, tmp_path: Path) -> None:
         assert one_form.labels == [NAMES[i] for i in one_form.probabilities.argmax(1)]
     inside = [[0, 0, 20, 20], [30.5, 10, 64, 48], [0, 0, 10, 48]]
     for given in (inside, torch.tensor(inside), np.array(inside)):
-        torch.testing.assert_close(model.classify_regions(picture, given, NAMES).probabilities, found[0].probabilities)
-    reverse = model.classify_regions(picture, boxes[::-1], NAMES[::-1]).probabilities.flip(0, 1)
+        torch.testing.assert_close(model.classify_regions(image, given, NAMES).probabilities, found[0].probabilities)
+    reverse = model.classify_regions(image, boxes[::-1], NAMES[::-1]).probabilities.flip(0, 1)
     torch.testing.assert_close(reverse, found[0].probabilities)
     assert not model.training
-    assert model.train().classify_regions(picture, boxes, NAMES).probabilities.equal(found[0].probabilities)
+    assert model.train().classify_regions(image, boxes, NAMES).probabilities.equal(found[0].probabilities)
     assert model.training
 
 
 def test_classify_one_name_and_no_box() -> None:
-    model, picture = counter(), torch.rand(3, 48, 64)
-    found = model.classify_regions(picture, [[0, 0, 9, 9]], "figs")
+    model, image = counter(), torch.rand(3, 48, 64)
+    found = model.classify_regions(image, [[0, 0, 9, 9]], "figs")
     assert found.names == ["figs"]
     none: Any
     for none in ([], torch.zeros(0, 4), np.zeros((0, 4))):
-        assert model.classify_regions(picture, none, NAMES).probabilities.shape == (0, 4)
-        assert model.classify_regions(picture, none, NAMES).labels == []
+        assert model.classify_regions(image, none, NAMES).probabilities.shape == (0, 4)
+        assert model.classify_regions(image, none, NAMES).labels == []
 
 
 @pytest.mark.parametrize(
@@ -956,18 +956,18 @@ def test_encoders_pretrained_on_regions(kind: str, tmp_path: Path) -> None:
     ).eval()
     mine = model.network.encoder.state_dict()
     assert all(torch.equal(value, mine[key]) for key, value in pretraining.encoder.state_dict().items())
-    picture, boxes = torch.rand(3, 48, 64), [[0, 0, 20, 20], [20, 9, 60, 40]]
+    image, boxes = torch.rand(3, 48, 64), [[0, 0, 20, 20], [20, 9, 60, 40]]
     with torch.no_grad():
-        features = pretraining.eval().encoder(model.network.normalised(picture[None]))[0]
+        features = pretraining.eval().encoder(model.network.normalised(image[None]))[0]
         regions = pretraining.encoder.pool(features, [torch.tensor(boxes).float()])
         texts = pretraining.text(NAMES)
     expected = (14 * torch.cosine_similarity(regions[:, None], texts, dim=2) - 7).sigmoid()
     torch.testing.assert_close(
-        model.classify_regions(picture, boxes, NAMES).probabilities, expected, rtol=1e-3, atol=1e-5
+        model.classify_regions(image, boxes, NAMES).probabilities, expected, rtol=1e-3, atol=1e-5
     )
     save(model, tmp_path / "model.ckpt")
     file.unlink()
-    again = load(tmp_path / "model.ckpt").classify_regions(picture, boxes, NAMES).probabilities
+    again = load(tmp_path / "model.ckpt").classify_regions(image, boxes, NAMES).probabilities
     torch.testing.assert_close(again, expected, rtol=1e-3, atol=1e-5)
 
 

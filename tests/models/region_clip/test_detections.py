@@ -272,14 +272,14 @@ def test_objects_that_the_border_cuts_stay_two() -> None:
     assert found.boxes.tolist() == [[0, 10, 10, 30], [0, 10, 18, 30]]  # clipped in the end
 
 
-def test_boxes_without_area_in_the_picture_are_left_out_and_counted() -> None:
+def test_boxes_without_area_in_the_image_are_left_out_and_counted() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 5, 9], [100, 0, 120, 10], [30, 30, 20, 40], [70, 50, 99, 99]])
     with pytest.warns(UserWarning, match="3 of 5"):
         found = detect(boxes, torch.ones(5, 1), size=SIZE, threshold=0.5)
     assert found.source.tolist() == [0, 4]
     assert found.boxes[1].tolist() == [70, 50, 80, 60]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # regressed out of the picture, as a network may
+        warnings.simplefilter("error")  # regressed out of the image, as a network may
         moved = detect(boxes[:1], torch.ones(1, 1), size=SIZE, threshold=0.5, deltas=torch.tensor([[-99.0, 0, 0, 0]]))
     assert moved.boxes.shape == (0, 4)
 
@@ -298,9 +298,9 @@ def test_nothing_to_detect(suppression: Any) -> None:
 
 
 def naive_threshold(counts: Tensor, targets: Tensor, thresholds: Tensor) -> float:
-    pictures, steps, names = counts.shape
+    images, steps, names = counts.shape
     errors = [
-        sum(abs(float(counts[p, t, k]) - float(targets[p, k])) for p in range(pictures) for k in range(names))
+        sum(abs(float(counts[p, t, k]) - float(targets[p, k])) for p in range(images) for k in range(names))
         for t in range(steps)
     ]
     runs: list[list[int]] = [[]]
@@ -314,11 +314,11 @@ def naive_threshold(counts: Tensor, targets: Tensor, thresholds: Tensor) -> floa
 
 
 @settings(max_examples=30, deadline=None)
-@given(pictures=st.integers(1, 3), steps=st.integers(1, 9), names=st.integers(1, 2), seed=st.integers(0, 999))
-def test_best_threshold_against_a_loop(pictures: int, steps: int, names: int, seed: int) -> None:
+@given(images=st.integers(1, 3), steps=st.integers(1, 9), names=st.integers(1, 2), seed=st.integers(0, 999))
+def test_best_threshold_against_a_loop(images: int, steps: int, names: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    counts = torch.randint(3, (pictures, steps, names), generator=g).float()
-    targets = torch.randint(3, (pictures, names), generator=g).float()
+    counts = torch.randint(3, (images, steps, names), generator=g).float()
+    targets = torch.randint(3, (images, names), generator=g).float()
     thresholds = torch.linspace(0.05, 0.95, steps)
     assert best_threshold(counts, targets, thresholds) == naive_threshold(counts, targets, thresholds)
 

@@ -33,7 +33,7 @@ from counting_zoo.nn.regions import (
     FrozenBatchNorm2d,
     ResNetRegions,
     ViTRegions,
-    region_and_picture_embeddings,
+    region_and_image_embeddings,
     region_embeddings,
     roi_align,
 )
@@ -85,12 +85,12 @@ def padded(golden: dict[str, Any]) -> Tensor:
 def test_reference_features_losses_and_gradients(golden: dict[str, Any]) -> None:
     encoder, images = encoder_of(golden["student"], golden["lang_encoder"]), padded(golden)
     assert relative(encoder(images)[0].flatten()[::8], golden["res4"]) < 1e-5
-    regions, pictures = region_and_picture_embeddings(encoder, images, golden["boxes"])
+    regions, whole = region_and_image_embeddings(encoder, images, golden["boxes"])
     assert relative(regions, golden["region_feats"]) < 1e-5
-    assert relative(pictures, golden["global_feats"]) < 1e-5
+    assert relative(whole, golden["global_feats"]) < 1e-5
     pseudo = pseudo_labels(golden["pseudo"]["2.0"]["concept_scores"], 0.1)
     losses = pretraining_losses(
-        regions, pseudo.probabilities, pseudo.labels, pseudo.kept, golden["concept_emb"], pictures, golden["text_feats"]
+        regions, pseudo.probabilities, pseudo.labels, pseudo.kept, golden["concept_emb"], whole, golden["text_feats"]
     )
     names = {"region_text": "concept_contrastive", "distillation": "region_distill", "image_text": "img_txt_level"}
     for ours, theirs in names.items():
@@ -269,10 +269,10 @@ def test_freeze_at(freeze_at: int) -> None:
 @torch.no_grad()
 def test_patches_are_what_counters_read(height: int, width: int) -> None:
     clip, images = tiny_clip.tower(image=64), torch.randn(2, 3, height, width)
-    features, pictures = ViTRegions(clip)(images)
+    features, whole = ViTRegions(clip)(images)
     torch.testing.assert_close(features, PromptedViT(clip, n_prompts=0)(images))
     expected = clip.get_image_features(images, interpolate_pos_encoding=True).pooler_output
-    torch.testing.assert_close(pictures, expected)
+    torch.testing.assert_close(whole, expected)
 
 
 @pytest.mark.parametrize("dense", ["patch", "value"])
@@ -303,8 +303,8 @@ def test_value_mode_against_a_second_implementation() -> None:
     wide = linear(f"{last}.mlp.fc1", normed(f"{last}.layer_norm2", hidden))
     hidden = hidden + linear(f"{last}.mlp.fc2", wide * torch.sigmoid(1.702 * wide))
     expected = normed("post_layernorm", hidden)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
-    features, pictures = ViTRegions(clip, dense="value")(images)
-    assert pictures is None
+    features, whole = ViTRegions(clip, dense="value")(images)
+    assert whole is None
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert relative(ViTRegions(clip)(images)[0], expected) > 1e-3  # the two modes do differ
 
@@ -316,8 +316,8 @@ def test_value_mode_against_a_second_implementation() -> None:
 def test_all_that_trains_gets_a_gradient(build: Any) -> None:
     """DDP stops at a parameter that gets none."""
     encoder = build().train()
-    regions, pictures = region_and_picture_embeddings(encoder, torch.randn(1, 3, 64, 64), [ODD])
-    (regions.square().sum() + pictures.square().sum()).backward()
+    regions, whole = region_and_image_embeddings(encoder, torch.randn(1, 3, 64, 64), [ODD])
+    (regions.square().sum() + whole.square().sum()).backward()
     for name, p in encoder.named_parameters():
         assert (p.grad is not None) == p.requires_grad, name
         assert p.grad is None or bool(p.grad.isfinite().all()), name
@@ -358,7 +358,7 @@ def test_odd_boxes_are_finite(build: Any) -> None:
 
 
 @each_encoder
-def test_pictures_without_boxes(build: Any) -> None:
+def test_images_without_boxes(build: Any) -> None:
     encoder, images = build(), torch.randn(3, 3, 64, 64)
     found = region_embeddings(encoder, images, [ODD[:0], ODD[:2], ODD[:0]])
     torch.testing.assert_close(found, region_embeddings(encoder, images[1:2], [ODD[:2]]), rtol=1e-4, atol=1e-5)
@@ -380,14 +380,14 @@ def test_regions_do_not_depend_on_their_company(build: Any, monkeypatch: pytest.
 
 @each_encoder
 @torch.no_grad()
-def test_whole_pictures(build: Any) -> None:
+def test_whole_images(build: Any) -> None:
     encoder, images = build(), torch.randn(2, 3, 64, 64)
-    regions, pictures = region_and_picture_embeddings(encoder, images, [ODD[:1]] * 2, [(64, 64), (48, 32)])
+    regions, whole = region_and_image_embeddings(encoder, images, [ODD[:1]] * 2, [(64, 64), (48, 32)])
     torch.testing.assert_close(regions, region_embeddings(encoder, images, [ODD[:1]] * 2), rtol=1e-4, atol=1e-5)
     token = encoder(images)[1]
     extents = [torch.tensor([[0.0, 0.0, 64.0, 64.0]]), torch.tensor([[0.0, 0.0, 32.0, 48.0]])]
     expected = region_embeddings(encoder, images, extents) if token is None else token
-    torch.testing.assert_close(pictures, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
 
 
 @each_encoder

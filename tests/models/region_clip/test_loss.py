@@ -98,7 +98,7 @@ def test_reference_values(golden: dict[str, Any], threshold: str) -> None:
     assert float(found) == pytest.approx(float(case["losses"]["loss_region_distill"]), rel=1e-5)
 
 
-def test_reference_value_of_pictures_and_captions(golden: dict[str, Any]) -> None:
+def test_reference_value_of_images_and_captions(golden: dict[str, Any]) -> None:
     data = golden["pretrain"]
     found = image_text_loss(data["global_feats"], data["text_feats"])
     assert float(found) == pytest.approx(float(data["losses"]["loss_img_txt_level"]), rel=1e-5)
@@ -181,18 +181,18 @@ def test_closed_forms() -> None:
     assert float(distillation_loss(features, (2 * features).softmax(1), all_kept, features, 0.5)) < 1e-7
 
 
-def test_one_caption_of_several_pictures_is_a_positive_of_each() -> None:
+def test_one_caption_of_several_images_is_a_positive_of_each() -> None:
     images, texts = torch.randn(4, 8), torch.randn(3, 8)[[0, 1, 1, 2]]
     plain, shared = image_text_loss(images, texts), image_text_loss(images, texts, captions=torch.tensor([0, 1, 1, 2]))
     assert torch.equal(image_text_loss(images, texts, captions=torch.arange(4)), plain)
     assert float(shared) < float(plain)
-    # Two pictures of one sentence cannot be told apart by it, and need not be.
+    # Two images of one sentence cannot be told apart by it, and need not be.
     both = torch.ones(2, dtype=torch.int64)
     assert float(image_text_loss(images[:2], texts[1:3], captions=both)) == pytest.approx(0, abs=1e-6)
     assert float(image_text_loss(texts[1:3], texts[1:3])) == pytest.approx(math.log(2))
 
 
-def test_pictures_without_a_caption_are_left_out() -> None:
+def test_images_without_a_caption_are_left_out() -> None:
     x, kept = draw(), torch.tensor([True, False, True, True, False, True])
     found = image_text_loss(x["images"], x["texts"], kept=kept)
     torch.testing.assert_close(found, image_text_loss(x["images"][kept], x["texts"][kept]))
@@ -227,7 +227,7 @@ def test_no_region_at_all() -> None:
     assert gradients["regions"].shape == (0, 8)
 
 
-def test_one_region_and_one_picture() -> None:
+def test_one_region_and_one_image() -> None:
     values, gradients = backward({**draw(1), "kept": torch.tensor([True])})
     assert float(values["region_text"]) == float(values["image_text"]) == 0
     assert float(values["distillation"]) > 0

@@ -121,7 +121,7 @@ def test_focal_loss_is_finite_everywhere(empty: bool) -> None:
 def test_size_loss_reads_the_cells_of_centres() -> None:
     log_sizes = torch.randn(2, 2, 4, 5, generator=drawn(0))
     boxes = [torch.tensor([[0.0, 0.0, 8.0, 4.0], [12.0, 10.0, 28.0, 22.0]]), torch.tensor([[3.0, 3.0, 5.0, 9.0]])]
-    cells = [(0, 0, 1), (0, 3, 4), (1, 1, 1)]  # picture, row, column; the second's row 4 is the last one, 3
+    cells = [(0, 0, 1), (0, 3, 4), (1, 1, 1)]  # image, row, column; the second's row 4 is the last one, 3
     errors = [
         abs(float(log_sizes[b, axis, row, column]) - math.log(side / 16))
         for (b, row, column), sides in zip(cells, [(8, 4), (16, 12), (2, 6)], strict=True)
@@ -174,7 +174,7 @@ def test_typical_sides(points: list[Any], boxes: list[Any], expected: list[float
     assert found.dtype == torch.float32
 
 
-def test_typical_sides_of_a_tiny_picture() -> None:
+def test_typical_sides_of_a_tiny_image() -> None:
     assert typical_sides(torch.zeros(0, 2), NO_BOXES, (5, 300)).tolist() == [8.0, 8.0]
 
 
@@ -244,7 +244,7 @@ def test_examples_are_objects_and_places_beside_them() -> None:
     assert not torch.equal(boxes, examples(points, labels, [4, 2], seed=1)[0])
 
 
-def test_examples_of_an_empty_picture_and_of_a_full_one() -> None:
+def test_examples_of_an_empty_image_and_of_a_full_one() -> None:
     nothing, no_labels = torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)
     boxes, target, known = examples(nothing, no_labels, [3])
     assert len(boxes) == 6
@@ -360,7 +360,7 @@ def test_objects_in_a_cut_cell_at_the_border(net: RegionCLIPNet, extra: int) -> 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_broken_weights_are_not_an_empty_picture(net: RegionCLIPNet, value: float) -> None:
+def test_broken_weights_are_not_an_empty_image(net: RegionCLIPNet, value: float) -> None:
     with pytest.raises(InputError, match="finite"):
         peaks(net, {(3, 5): value}, (64, 64))
 
@@ -381,7 +381,7 @@ def test_saturated_where_peaks_are_dense(net: RegionCLIPNet) -> None:
     assert len(peaks(net, sparse | {(2, 2): 2.0}, (64, 64)).boxes) == 17  # and nothing is left out
 
 
-def test_several_pictures_at_once(net: RegionCLIPNet) -> None:
+def test_several_images_at_once(net: RegionCLIPNet) -> None:
     heat = torch.full((2, 1, 8, 8), -9.0)
     heat[0, 0, 2, 2] = heat[1, 0, 5, 6] = heat[1, 0, 1, 7] = 1.0
     net.head = Drawn(heat, torch.zeros(2, 2, 8, 8))  # type: ignore[assignment]

@@ -32,12 +32,12 @@ from counting_zoo.models.region_clip.loss import distillation_loss, image_text_l
 from counting_zoo.models.region_clip.pretraining import (
     RegionAccuracy,
     drawn_captions,
+    image_generators,
     named_shares,
-    picture_generators,
     sentence_numbers,
 )
 from counting_zoo.models.region_clip.proposals import Proposed
-from counting_zoo.nn.regions import ResNetRegions, region_and_picture_embeddings
+from counting_zoo.nn.regions import ResNetRegions, region_and_image_embeddings
 from counting_zoo.nn.text import word_tokenizer
 from counting_zoo.schedules import WarmupSteps
 from counting_zoo.types import Batch
@@ -139,9 +139,9 @@ def values(terms: dict[str, Tensor]) -> dict[str, float]:
 
 
 def by_hand(model: RegionCLIPPretraining, batch: Batch, images: Tensor) -> dict[str, Tensor]:
-    """The terms of a batch of ready pictures, in the order of its boxes."""
+    """The terms of a batch of ready images, in the order of its boxes."""
     boxes = batch["boxes"]
-    regions, pictures = region_and_picture_embeddings(model.encoder, images, boxes, [(48, 64)] * len(images))
+    regions, whole = region_and_image_embeddings(model.encoder, images, boxes, [(48, 64)] * len(images))
     concepts = model.text(model.concepts)
     if model.teacher is None:
         labels = torch.cat(batch["box_labels"])  # in this data both count in the same order
@@ -155,7 +155,7 @@ def by_hand(model: RegionCLIPPretraining, batch: Batch, images: Tensor) -> dict[
     return {
         "region_text": region_text_loss(regions, labels, kept, concepts, 0.1),
         "distillation": distillation_loss(regions, probabilities, kept, concepts, 0.1),
-        "image_text": image_text_loss(pictures, model.text([SENTENCES[i] for i in range(4)]), 0.1),
+        "image_text": image_text_loss(whole, model.text([SENTENCES[i] for i in range(4)]), 0.1),
     }
 
 
@@ -253,10 +253,10 @@ def test_no_region_above_the_threshold() -> None:
 
 
 @each_kind
-def test_pictures_without_boxes_and_a_picture_alone(kind: dict[str, Any]) -> None:
+def test_images_without_boxes_and_a_image_alone(kind: dict[str, Any]) -> None:
     model, batch = ready(build(**kind))
     assert [len(own) for own in batch["boxes"]] == [0, 1, 2, 3]
-    one: Any = {key: value[:1] for key, value in batch.items()}  # a single picture without a box
+    one: Any = {key: value[:1] for key, value in batch.items()}  # a single image without a box
     found = model.training_losses(one)
     assert values(found) == pytest.approx(dict.fromkeys(found, 0), abs=1e-6)
     loss = torch.stack(list(found.values())).sum()
@@ -292,9 +292,9 @@ def test_sizes_of_one_batch_may_differ() -> None:
     for model.picture_box in ("picture", "canvas"):
         found[model.picture_box] = float(model.training_losses(batch)["image_text"])
         extents = sizes if model.picture_box == "picture" else [(48, 80)] * 2
-        regions, pictures = region_and_picture_embeddings(model.encoder, padded, batch["boxes"], extents)
-        torch.testing.assert_close(model(images, batch["boxes"]), (regions, pictures))
-        expected = image_text_loss(pictures, model.text(["x", "y"]), 0.1)
+        regions, whole = region_and_image_embeddings(model.encoder, padded, batch["boxes"], extents)
+        torch.testing.assert_close(model(images, batch["boxes"]), (regions, whole))
+        expected = image_text_loss(whole, model.text(["x", "y"]), 0.1)
         assert found[model.picture_box] == pytest.approx(float(expected), rel=1e-4)
     assert abs(found["picture"] - found["canvas"]) > 1e-4
 
@@ -318,16 +318,16 @@ def test_trained_texts_are_ensembled_as_in_evaluation() -> None:
 def test_shares_of_names() -> None:
     names = torch.eye(3)
     labels = [torch.tensor([0, 2, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([1])]
-    regions, pictures = 3 * names[[0, 2, 2, 1]], names[[1, 0, 2]]
-    found = named_shares(regions, pictures, names, labels)
+    regions, images = 3 * names[[0, 2, 2, 1]], names[[1, 0, 2]]
+    found = named_shares(regions, images, names, labels)
     assert [float(whole) for _, whole in found] == [1, 0, 0]
     assert [float(region) for region, _ in found][::2] == pytest.approx([2 / 3, 1])
     accuracy = RegionAccuracy()
-    for _ in range(2):  # a picture that evens out the processes comes twice
-        accuracy.update(["a", "b", "c"], regions, pictures, names, labels)
+    for _ in range(2):  # a image that evens out the processes comes twice
+        accuracy.update(["a", "b", "c"], regions, images, names, labels)
     assert accuracy.compute() == pytest.approx({"region_accuracy": 5 / 6, "picture_accuracy": 0.5})
     accuracy.reset()
-    accuracy.update(["b"], regions[:0], pictures[:1], names, labels[1:2])
+    accuracy.update(["b"], regions[:0], images[:1], names, labels[1:2])
     assert accuracy.compute() == {}
 
 
@@ -355,9 +355,9 @@ def test_validation_is_one_pass(kind: dict[str, Any], tmp_path: Path, monkeypatc
     with torch.inference_mode():
         texts = model.eval()._embeddings(data.class_names("val"))
         for i in range(4):
-            picture = collate([every[i]], training=False)
-            found = model(picture["image"], picture["boxes"])
-            own = [data.class_names("val").index(names_of(picture)[0][k]) for k in picture["box_labels"][0].tolist()]
+            image = collate([every[i]], training=False)
+            found = model(image["image"], image["boxes"])
+            own = [data.class_names("val").index(names_of(image)[0][k]) for k in image["box_labels"][0].tolist()]
             nearest, first = (text_logits(x, texts).argmax(1).tolist() for x in found)
             if own:
                 regions.append(sum(a == b for a, b in zip(own, nearest, strict=True)) / len(own))
@@ -388,12 +388,12 @@ def test_what_validation_draws_does_not_depend_on_batches(regions: str, tmp_path
         assert len({str(rows) for rows in found[0].values()}) == 4
 
 
-def test_captions_are_drawn_by_the_name_of_a_picture() -> None:
+def test_captions_are_drawn_by_the_name_of_a_image() -> None:
     captions = [[f"text {k}" for k in range(5)]] * 40
     batch: Any = {"image_id": [f"{i}.png" for i in range(40)], "captions": captions, "queries": ask([["x"]] * 40)}
-    first = drawn_captions(batch, "{}", picture_generators(batch["image_id"]))
+    first = drawn_captions(batch, "{}", image_generators(batch["image_id"]))
     back: Any = {key: value[::-1] for key, value in batch.items()}
-    assert drawn_captions(back, "{}", picture_generators(back["image_id"]))[::-1] == first
+    assert drawn_captions(back, "{}", image_generators(back["image_id"]))[::-1] == first
     assert set(first) == set(captions[0])
 
 
@@ -530,7 +530,7 @@ def test_validation_remembers_no_captions(tmp_path: Path) -> None:
 # -- boxes ------------------------------------------------------------------------------------------------------------
 
 
-def test_random_boxes_are_inside_their_own_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_boxes_are_inside_their_own_image(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = ready(build(regions="random", n_regions=50))
     batch["image"] = [torch.rand(3, 48, 64), torch.rand(3, 30, 17), torch.rand(3, 9, 60), torch.rand(3, 7, 7)]
     generators = [torch.Generator().manual_seed(3)] * 4
@@ -543,7 +543,7 @@ def test_random_boxes_are_inside_their_own_picture(monkeypatch: pytest.MonkeyPat
     assert all(bool(value.isfinite()) for value in terms.values())
 
 
-def test_boxes_of_a_picture_are_drawn_where_there_are_too_many() -> None:
+def test_boxes_of_a_image_are_drawn_where_there_are_too_many() -> None:
     model, batch = ready(build(**{**STEM, "n_regions": 2}))
     draws = [model._boxes(batch, [(48, 64)] * 4, [torch.Generator().manual_seed(i)] * 4) for i in range(20)]
     assert all([len(own) for own in boxes] == [0, 1, 2, 2] for boxes, _ in draws)
@@ -586,7 +586,7 @@ def test_boxes_of_a_file(tmp_path: Path, sizes: bool) -> None:
     assert [own.tolist() for own in boxes] == [[[2, 4, 2 + (10 + i) / 2, 14]] for i in range(4)]
 
 
-def test_a_file_of_boxes_needs_whole_pictures(tmp_path: Path) -> None:
+def test_a_file_of_boxes_needs_whole_images(tmp_path: Path) -> None:
     from counting_zoo.data.transforms import PlainAugmentation
 
     path = str(annotation(tmp_path / "boxes.json"))

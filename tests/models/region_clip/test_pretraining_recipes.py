@@ -45,7 +45,7 @@ def data_options(name: str, root: Path) -> dict[str, Any]:
         return options | {"augmentation": {"class_path": "PlainAugmentation", "init_args": {"crop": 32}}}
     rows = []
     for i in range(6):  # of different shapes, one of them never downloaded
-        fakes.write_picture(root / f"{i}.jpg", fakes.draw_points(3, 48, 64, i), height=48, width=50 + 7 * i, seed=i)
+        fakes.write_image(root / f"{i}.jpg", fakes.draw_points(3, 48, 64, i), height=48, width=50 + 7 * i, seed=i)
         rows.append(f"{i} white discs on grey\t{i}.jpg\n")
     (root / "train.tsv").write_text("".join([*rows, "a picture that is gone\tgone.jpg\n"]))
     return options | {"batch_size": 3, "sizes": {"val": 2}}

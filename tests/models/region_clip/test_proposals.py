@@ -33,12 +33,12 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def picture(height: int = 40, width: int = 60, seed: int = 0) -> Tensor:
+def made_image(height: int = 40, width: int = 60, seed: int = 0) -> Tensor:
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=seeded(seed))
 
 
 def is_sound(found: Proposed, size: tuple[int, int]) -> bool:
-    """The contract: inside the picture, none empty, float32, scores in [0, 1]."""
+    """The contract: inside the image, none empty, float32, scores in [0, 1]."""
     boxes, scores = found.boxes, found.scores
     limit = torch.tensor([size[1], size[0], size[1], size[0]])
     return (
@@ -82,9 +82,9 @@ def test_every_span_is_as_likely() -> None:
 
 
 def test_grid_against_a_loop() -> None:
-    found = GridProposals(sizes=[8, 20], ratios=[1.0, 4.0], step=0.5)([picture(20, 30)], ["a"])[0]
+    found = GridProposals(sizes=[8, 20], ratios=[1.0, 4.0], step=0.5)([made_image(20, 30)], ["a"])[0]
     expected = []
-    for high, wide in [(8, 8), (16, 4), (20, 20), (20, 10)]:  # the last is 40 x 10, in a picture 20 high
+    for high, wide in [(8, 8), (16, 4), (20, 20), (20, 10)]:  # the last is 40 x 10, in a image 20 high
         rows, columns = math.ceil((20 - high) / (high / 2)) + 1, math.ceil((30 - wide) / (wide / 2)) + 1
         for i in range(rows):
             for j in range(columns):
@@ -100,7 +100,7 @@ def test_grid_against_a_loop() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 300), (384, 550)])
 def test_default_grid(size: tuple[int, int]) -> None:
-    found = GridProposals()([picture(*size)], ["a"])[0]
+    found = GridProposals()([made_image(*size)], ["a"])[0]
     assert is_sound(found, size)
     assert len(found.boxes.unique(dim=0)) == len(found.boxes)
     if size == (1, 1):
@@ -108,7 +108,7 @@ def test_default_grid(size: tuple[int, int]) -> None:
     if size == (384, 550):
         assert 25_000 < len(found.boxes) < 36_000  # the specification counts 30,768 at this size or so
     found.boxes.zero_()  # nobody else's
-    assert is_sound(GridProposals()([picture(*size)], ["a"])[0], size)
+    assert is_sound(GridProposals()([made_image(*size)], ["a"])[0], size)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -147,15 +147,15 @@ ANNOTATION = {
 def test_results_by_number(tmp_path: Path) -> None:
     source = FileProposals(written(tmp_path / "r.json", RESULTS))
     for name in ("42", "val2014/COCO_val2014_000000000042.jpg", "000000000042.jpg", "42.png"):
-        found = source([picture()], [name])[0]
+        found = source([made_image()], [name])[0]
         assert found.boxes.tolist() == [[1, 2, 11, 22], [30, 10, 34, 14]]
         assert found.scores.tolist() == [0.5, 0.25]
         assert is_sound(found, (40, 60))
         assert not found.saturated
     for name in ("img_42.jpg", "8.jpg"):
         with pytest.raises(InputError, match=name):
-            source([picture()], [name])
-    empty = FileProposals(tmp_path / "r.json", missing="empty")([picture()], ["8.jpg"])[0]
+            source([made_image()], [name])
+    empty = FileProposals(tmp_path / "r.json", missing="empty")([made_image()], ["8.jpg"])[0]
     assert is_sound(empty, (40, 60))
     assert len(empty.boxes) == 0
 
@@ -165,41 +165,41 @@ def test_annotation_by_name_and_its_scale(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="iscrowd"):
         source = FileProposals(path)
     half = [[10, 20, 30, 30]]  # the file says 120 x 80
-    assert source([picture()], ["a/x.jpg"])[0].boxes.tolist() == half
-    assert source([picture()], ["/data/a/x.jpg"], [(80, 120)])[0].boxes.tolist() == half
-    assert source([picture()], ["a/x.jpg"], [(800, 1200)])[0].boxes.tolist() == half
-    assert source([picture()], ["b/x.jpg"])[0].boxes.tolist() == [[1, 1, 3, 3]]
-    assert source([picture()], ["b/x.jpg"], [(80, 30)])[0].boxes.tolist() == [[2, 0.5, 6, 1.5]]
-    assert source([picture()], ["y.png"])[0].boxes.tolist() == [[3, 3, 6, 6]]  # its crowd is left out
-    assert source([picture()], ["a\\y.jpeg"])[0].boxes.tolist() == [[3, 3, 6, 6]]  # by its stem
-    assert len(source([picture()], ["empty.png"])[0].boxes) == 0  # named, so not missing
-    assert source([picture()], ["a/x.jpg"])[0].scores.tolist() == [1]
+    assert source([made_image()], ["a/x.jpg"])[0].boxes.tolist() == half
+    assert source([made_image()], ["/data/a/x.jpg"], [(80, 120)])[0].boxes.tolist() == half
+    assert source([made_image()], ["a/x.jpg"], [(800, 1200)])[0].boxes.tolist() == half
+    assert source([made_image()], ["b/x.jpg"])[0].boxes.tolist() == [[1, 1, 3, 3]]
+    assert source([made_image()], ["b/x.jpg"], [(80, 30)])[0].boxes.tolist() == [[2, 0.5, 6, 1.5]]
+    assert source([made_image()], ["y.png"])[0].boxes.tolist() == [[3, 3, 6, 6]]  # its crowd is left out
+    assert source([made_image()], ["a\\y.jpeg"])[0].boxes.tolist() == [[3, 3, 6, 6]]  # by its stem
+    assert len(source([made_image()], ["empty.png"])[0].boxes) == 0  # named, so not missing
+    assert source([made_image()], ["a/x.jpg"])[0].scores.tolist() == [1]
     with pytest.warns(UserWarning, match=r"c/y\.png"):
-        source([picture()], ["c/y.png"])
+        source([made_image()], ["c/y.png"])
     with pytest.raises(InputError, match=r"c/x\.jpg"):
-        source([picture()], ["c/x.jpg"])
+        source([made_image()], ["c/x.jpg"])
     with pytest.raises(InputError, match="80 x 120"):
-        source([picture()], ["a/x.jpg"], [(120, 80)])
-    with pytest.raises(InputError, match=r"a\.json"):  # an id of the file is no name of a picture
-        source([picture()], ["3"])
+        source([made_image()], ["a/x.jpg"], [(120, 80)])
+    with pytest.raises(InputError, match=r"a\.json"):  # an id of the file is no name of a image
+        source([made_image()], ["3"])
 
 
 def test_table(tmp_path: Path) -> None:
     rows = "image,label,x1,y1,x2,y2,score\na.jpg,dot,1,2,3,4,0.5\n b.jpg ,dot,,,,,\na.jpg,dot,0,0,60,40,1\n"
     source = FileProposals(written(tmp_path / "boxes.csv", rows))
-    a, b = source([picture(), picture()], ["images/a.jpg", "b.jpg"])
+    a, b = source([made_image(), made_image()], ["images/a.jpg", "b.jpg"])
     assert a.boxes.tolist() == [[1, 2, 3, 4], [0, 0, 60, 40]]
     assert a.scores.tolist() == [0.5, 1]
     assert len(b.boxes) == 0
     plain = FileProposals(written(tmp_path / "plain.csv", "image,x1,y1,x2,y2\nd.e,1,2,3,4\n"))
-    assert plain([picture()], ["d.e.jpg"])[0].scores.tolist() == [1]
+    assert plain([made_image()], ["d.e.jpg"])[0].scores.tolist() == [1]
 
 
 def test_what_reaches_over_the_border_stays_whole_and_what_is_empty_is_said_once(tmp_path: Path) -> None:
     boxes = [[-5, -5, 10, 10], [50, 30, 100, 100], [70, 0, 5, 5], [10, 10, 0, 5], [3, 3, 4, 4]]
     source = FileProposals(written(tmp_path / "r.json", [result("a", box) for box in boxes]))
     with pytest.warns(UserWarning, match=r"r\.json") as said:
-        first, found = (source([picture()], ["a"])[0] for _ in range(2))
+        first, found = (source([made_image()], ["a"])[0] for _ in range(2))
     assert torch.equal(first.boxes, found.boxes)
     assert len(said) == 1
     assert found.boxes.tolist() == [[-5, -5, 5, 5], [50, 30, 150, 130], [3, 3, 7, 7]]
@@ -352,7 +352,13 @@ KINDS = [*DETRS, "owlv2"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_dtype_and_layout_do_not_matter(folders: dict[str, Path], kind: str) -> None:
     source = detector(folders, kind, together=2)
-    images = [picture(40, 60, 0), picture(40, 60, 1), picture(40, 60, 2), picture(55, 20, 3), picture(3, 3, 4)]
+    images = [
+        made_image(40, 60, 0),
+        made_image(40, 60, 1),
+        made_image(40, 60, 2),
+        made_image(55, 20, 3),
+        made_image(3, 3, 4),
+    ]
     names = list("abcde")
     together = source(images, names)
     variants: list[Callable[[Tensor], Tensor]] = [
@@ -377,8 +383,8 @@ def test_batch_dtype_and_layout_do_not_matter(folders: dict[str, Path], kind: st
 
 @pytest.mark.parametrize("kind", DETRS)
 def test_detr_as_its_own_processor_has_it(folders: dict[str, Path], kind: str) -> None:
-    """Softmax or sigmoid, and the geometry of a picture that is not square: what transformers makes of the output."""
-    source, image = detector(folders, kind), picture(40, 60)
+    """Softmax or sigmoid, and the geometry of a image that is not square: what transformers makes of the output."""
+    source, image = detector(folders, kind), made_image(40, 60)
     found = source([image], ["a"])[0]
     inputs = source.processor(images=[image.numpy()], input_data_format="channels_first", return_tensors="pt")
     with torch.no_grad():
@@ -408,39 +414,39 @@ def test_detr_geometry_and_saturation(folders: dict[str, Path]) -> None:
         return type("Output", (), {"logits": logits[None], "pred_boxes": boxes[None]})
 
     source.model.forward = output
-    found = source([picture(100, 200)], ["a"])[0]
+    found = source([made_image(100, 200)], ["a"])[0]
     expected = torch.tensor([[80.0, 25, 120, 75], [0, 70, 60, 100], [40, 20, 60, 30]])
     torch.testing.assert_close(found.boxes, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.scores, logits.softmax(1)[:3, :3].amax(1))
     assert found.saturated  # three of four queries
     source.saturation = 0.8
-    assert not source([picture(100, 200)], ["a"])[0].saturated
+    assert not source([made_image(100, 200)], ["a"])[0].saturated
     logits = torch.zeros(4, 9)
     with pytest.raises(WeightsError, match="9 logits"):
-        source([picture()], ["a"])
+        source([made_image()], ["a"])
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 200), (200, 50), (64, 64), (1, 64)])
 def test_owlv2_geometry_and_saturation(folders: dict[str, Path], height: int, width: int) -> None:
-    """A box around the centre of each patch: those over the picture come out in its pixels, the rest do not."""
+    """A box around the centre of each patch: those over the image come out in its pixels, the rest do not."""
     source = detector(folders, "owlv2", threshold=0.5, saturation=1.0)
     side, grid = max(height, width), 8
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     centres = (torch.stack([columns, rows], 2).flatten(0, 1) + 0.5) / grid
     source.model.box_predictor = lambda *_: torch.cat([centres, torch.full((64, 2), 0.1)], 1)[None]
     source.model.objectness_predictor = lambda *_: torch.full((1, 64), 3.0)
-    found = source([picture(height, width)], ["a"])[0]
+    found = source([made_image(height, width)], ["a"])[0]
     expected = [
         [max(x - side / 20, 0), max(y - side / 20, 0), min(x + side / 20, width), min(y + side / 20, height)]
         for x, y in (centres * side).tolist()
         if x < width and y < height
     ]
     torch.testing.assert_close(found.boxes, torch.tensor(expected).reshape(-1, 4), atol=1e-4, rtol=0)
-    assert found.saturated == bool(expected)  # black is no part of the picture that could be free
+    assert found.saturated == bool(expected)  # black is no part of the image that could be free
     low = torch.full((1, 64), 3.0)
     low[0, 0] = -3
     source.model.objectness_predictor = lambda *_: low
-    assert not source([picture(height, width)], ["a"])[0].saturated
+    assert not source([made_image(height, width)], ["a"])[0].saturated
 
 
 def test_owlv2_sees_black_below_and_right(folders: dict[str, Path]) -> None:
@@ -496,7 +502,7 @@ def test_half_precision_weights(folders: dict[str, Path], tmp_path: Path) -> Non
     source = detector(folders, "detr")
     source.model.half().save_pretrained(tmp_path)
     source.processor.save_pretrained(tmp_path)
-    assert is_sound(DetrProposals(tmp_path, 0.0)([picture()], ["a"])[0], (40, 60))
+    assert is_sound(DetrProposals(tmp_path, 0.0)([made_image()], ["a"])[0], (40, 60))
 
 
 # -- tiles ------------------------------------------------------------------------------------------------------------
@@ -513,7 +519,7 @@ class Ideal:
         self.objects, self.size, self.cap = objects, size, cap
         self.calls: list[int] = []
 
-    def pictures(self) -> list[Tensor]:
+    def images(self) -> list[Tensor]:
         height, width = self.size
         y, x = torch.meshgrid(
             (torch.arange(height).double() + 0.5) / height, (torch.arange(width).double() + 0.5) / width, indexing="ij"
@@ -564,17 +570,17 @@ def test_six_times_as_many_objects_as_a_source_can_tell(seed: int) -> None:
         scattered(3 * cap, size, seed + 20),
     ]
     source = Ideal(objects, size, cap)
-    found = tiled(source, source.pictures(), ["0", "1", "2"], depth=4)
+    found = tiled(source, source.images(), ["0", "1", "2"], depth=4)
     for own, truth in zip(found, objects, strict=True):
         assert is_sound(own, size)
         assert exactly_once(own, truth)
         assert not own.saturated
     assert source.calls[:2] == [3, 8]  # two of three are cut, and their tiles go through together
     assert len(source.calls) <= 5
-    alone = tiled(source, source.pictures(), ["0", "1", "2"], depth=0)
+    alone = tiled(source, source.images(), ["0", "1", "2"], depth=0)
     assert [own.saturated for own in alone] == [True, False, True]
     assert [len(own.boxes) for own in alone] == [cap, cap // 2, cap]
-    shallow = tiled(source, source.pictures()[:1], ["0"], depth=1)[0]
+    shallow = tiled(source, source.images()[:1], ["0"], depth=1)[0]
     assert shallow.saturated
     assert len(shallow.boxes) > cap
 
@@ -589,18 +595,18 @@ def test_objects_on_every_line_and_corner() -> None:
     centres = torch.cat([upright, level, torch.tensor([[80.0, 80], [76, 80], [80, 84], [83.5, 83.5]])])
     objects = torch.cat([centres - 2, centres + 2], 1)
     source = Ideal([objects], size, 60)
-    found = tiled(source, source.pictures(), ["0"], depth=3)[0]
+    found = tiled(source, source.images(), ["0"], depth=3)[0]
     assert not found.saturated
     assert exactly_once(found, objects)
 
 
 def test_large_objects_are_those_of_the_whole() -> None:
-    """No tile shows them whole; the look at the whole picture does, and pieces of them are no objects."""
+    """No tile shows them whole; the look at the whole image does, and pieces of them are no objects."""
     size = (160, 230)
     large = torch.tensor([[10.0, 10, 200, 150], [100, 20, 140, 130], [0, 0, 230, 160]])
     objects = torch.cat([large, scattered(100, size, 5)])
     source = Ideal([objects], size, 50)  # tells those first
-    found = tiled(source, source.pictures(), ["0"], depth=3)[0]
+    found = tiled(source, source.images(), ["0"], depth=3)[0]
     assert exactly_once(found, objects)
 
 
@@ -609,7 +615,7 @@ def test_coincident_objects_stay_two() -> None:
     objects = scattered(60, size, 8)
     objects = torch.cat([objects, objects])
     source = Ideal([objects], size, 70)
-    found = tiled(source, source.pictures(), ["0"], depth=3)[0]
+    found = tiled(source, source.images(), ["0"], depth=3)[0]
     assert exactly_once(found, objects)
     assert len(found.boxes) == 120
 
@@ -636,7 +642,7 @@ def test_small_objects_of_a_coarse_source_count_once() -> None:
     places = torch.stack([x.flatten(), y.flatten()], 1)
     source = Ideal([torch.cat([places - 1, places + 1], 1)], size, cap=len(places) // 2)
     coarse = Cells(source, side=4.0)
-    ignorant, found = (tiled(coarse, source.pictures(), ["0"], depth=1, step=step)[0] for step in (0.0, 4.0))
+    ignorant, found = (tiled(coarse, source.images(), ["0"], depth=1, step=step)[0] for step in (0.0, 4.0))
     assert len(ignorant.boxes) > len(places)
     assert len(found.boxes) == len(places)
     gaps, nearest = torch.cdist((found.boxes[:, :2] + found.boxes[:, 2:]) / 2, places).min(1)
@@ -658,21 +664,21 @@ def test_scores_come_along_and_a_blurred_look_counts_once() -> None:
             return Proposed(found.boxes + 0.8 * noise.repeat(1, 2), scores, found.saturated)
 
     source = Blurred([objects], size, 60)
-    found = tiled(source, source.pictures(), ["0"], depth=3)[0]
+    found = tiled(source, source.images(), ["0"], depth=3)[0]
     distance = torch.cdist((found.boxes[:, :2] + found.boxes[:, 2:]) / 2, (objects[:, :2] + objects[:, 2:]) / 2)
     assert is_sound(found, size)
     assert len(found.boxes) == 100
     assert (distance.amin(0) < 1).all()
 
 
-def test_files_and_small_pictures_are_not_cut(tmp_path: Path) -> None:
+def test_files_and_small_images_are_not_cut(tmp_path: Path) -> None:
     rows = "image,x1,y1,x2,y2\n" + "a.jpg,1,2,3,4\n" * 500
     source = FileProposals(written(tmp_path / "boxes.csv", rows))
-    found = tiled(source, [picture()], ["a.jpg"], [(80, 120)])[0]
+    found = tiled(source, [made_image()], ["a.jpg"], [(80, 120)])[0]
     assert len(found.boxes) == 500
     assert found.boxes[0].tolist() == [0.5, 1, 1.5, 2]
     small = Ideal([scattered(30, (20, 300), 0, largest=2)], (20, 300), 10)
-    found = tiled(small, small.pictures(), ["0"])[0]
+    found = tiled(small, small.images(), ["0"])[0]
     assert small.calls == [1]
     assert found.saturated
     assert len(found.boxes) == 10
@@ -681,7 +687,7 @@ def test_files_and_small_pictures_are_not_cut(tmp_path: Path) -> None:
 
 def test_tiles_of_a_detector(folders: dict[str, Path]) -> None:
     source = detector(folders, "detr")  # with a threshold of 0 it is always at its limit
-    found = tiled(source, [picture(64, 80)], ["a"], depth=1)[0]
+    found = tiled(source, [made_image(64, 80)], ["a"], depth=1)[0]
     assert is_sound(found, (64, 80))
     assert found.saturated
 
@@ -689,7 +695,7 @@ def test_tiles_of_a_detector(folders: dict[str, Path]) -> None:
 # -- what all have in common ------------------------------------------------------------------------------------------
 
 
-def test_bad_pictures_and_settings(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_bad_images_and_settings(folders: dict[str, Path], tmp_path: Path) -> None:
     table = written(tmp_path / "boxes.csv", "image,x1,y1,x2,y2\na,1,2,3,4\n")
     owl = detector(folders, "owlv2")
     for source in (GridProposals(), FileProposals(table), owl, lambda *given: tiled(owl, *given)):
@@ -697,10 +703,10 @@ def test_bad_pictures_and_settings(folders: dict[str, Path], tmp_path: Path) -> 
             with pytest.raises(InputError, match=r"\(3, H, W\)"):
                 source([image], ["a"])
         with pytest.raises(InputError, match="2 image_ids"):
-            source([picture()], ["a", "b"])
+            source([made_image()], ["a", "b"])
         with pytest.raises(InputError, match="2 sizes"):
-            source([picture()], ["a"], [(1, 1), (1, 1)])
-    for image in (picture().float(), picture().float() / 50 - 2, torch.full((3, 9, 9), math.nan)):
+            source([made_image()], ["a"], [(1, 1), (1, 1)])
+    for image in (made_image().float(), made_image().float() / 50 - 2, torch.full((3, 9, 9), math.nan)):
         with pytest.raises(InputError, match="pixels"):
             owl([image], ["a"])
     for options in ({"threshold": 1.5}, {"saturation": 0.0}, {"together": 0}):
@@ -714,7 +720,7 @@ def test_bad_pictures_and_settings(folders: dict[str, Path], tmp_path: Path) -> 
             GridProposals(*numbers)
     for kept in ({"depth": -1}, {"overlap": 1.0}):
         with pytest.raises(InputError, match="depth"):
-            tiled(GridProposals(), [picture()], ["a"], **kept)  # type: ignore[arg-type]
+            tiled(GridProposals(), [made_image()], ["a"], **kept)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="finite"):
         kept_inside(torch.full((1, 4), math.nan), torch.ones(1), (9, 9))
     with pytest.raises(InputError, match="finite"):
@@ -735,14 +741,14 @@ def test_by_a_text(folders: dict[str, Path], tmp_path: Path) -> None:
         with pytest.raises(InputError, match="'grid'"):
             proposal_source(text)
     with pytest.raises(InputError, match=r"boxes\.CSV"):
-        proposal_source(str(table))([picture()], ["a"])
-    assert not len(proposal_source(str(table), missing="empty")([picture()], ["a"])[0].boxes)
+        proposal_source(str(table))([made_image()], ["a"])
+    assert not len(proposal_source(str(table), missing="empty")([made_image()], ["a"])[0].boxes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu(folders: dict[str, Path], kind: str) -> None:
-    source, image = detector(folders, kind), picture(64, 80)
+    source, image = detector(folders, kind), made_image(64, 80)
     here = source([image], ["a"])[0]
     there = source([image.cuda()], ["a"])[0]
     assert there.boxes.is_cuda

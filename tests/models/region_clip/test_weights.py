@@ -191,7 +191,7 @@ def test_zero_shot_as_the_reference_but_for_what_counting_needs(released: State)
     assert 0.25 < float(regions) < 0.75  # a cosine against the zero vector's
 
 
-def test_pictures_have_the_size_that_detectrons_rule_gives(released: State) -> None:
+def test_images_have_the_size_that_detectrons_rule_gives(released: State) -> None:
     preprocess = counter(released).preprocess
     assert (preprocess.interpolation, preprocess.antialias, preprocess.multiple) == ("bicubic", True, 1)
     draw = random.Random(0)
@@ -209,10 +209,10 @@ def test_it_counts_and_its_checkpoint_counts_the_same(released: State, tmp_path:
     config = {"proposals": str(tmp_path / "boxes.csv"), "negatives": ["grass"], "templates": "photo"}
     (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2\nphoto.png,0,0,30,30\nphoto.png,40,10,80,60\n")
     torch.save({"model": released}, tmp_path / "released.pth")
-    picture = (torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    image = (torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     from PIL import Image
 
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
     model = counter(tmp_path / "released.pth", config | {"threshold": 0.0})
     expected: Any = model.count(tmp_path / "photo.png", ["cat", "dog"])
     assert expected.counts.tolist() == [2.0, 2.0]  # nothing is below 0
