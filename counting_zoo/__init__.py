@@ -33,7 +33,7 @@ _HOME = {
     "VOCCounts": "counting_zoo.data.boxes",
     "COCOCounts": "counting_zoo.data.boxes",
     "ImageFolder": "counting_zoo.data.folder",
-    "CaptionedPictures": "counting_zoo.data.folder",
+    "CaptionedImages": "counting_zoo.data.folder",
     "PackedCounts": "counting_zoo.data.pack",
     "pack": "counting_zoo.data.pack",
     "audit": "counting_zoo.evaluation.audit",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from counting_zoo.data.base import CountingDataModule
     from counting_zoo.data.boxes import COCOCounts, VOCCounts
     from counting_zoo.data.crowds import CARPK, UCFQNRF, JHUCrowd, NWPUCrowd, ShanghaiTech
-    from counting_zoo.data.folder import CaptionedPictures, ImageFolder
+    from counting_zoo.data.folder import CaptionedImages, ImageFolder
     from counting_zoo.data.fsc147 import FSC147
     from counting_zoo.data.pack import PackedCounts, pack
     from counting_zoo.data.synthetic import SyntheticScenes
@@ -87,7 +87,7 @@ __all__ = [
     "Batch",
     "CLIPCount",
     "COCOCounts",
-    "CaptionedPictures",
+    "CaptionedImages",
     "CountOutput",
     "CountingDataModule",
     "CountingModule",

@@ -174,7 +174,7 @@ def _opened(file: IO[bytes], name: str) -> ImageFile:
     start = file.read(12)
     file.seek(0)
     if not start:
-        raise ImageError(f"{name}: the file is empty (0 bytes); expected a picture")
+        raise ImageError(f"{name}: the file is empty (0 bytes); expected an image")
     reader = next((reader for signature, reader in _READERS.items() if start.startswith(signature)), None)
     if reader is None:
         known = "expected JPEG, PNG, BMP, TIFF or WebP"

@@ -262,14 +262,14 @@ class Checksums:
         return "" if record.path is None else os.path.relpath(record.path, self.path.parent)
 
 
-def write_checksums(path: Path, pictures: Iterable[Path]) -> None:
+def write_checksums(path: Path, images: Iterable[Path]) -> None:
     """Write the checksums of images below the folder of ``path``, for ``sha256sum --check`` and ``data.checksums``.
 
     Args:
         path: the file to write.
-        pictures: in the order they are listed in.
+        images: in the order they are listed in.
     """
-    lines = [f"{file_sha256(picture)}  {picture.relative_to(path.parent).as_posix()}\n" for picture in pictures]
+    lines = [f"{file_sha256(image)}  {image.relative_to(path.parent).as_posix()}\n" for image in images]
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -286,7 +286,7 @@ _ARRAYS = (
 class Fingerprint(TypedDict):
     """Result of :func:`fingerprint`."""
 
-    pictures: int
+    pictures: int  # a key of results.json and of packed files, so the word stays
     objects: float  # points, else boxes, else the sum of image-level counts
     sha256: str
 
@@ -303,9 +303,9 @@ def fingerprint(records: Iterable[Record]) -> Fingerprint:
         (1, False)
     """
     digest = hashlib.sha256()
-    pictures, objects = 0, 0.0
+    n_images, objects = 0, 0.0
     for record in records:
-        pictures += 1
+        n_images += 1
         objects += _objects(record)
         arrays = {name: getattr(record, name) for name, _ in _ARRAYS}
         shapes = {name: None if value is None else np.shape(value) for name, value in arrays.items()}
@@ -315,7 +315,7 @@ def fingerprint(records: Iterable[Record]) -> Fingerprint:
             if arrays[name] is not None:
                 digest.update(np.ascontiguousarray(arrays[name], dtype).tobytes())
     return {
-        "pictures": pictures,
+        "pictures": n_images,
         "objects": int(objects) if objects == int(objects) else objects,
         "sha256": digest.hexdigest(),
     }

@@ -93,7 +93,7 @@ def print_description(
     console = Console() if console is None else console
     known = {split: value for split, value in found.items() if isinstance(value, SplitDescription)}
     about = Table("split", title="Annotation")
-    for column in ("pictures", "files", "objects", "names", "min", "median", "mean", "max"):
+    for column in ("images", "files", "objects", "names", "min", "median", "mean", "max"):
         about.add_column(column, justify="right")
     rows = Table("split", "always", title="Constant predictors")
     for column in ("MAE", "RMSE", "NAE"):
@@ -119,7 +119,7 @@ def print_description(
     if protocol:
         console.print("protocol: " + ", ".join(f"{name} {value}" for name, value in protocol.items()), soft_wrap=True)
     for split, value in known.items():
-        console.print(f"{split}: sha256 {value.sha256 or 'of nothing, no picture is there'}", soft_wrap=True)
+        console.print(f"{split}: sha256 {value.sha256 or 'of nothing, no image is there'}", soft_wrap=True)
     for split, reason in found.items():
         if isinstance(reason, InputError):
             console.print(f"{split}: {reason}", soft_wrap=True, markup=False)

@@ -152,12 +152,12 @@ def _leads_inside(link: Path, top: Path) -> bool:
     return target.is_relative_to(top) and target.is_file()
 
 
-def without_dots(names: list[str], picture: str | None, dots: str | None, *, keep_others: bool) -> list[str]:
+def without_dots(names: list[str], image: str | None, dots: str | None, *, keep_others: bool) -> list[str]:
     """Choose the images to predict among the files of a folder; the patterns are those of :class:`AnnotatedFolder`.
 
     Args:
         names: paths relative to the folder.
-        picture: pattern of images.
+        image: pattern of images.
         dots: pattern of dot images.
         keep_others: leave out only dot images whose image is there too, not what fits no pattern.
 
@@ -165,7 +165,7 @@ def without_dots(names: list[str], picture: str | None, dots: str | None, *, kee
         >>> without_dots(["a.png", "a_dots.png", "b.jpg"], "{stem}.png", "{stem}_dots.png", keep_others=True)
         ['a.png', 'b.jpg']
     """
-    images, dotted = _sorted_out(names, picture or "{stem}.*", dots)
+    images, dotted = _sorted_out(names, image or "{stem}.*", dots)
     stems = set(images.values())
     return [name for name in names if dotted.get(name) not in stems] if keep_others else list(images)
 
@@ -177,7 +177,7 @@ class AnnotatedFolder:
         folder: has the images in ``images/``, or itself.
         unnamed: the name of objects that carry none.
         annotation: the one annotation file, relative to ``folder``; all of the usual names if ``None``.
-        picture: pattern of image paths relative to ``folder``, with ``{stem}`` and any number of ``*``; all but the
+        image: pattern of image paths relative to ``folder``, with ``{stem}`` and any number of ``*``; all but the
             dot images if ``None``.
         dots: pattern of the dot image that belongs to a ``{stem}``. A file that both patterns fit goes to the one
             with more text of its own.
@@ -194,7 +194,7 @@ class AnnotatedFolder:
         *,
         unnamed: str,
         annotation: str | None = None,
-        picture: str | None = None,
+        image: str | None = None,
         dots: str | None = None,
         dot: Dot | None = None,
         classes: list[str] | None = None,
@@ -204,8 +204,8 @@ class AnnotatedFolder:
         self.dot = dot
         self.unnamed = unnamed
         self.images = folder / "images" if (folder / "images").is_dir() else folder
-        listed = list_images(folder if picture or dots else self.images)
-        if not picture and not dots and self.images != folder:
+        listed = list_images(folder if image or dots else self.images)
+        if not image and not dots and self.images != folder:
             listed = [f"images/{name}" for name in listed]
         self._known = {unicodedata.normalize("NFC", name): name for name in listed}
         self._dots: dict[str, str] = {}
@@ -213,8 +213,8 @@ class AnnotatedFolder:
         self.n_large: dict[str, int] = {}
         """For each dot image that was read, in how many of its blobs objects may touch."""
         self.has_files = False
-        if picture or dots:
-            listed = self._pair(listed, picture or "{stem}.*", dots)
+        if image or dots:
+            listed = self._pair(listed, image or "{stem}.*", dots)
         else:
             self._read_files(annotation)
         self.names: list[str] = sorted({*listed, *self._marks})
@@ -288,27 +288,27 @@ class AnnotatedFolder:
                 own.add(name)
                 self._marks[name] = _merged(self._marks.get(name, Marks()), marks, f"{path}: {given}")
 
-    def _pair(self, listed: list[str], picture: str, dots: str | None) -> list[str]:
+    def _pair(self, listed: list[str], image: str, dots: str | None) -> list[str]:
         """Choose the images among the files, and the dot image of each."""
-        stems, dotted = _sorted_out(listed, picture, dots)
+        stems, dotted = _sorted_out(listed, image, dots)
         if dots is None:
             self._read_files(None)
             return list(stems)
-        images = _by_stem(stems, self.folder, "data.picture")
+        images = _by_stem(stems, self.folder, "data.image")
         partners = _by_stem(dotted, self.folder, "data.dots")
         for stem in {**images, **partners}:
             # What lacks its other half is named all the same, so that it is missed and not passed over.
-            name = images.get(stem) or picture.replace("{stem}", stem)
+            name = images.get(stem) or image.replace("{stem}", stem)
             self._dots[name] = partners.get(stem) or dots.replace("{stem}", stem)
         return list(self._dots)
 
 
-def _sorted_out(names: list[str], picture: str, dots: str | None) -> tuple[dict[str, str], dict[str, str]]:
+def _sorted_out(names: list[str], image: str, dots: str | None) -> tuple[dict[str, str], dict[str, str]]:
     """Find the stems of images, and those of dot images, by name."""
-    images = _stems(names, picture, "data.picture")
+    images = _stems(names, image, "data.image")
     dotted = {} if dots is None else _stems(names, dots, "data.dots")
     for name in images.keys() & dotted.keys():
-        del (images if len(dots or "") > len(picture) else dotted)[name]
+        del (images if len(dots or "") > len(image) else dotted)[name]
     return images, dotted
 
 
@@ -319,7 +319,7 @@ def _stems(names: list[str], pattern: str, option: str) -> dict[str, str]:
     if pattern.startswith("/") or ".." in pattern.split("/"):
         raise InputError(
             f"{option} is {pattern!r}, which leads out of the folder; make data.root the folder that holds both, and "
-            "begin both patterns there: picture 'images/{stem}.png' with dots 'dots/{stem}.png'"
+            "begin both patterns there: image 'images/{stem}.png' with dots 'dots/{stem}.png'"
         )
     escaped = re.escape(pattern).replace(re.escape("{stem}"), "(?P<stem>.+)").replace(re.escape("*"), "[^/]*")
     fits = re.compile(escaped).fullmatch
@@ -360,7 +360,7 @@ class ImageFolder(CountingDataModule):
       ``{"a.png": {"cat": 2}}`` or a list of such rows; beside points they are checked against these. Counts are whole
       numbers, and where ``classes`` are given, of no other class;
     - ``a.mat`` or ``GT_a.mat`` beside ``a.jpg``, as ShanghaiTech and UCF-QNRF have it;
-    - dot images, paired by ``picture`` and ``dots``: lossless images with a mark on black for each object, a
+    - dot images, paired by ``image`` and ``dots``: lossless images with a mark on black for each object, a
       single pixel or a small blob (``dot``); a pixel in column x, row y is the point (x + 0.5, y + 0.5).
 
     A row of ``points.csv`` or ``boxes.csv`` with empty coordinates says that an image has no objects.
@@ -384,7 +384,7 @@ class ImageFolder(CountingDataModule):
     Args:
         root: the folder; its images lie in ``images/``, or in itself.
         annotation: the one annotation file to read, relative to ``root`` (or to each split's folder).
-        picture: pattern of the images' paths below ``root``, such as ``{stem}cell.png`` or ``images/{stem}.*``; with
+        image: pattern of the images' paths below ``root``, such as ``{stem}cell.png`` or ``images/{stem}.*``; with
             ``dots`` alone, every other image.
         dots: pattern of the dot images' paths below ``root``, such as ``{stem}_dots.png`` or ``dots/{stem}.png``.
         dot: each marked ``pixel`` of a dot image is one object, or each ``blob`` of pixels that touch; ``None``
@@ -409,7 +409,7 @@ class ImageFolder(CountingDataModule):
         root: str | Path | None = None,
         *,
         annotation: str | None = None,
-        picture: str | None = None,
+        image: str | None = None,
         dots: str | None = None,
         dot: Dot | None = None,
         splits: dict[str, list[int | None]] | str | None = None,
@@ -423,7 +423,7 @@ class ImageFolder(CountingDataModule):
         check("data.empty", empty, one_of=("error", "allow"))
         check("data.dot", dot, one_of=(None, "pixel", "blob"))
         self.annotation = annotation
-        self.picture = picture
+        self.image = image
         self.dots = dots
         self.dot = dot
         self.splits = splits
@@ -524,7 +524,7 @@ class ImageFolder(CountingDataModule):
                 folder,
                 unnamed=unnamed,
                 annotation=self.annotation,
-                picture=self.picture,
+                image=self.image,
                 dots=self.dots,
                 dot=self.dot,
                 classes=self.classes,
@@ -569,10 +569,10 @@ class ImageFolder(CountingDataModule):
 
     def _predict_records(self) -> list[Record]:
         place = self.predict_root or self.find_root()
-        if place.is_file() or not (self.picture or self.dots):
+        if place.is_file() or not (self.image or self.dots):
             return _records_at(place)
         # Another folder may name its images as it likes; only what is surely no image is left out there.
-        names = without_dots(list_images(place), self.picture, self.dots, keep_others=self.predict_root is not None)
+        names = without_dots(list_images(place), self.image, self.dots, keep_others=self.predict_root is not None)
         return _records_at(place, names)
 
 
@@ -581,7 +581,7 @@ def _indices(names: list[str], classes: list[str]) -> np.ndarray:
     return np.array([index[name] for name in names], np.int64)
 
 
-class CaptionedPictures(CountingDataModule):
+class CaptionedImages(CountingDataModule):
     """Images with any number of captions each, from COCO's JSON, CSV or TSV.
 
     - **JSON** in the layout of COCO's ``captions_train2017.json``: ``images`` (``id``, ``file_name``) and
@@ -596,7 +596,7 @@ class CaptionedPictures(CountingDataModule):
     Args:
         root: the folder that the files of captions and the images lie in.
         captions: the file of each split below ``root``, or one file, which is that of ``train``.
-        pictures: the folder below ``root`` that the names of the images start from, one for all splits or each its
+        images: the folder below ``root`` that the names of the images start from, one for all splits or each its
             own; ``root`` itself by default.
         columns: names of the columns of tables without a header.
         sizes: numbers of images (below 1: fractions) to draw for splits from the file of ``train``, which keeps the
@@ -613,14 +613,14 @@ class CaptionedPictures(CountingDataModule):
     layout: ClassVar[str] = """\
   root/
     annotations/captions_train2017.json, captions_val2017.json   or captions.csv, captions.tsv (data.captions)
-    train2017/000000000009.jpg ..., val2017/...                   (data.pictures)"""
+    train2017/000000000009.jpg ..., val2017/...                   (data.images)"""
 
     def __init__(
         self,
         root: str | Path,
         *,
         captions: dict[str, str] | str = "captions.csv",
-        pictures: dict[str, str] | str = ".",
+        images: dict[str, str] | str = ".",
         columns: list[str] | None = None,
         sizes: dict[str, float] | None = None,
         split_seed: int = 0,
@@ -631,14 +631,14 @@ class CaptionedPictures(CountingDataModule):
         super().__init__(root, **options)
         check("data.empty", empty, one_of=("error", "skip"))
         self.captions = {"train": captions} if isinstance(captions, str) else captions
-        self.pictures = dict.fromkeys(SPLITS, pictures) if isinstance(pictures, str) else pictures
-        for option, given in (("captions", self.captions), ("pictures", self.pictures), ("sizes", sizes or {})):
+        self.images = dict.fromkeys(SPLITS, images) if isinstance(images, str) else images
+        for option, given in (("captions", self.captions), ("images", self.images), ("sizes", sizes or {})):
             if unknown := [name for name in given if name not in SPLITS]:
                 raise InputError(f"data.{option} names the splits {unknown}; expected train, val and test only")
         if both := [name for name in sizes or {} if name in self.captions and name != "train"]:
             raise InputError(f"data.captions and data.sizes both say what {both} is; leave it out of one of them")
-        if unplaced := [name for name in self.captions if name not in self.pictures]:
-            raise InputError(f"data.pictures does not say where those of {unplaced} are; add a folder for each")
+        if unplaced := [name for name in self.captions if name not in self.images]:
+            raise InputError(f"data.images does not say where those of {unplaced} are; add a folder for each")
         self.columns = columns
         self.sizes = sizes
         self.split_seed = split_seed
@@ -655,7 +655,7 @@ class CaptionedPictures(CountingDataModule):
         root = self.find_root()
         source, names = self._members(root, split)
         found, _ = self._file(root, source)
-        folder = self.pictures[source]
+        folder = self.images[source]
         records = []
         for name in names:
             path = inside_root(root, Path(folder, name), f"{found.path}, {found.places[name]}")
@@ -669,7 +669,7 @@ class CaptionedPictures(CountingDataModule):
             return split, self._file(root, split)[1]
         if "train" not in self.captions or (split != "train" and split not in drawn):
             raise InputError(
-                f"CaptionedPictures: nothing says which images are {split} (data.captions has "
+                f"CaptionedImages: nothing says which images are {split} (data.captions has "
                 f"{sorted(self.captions)}, data.sizes {sorted(drawn)}); name its file in data.captions, such as "
                 f"{{{split}: captions_{split}.json}}, or draw it from train by data.sizes, such as {{{split}: 0.1}}"
                 + ("; to predict other images set data.predict_root" if split == "test" else "")

@@ -85,7 +85,7 @@ def pack(
     path = Path(path).expanduser()
     with replacing(path) as temporary:
         with h5py.File(temporary, "w") as file:
-            packed, digest = _write_pictures(file, datamodule, records, broken)
+            packed, digest = _write_images(file, datamodule, records, broken)
             if not packed:
                 raise InputError(f"no image of {', '.join(splits)} can be decoded; nothing to pack")
             _write_records(file, packed, list(splits))
@@ -110,7 +110,7 @@ class _Packed:
     image: int  # row of image/offset
 
 
-def _write_pictures(
+def _write_images(
     file: h5py.File, data: CountingDataModule, records: list[tuple[Split, Record]], broken: str
 ) -> tuple[list[_Packed], str]:
     """Append every image once; returns what was kept and the hash of all bytes."""
@@ -128,7 +128,7 @@ def _write_pictures(
             flat[-len(buffer) :] = np.frombuffer(bytes(buffer), np.uint8)
             buffer.clear()
 
-    for split, record in progress(records, len(records), "packing pictures"):
+    for split, record in progress(records, len(records), "packing images"):
         try:
             encoded = data.read_verified(record)
             decode_image(encoded, record.image_id)

@@ -24,13 +24,13 @@ from counting_zoo.data.scenes import PRESETS, Attributes, EachClassPreset, rende
 from counting_zoo.errors import InputError, check
 from counting_zoo.io import progress, read_json, sha256
 
-SplitBy = Literal["class", "picture"]
+SplitBy = Literal["class", "image"]
 
 
-PICTURES = "images_384_VarV2"  # FSC-147's name for the folder
+IMAGES = "images_384_VarV2"  # FSC-147's name for the folder
 
 
-TEST_PICTURES = "test_pictures"  # the test images alone, to predict on as a folder
+TEST_IMAGES = "test_pictures"  # the test images alone, to predict on as a folder
 
 
 ANNOTATION = "scenes.json"  # everything about every object; the other files say what FSC-147's say
@@ -57,7 +57,7 @@ class SceneSet:
 
     Args:
         preset: ``easy``, ``low``, ``full`` or ``common``.
-        split_by: ``class`` tests on (shape, colour) pairs never trained on, ``picture`` on new images of the classes
+        split_by: ``class`` tests on (shape, colour) pairs never trained on, ``image`` on new images of the classes
             that training shows; ``None`` takes what the preset is made for.
         sizes: number of images of ``train``, ``val`` and ``test``; those left out keep their default.
         seed: of the images.
@@ -74,12 +74,12 @@ class SceneSet:
     def __post_init__(self) -> None:
         check("data.preset", self.preset, one_of=tuple(PRESETS))
         fixed = isinstance(PRESETS[self.preset], EachClassPreset)
-        split_by = self.split_by or ("picture" if fixed else "class")
-        check("data.split_by", split_by, one_of=("class", "picture"))
+        split_by = self.split_by or ("image" if fixed else "class")
+        check("data.split_by", split_by, one_of=("class", "image"))
         if fixed and split_by == "class":
             raise InputError(
                 f"data.split_by is 'class', but the preset {self.preset!r} has one list of classes for all splits; "
-                "set data.split_by to 'picture', or data.preset to 'easy' or 'full'"
+                "set data.split_by to 'image', or data.preset to 'easy' or 'full'"
             )
         sizes = {**SIZES, **(self.sizes or {})}
         if set(sizes) != set(SIZES) or not all(isinstance(n, int) and n >= 1 for n in sizes.values()):
@@ -92,6 +92,8 @@ class SceneSet:
     def fingerprint(self) -> dict[str, Any]:
         """Plain data that is equal for two sets exactly if their files are."""
         parameters = {**asdict(self), "format": FORMAT, "parameters": asdict(PRESETS[self.preset])}
+        # The word of the first edition: sets that it wrote are found again.
+        parameters["split_by"] = "picture" if self.split_by == "image" else self.split_by
         return json.loads(json.dumps(parameters))
 
     @property
@@ -193,8 +195,8 @@ class _Job:
 
 def _write(scenes: SceneSet, folder: Path, processes: int) -> None:
     assert scenes.sizes is not None  # filled in by __post_init__
-    (folder / PICTURES).mkdir()
-    (folder / TEST_PICTURES).mkdir()
+    (folder / IMAGES).mkdir()
+    (folder / TEST_IMAGES).mkdir()
     classes = scenes.class_splits()
     jobs = [
         _Job(scenes.preset, classes[split], scenes.seed, split, index, folder)
@@ -204,27 +206,27 @@ def _write(scenes: SceneSet, folder: Path, processes: int) -> None:
     description = f"rendering {scenes.preset} scenes"
     if processes > 1:
         with ProcessPoolExecutor(processes, get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-            pictures = list(progress(pool.map(_draw, jobs, chunksize=16), len(jobs), description))
+            entries = list(progress(pool.map(_draw, jobs, chunksize=16), len(jobs), description))
     else:
-        pictures = list(progress(map(_draw, jobs), len(jobs), description))
+        entries = list(progress(map(_draw, jobs), len(jobs), description))
     names = {split: [c.name for c in found] for split, found in classes.items()}
     files = {
-        ANNOTATION: {"class_names": names, "pictures": pictures},
-        "annotation_FSC147_384.json": {p["file"]: _as_fsc147(p) for p in pictures},
+        ANNOTATION: {"class_names": names, "pictures": entries},
+        "annotation_FSC147_384.json": {p["file"]: _as_fsc147(p) for p in entries},
         "Train_Test_Val_FSC_147.json": {
-            split: [p["file"] for p in pictures if p["split"] == split] for split in scenes.sizes
+            split: [p["file"] for p in entries if p["split"] == split] for split in scenes.sizes
         },
         "FSC-147-D.json": {
-            p["file"]: {"data_split": p["split"], "text_description": f"the {p['classes'][0]}"} for p in pictures
+            p["file"]: {"data_split": p["split"], "text_description": f"the {p['classes'][0]}"} for p in entries
         },
         "Split_Classes.json": names,
         FINGERPRINT: scenes.fingerprint,
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    lines = "".join(f"{p['file']}\t{p['classes'][0]}\n" for p in pictures)
+    lines = "".join(f"{p['file']}\t{p['classes'][0]}\n" for p in entries)
     (folder / "ImageClasses_FSC147.txt").write_text(lines, encoding="utf-8")
-    write_checksums(folder / CHECKSUMS, [folder / PICTURES / p["file"] for p in pictures])
+    write_checksums(folder / CHECKSUMS, [folder / IMAGES / p["file"] for p in entries])
 
 
 def _draw(job: _Job) -> dict[str, Any]:
@@ -232,13 +234,13 @@ def _draw(job: _Job) -> dict[str, Any]:
     file = f"{job.split}_{job.index:05d}.jpg"
     scene = render(PRESETS[job.preset], job.classes, (job.seed, list(SIZES).index(job.split), job.index))
     _, data = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    path = job.folder / PICTURES / file
+    path = job.folder / IMAGES / file
     path.write_bytes(data.tobytes())
     if job.split == "test":
         try:
-            os.link(path, job.folder / TEST_PICTURES / file)
+            os.link(path, job.folder / TEST_IMAGES / file)
         except OSError:  # a file system without links
-            shutil.copy(path, job.folder / TEST_PICTURES / file)
+            shutil.copy(path, job.folder / TEST_IMAGES / file)
     counts = np.bincount(scene.labels, minlength=len(scene.classes)).tolist()
     return {
         "file": file,
@@ -259,11 +261,11 @@ def _rounded(values: np.ndarray) -> list[Any]:
     return np.asarray(values, np.float64).round(3).tolist()
 
 
-def _as_fsc147(picture: dict[str, Any]) -> dict[str, Any]:
+def _as_fsc147(entry: dict[str, Any]) -> dict[str, Any]:
     """Convert the target's points and exemplars to what FSC-147's annotation file has."""
-    height, width = picture["size"]
-    corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in picture["exemplars"]]
-    points = [point for point, label in zip(picture["points"], picture["labels"], strict=True) if label == 0]
+    height, width = entry["size"]
+    corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in entry["exemplars"]]
+    points = [point for point, label in zip(entry["points"], entry["labels"], strict=True) if label == 0]
     return {
         "H": height,
         "W": width,
@@ -311,7 +313,7 @@ class SyntheticScenes(CountingDataModule):
             ``$COUNTING_ZOO_CACHE/scenes`` or ``~/.cache/counting_zoo/scenes``.
         preset: what the scenes look like.
         split_by: ``class`` (default of all but ``low``) tests on shape-colour pairs that training never shows,
-            although it shows every word; ``picture`` (default of ``low``) tests on new images of the same classes.
+            although it shows every word; ``image`` (default of ``low``) tests on new images of the same classes.
         sizes: number of images of ``train``, ``val`` and ``test`` (default 1500, 150 and 200).
         scene_seed: seeds the images; ``seed`` seeds only the order and augmentation in training.
         processes: how many processes render on first use; the files do not depend on it.
@@ -361,36 +363,36 @@ class SyntheticScenes(CountingDataModule):
         self.prepare_data()
         assert self.root is not None
         wanted = "test" if split == "predict" else split
-        pictures = [p for p in read_json(self.root / ANNOTATION)["pictures"] if p["split"] == wanted]
-        records = [self._record(picture) for picture in pictures]
+        entries = [p for p in read_json(self.root / ANNOTATION)["pictures"] if p["split"] == wanted]
+        records = [self._record(entry) for entry in entries]
         if split == "predict" and self.classes is not None:  # whoever predicts names what to count
             return [replace(record, classes=[], exemplars=None) for record in records]
         return records
 
-    def _record(self, picture: dict[str, Any]) -> Record:
-        name = f"{ANNOTATION}: {picture['file']}"
-        labels = np.array(picture["labels"], np.int64)
-        classes = picture["classes"]
-        exemplars: np.ndarray | None = as_boxes(picture["exemplars"], name)
+    def _record(self, entry: dict[str, Any]) -> Record:
+        name = f"{ANNOTATION}: {entry['file']}"
+        labels = np.array(entry["labels"], np.int64)
+        classes = entry["classes"]
+        exemplars: np.ndarray | None = as_boxes(entry["exemplars"], name)
         if self.fixed_list:
             # Every image answers for the whole list, in its order; there is no target to show examples of.
-            names = self._split_names[picture["split"]]
+            names = self._split_names[entry["split"]]
             labels = np.array([names.index(c) for c in classes], np.int64)[labels]
             classes, exemplars = names, None
         return Record(
-            image_id=picture["file"],
-            path=self._path(picture),
+            image_id=entry["file"],
+            path=self._path(entry),
             classes=list(classes),
-            points=as_points(picture["points"], name),
+            points=as_points(entry["points"], name),
             labels=labels,
-            boxes=as_boxes(picture["boxes"], name),
+            boxes=as_boxes(entry["boxes"], name),
             box_labels=labels.copy(),
             exemplars=exemplars,
             counts=np.bincount(labels, minlength=len(classes)).astype(np.float32),
-            captions=list(picture["captions"]),
-            size=(picture["size"][0], picture["size"][1]),
+            captions=list(entry["captions"]),
+            size=(entry["size"][0], entry["size"][1]),
         )
 
-    def _path(self, picture: dict[str, Any]) -> Path:
+    def _path(self, entry: dict[str, Any]) -> Path:
         assert self.root is not None
-        return self.root / PICTURES / picture["file"]
+        return self.root / IMAGES / entry["file"]

@@ -47,7 +47,7 @@ def crop(sample: Sample, x: int, y: int, width: int, height: int) -> Sample:
     """Cut out ``[x, x + width) x [y, y + height)``; what lies beyond the right or lower border is black."""
     start, end = np.array([x, y]), np.array([x + width, y + height])
     border = np.array(sample.size[::-1])
-    end = np.where(end >= border, np.nextafter(border, np.inf), end)  # the picture's own border belongs to the crop
+    end = np.where(end >= border, np.nextafter(border, np.inf), end)  # the image's own border belongs to the crop
     image = sample.image[y : y + height, x : x + width]
     below, right = height - image.shape[0], width - image.shape[1]
     if below or right:
@@ -61,7 +61,7 @@ def crop(sample: Sample, x: int, y: int, width: int, height: int) -> Sample:
 
 
 def averaged_or_linear(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resample a picture: pixels are averaged when both sides shrink, and interpolated linearly otherwise."""
+    """Resample an image: pixels are averaged when both sides shrink, and interpolated linearly otherwise."""
     shrinks = width <= image.shape[1] and height <= image.shape[0]
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
@@ -77,7 +77,7 @@ def resize(
     Args:
         sample: before.
         width, height: after, in pixels.
-        resample: gives the picture of that width and height.
+        resample: gives the image of that width and height.
     """
     old_height, old_width = sample.size
     if (old_height, old_width) == (height, width):
@@ -87,7 +87,7 @@ def resize(
 
 
 def affine(sample: Sample, matrix: np.ndarray) -> Sample:
-    """Map the picture within its frame by a ``(2, 3)`` matrix of x, y; what comes from outside is black.
+    """Map the image within its frame by a ``(2, 3)`` matrix of x, y; what comes from outside is black.
 
     (The reference fills at random with reflections too, which shows objects that no point counts.)
     """
@@ -120,7 +120,7 @@ def _moved(
 
     Args:
         sample: before.
-        image: the picture after.
+        image: the moved image.
         matrix: ``(2, 3)``, from coordinates before to coordinates after.
         keep: tells of ``(N, 2)`` float64 places before which of them stay; all if ``None``.
     """
@@ -246,7 +246,7 @@ class Augmentation(ABC):
     """What is done to a training sample; all randomness comes from the generator it is handed."""
 
     crops: int = 1
-    """How often it is called for each picture, which is decoded once; every result is an item of the batch."""
+    """How often it is called for each image, which is decoded once; every result is an item of the batch."""
 
     @abstractmethod
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
@@ -256,7 +256,7 @@ class Augmentation(ABC):
         """
 
     def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:  # noqa: B027  nothing to check by default
-        """Look at the (H, W) of all training pictures, where these may be cropped, before training begins.
+        """Look at the (H, W) of all training images, where these may be cropped, before training begins.
 
         Raises:
             InputError: they and the settings do not go together.
@@ -266,15 +266,15 @@ class Augmentation(ABC):
 class PlainAugmentation(Augmentation):
     """Random scale, crop, flips and brightness.
 
-    Pictures smaller than the crop are padded with black on the right and below. Counts-only pictures are neither
+    Images smaller than the crop are padded with black on the right and below. Counts-only images are neither
     scaled nor cropped.
 
     Args:
-        crop: side, or height and width, of what is cut out; ``None`` for the whole picture.
+        crop: side, or height and width, of what is cut out; ``None`` for the whole image.
         flip: mirror left and right with even odds.
         vflip: mirror top and bottom with even odds.
         rot90: turn by a random number of quarters; by halves where a quarter would change the shape.
-        scale: range of the factor by which the picture is enlarged before the crop.
+        scale: range of the factor by which the image is enlarged before the crop.
         brightness: pixel values are multiplied by a factor from 1 - brightness to 1 + brightness.
         offset: and shifted by up to this many of 255 grey levels.
         saturation: colours are drawn to the grey of the same brightness, or away from it, by a factor from
@@ -335,12 +335,12 @@ class PlainAugmentation(Augmentation):
             return
         if len(smaller) == len(sizes):
             raise InputError(
-                f"augmentation.crop is {self.crop}, but no training picture is that large (the largest has "
-                f"{max(sizes, key=min)} rows and columns); give a smaller crop, enlarge the pictures "
+                f"augmentation.crop is {self.crop}, but no training image is that large (the largest has "
+                f"{max(sizes, key=min)} rows and columns); give a smaller crop, enlarge the images "
                 "(model.preprocess.min_short), or take CrowdAugmentation, which enlarges what is too small"
             )
         warnings.warn(
-            f"{len(smaller)} of {len(sizes)} training pictures, such as one of {smaller[0]}, are smaller than "
+            f"{len(smaller)} of {len(sizes)} training images, such as one of {smaller[0]}, are smaller than "
             f"augmentation.crop, {self.crop}, and are padded with black",
             stacklevel=2,
         )
@@ -350,7 +350,7 @@ class PlainAugmentation(Augmentation):
         if self.crop is None:
             height, width = (max(1, round(side * factor)) for side in sample.size)
             return resize(sample, width, height)
-        # Cutting first and resizing the piece is the same as resizing the picture, without the work.
+        # Cutting first and resizing the piece is the same as resizing the image, without the work.
         height, width = (max(1, round(side / factor)) for side in self.crop)
         return resize(random_crop(sample, rng, height, width), self.crop[1], self.crop[0])
 
@@ -362,7 +362,7 @@ class CLIPCountAugmentation(Augmentation):
     probability ``augment`` it gets noise, colour jitter, blur, a random affine map and flips, and is cropped; otherwise
     it is cropped. Differences from the reference: the affine map fills with black, the jitter of the mosaic is applied
     (there it is computed and thrown away), and colours change after the crop rather than before, which is the same
-    and faster. Counts-only pictures get colours and flips alone.
+    and faster. Counts-only images get colours and flips alone.
 
     Args:
         crop: side of the square that comes out, at least 16 pixels.
@@ -458,7 +458,7 @@ def random_turn(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def random_crop(sample: Sample, rng: np.random.Generator, height: int, width: int) -> Sample:
-    """Cut out ``height`` x ``width`` pixels at a random place, padded where the picture is smaller."""
+    """Cut out ``height`` x ``width`` pixels at a random place, padded where the image is smaller."""
     y = int(rng.integers(max(0, sample.size[0] - height) + 1))
     x = int(rng.integers(max(0, sample.size[1] - width) + 1))
     return crop(sample, x, y, width, height)
@@ -508,11 +508,11 @@ Rule = Literal["correct", "official"]
 class CrowdAugmentation(Augmentation):
     """A random square resized to ``crop``, flips, and at times other colours, blur, and salt and pepper.
 
-    The square has ``int(crop * s)`` pixels, s uniform in ``scale``, or the picture's shorter side where that is less;
-    the reference enlarges such a picture until the square fits, which shows the same. It is cut out of the uint8
-    picture before anything is converted, so the time does not depend on the picture's size. A point goes with the
-    square that holds it: squares are half-open, except at the picture's own right and lower border. Counts-only
-    pictures get colours and flips alone.
+    The square has ``int(crop * s)`` pixels, s uniform in ``scale``, or the image's shorter side where that is less;
+    the reference enlarges such an image until the square fits, which shows the same. It is cut out of the uint8
+    image before anything is converted, so the time does not depend on the image's size. A point goes with the
+    square that holds it: squares are half-open, except at the image's own right and lower border. Counts-only
+    images get colours and flips alone.
 
     Three rules of the reference implementation are kept under the name ``official``: its flip takes a point from x to
     W - 1 - x (clamped), a pixel too far to the left; its blur is always the same vertical one, with a sigma of
@@ -522,7 +522,7 @@ class CrowdAugmentation(Augmentation):
     Args:
         crop: side of the square that comes out.
         scale: range of the square's side before it is resized, as a multiple of ``crop``; above 1 it shows more.
-        crops: how many samples are taken of each picture, which is decoded once.
+        crops: how many samples are taken of each image, which is decoded once.
         flip: mirror left and right with even odds.
         vflip: mirror top and bottom with even odds.
         rot90: turn by a random number of quarters; these two suit microscopy.
@@ -607,7 +607,7 @@ class CrowdAugmentation(Augmentation):
 
 
 def bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resample a uint8 picture by bicubic interpolation, low-pass filtered where it shrinks, clipped to 0..255.
+    """Resample a uint8 image by bicubic interpolation, low-pass filtered where it shrinks, clipped to 0..255.
 
     By torch's kernel for uint8, about five times faster than its kernel for floats and equal to it within a grey level,
     but that values are clipped after either direction. OpenCV's cubic interpolation has no low-pass filter.
@@ -616,15 +616,15 @@ def bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:
         image: ``(h, w, 3)``.
         width, height: of the result.
     """
-    picture = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, h, w), a view
-    resized = interpolate(picture, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, h, w), a view
+    resized = interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
 def official_flip(sample: Sample) -> Sample:
     """Mirror left and right with the reference's points: x becomes W - 1 - x, and 0 where that is negative.
 
-    The picture, boxes and exemplars are mirrored as they should be.
+    The image, boxes and exemplars are mirrored as they should be.
     """
     mirrored = flip_horizontal(sample)
     x = np.clip(sample.size[1] - 1 - sample.points[:, 0], 0, None)

@@ -15,7 +15,7 @@ import torch
 from asking import names_of
 from tiny_zoo import TinyCounter
 
-from counting_zoo import CaptionedPictures, PackedCounts, pack
+from counting_zoo import CaptionedImages, PackedCounts, pack
 from counting_zoo.data.describe import SplitDescription, describe
 from counting_zoo.data.tables import read_captions
 from counting_zoo.data.transforms import PlainAugmentation
@@ -23,7 +23,7 @@ from counting_zoo.errors import InputError, SupervisionError
 
 COCO: dict[str, Any] = {
     "captions": {"train": "annotations/captions_train2017.json", "val": "annotations/captions_val2017.json"},
-    "pictures": {"train": "train2017", "val": "val2017"},
+    "images": {"train": "train2017", "val": "val2017"},
 }
 TEXTS = {"a b.png": ['a "red" fox, and a hen', "zwei Füchse"], "sub/c.png": ["1\t2"], "d.png": ["three"]}
 
@@ -41,7 +41,7 @@ def rows_of(texts: dict[str, list[str]]) -> list[tuple[str, ...]]:
     return [(caption, "0.3", picture) for picture, found in texts.items() for caption in found]
 
 
-def captions(data: CaptionedPictures, split: Any) -> dict[str, list[str] | None]:
+def captions(data: CaptionedImages, split: Any) -> dict[str, list[str] | None]:
     return {record.image_id: record.captions for record in data.records(split)}
 
 
@@ -50,7 +50,7 @@ def captions(data: CaptionedPictures, split: Any) -> dict[str, list[str] | None]
 
 def test_coco(tmp_path: Path) -> None:
     truth = fakes.coco_captions(tmp_path)
-    data = CaptionedPictures(tmp_path, **COCO)
+    data = CaptionedImages(tmp_path, **COCO)
     for split in ("train", "val"):
         wanted = {name: sorted(found) for name, found in truth.items() if name.startswith(split)}
         assert {name: sorted(found or []) for name, found in captions(data, split).items()} == wanted
@@ -72,23 +72,23 @@ def test_tables_by_their_header(tmp_path: Path, picture: str, caption: str, name
         plain = {**TEXTS, "sub/c.png": ["one"]}  # a tab cannot stand in a cell of a TSV
         lines = ["\t".join(row) for row in [(caption, "similarity", picture), *rows_of(plain)]]
         (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    found = captions(CaptionedPictures(tmp_path, captions=name), "train")
+    found = captions(CaptionedImages(tmp_path, captions=name), "train")
     assert found == (TEXTS if name.endswith("csv") else plain)
 
 
 def test_a_table_without_a_header_is_read_by_the_names_of_its_columns(tmp_path: Path) -> None:
     write(tmp_path, [])
     (tmp_path / "gcc.tsv").write_text('a "red" fox\t./a b.png\n"one, two\td.png\n"in ""quotes"""\td.png\n')
-    data = CaptionedPictures(tmp_path, captions="gcc.tsv", columns=["caption", "image"])
+    data = CaptionedImages(tmp_path, captions="gcc.tsv", columns=["caption", "image"])
     assert captions(data, "train") == {"a b.png": ['a "red" fox'], "d.png": ['"one, two', 'in "quotes"']}
     with pytest.raises(InputError, match=r"gcc\.tsv"):
-        CaptionedPictures(tmp_path, captions="gcc.tsv").records("train")  # its first caption is no header
+        CaptionedImages(tmp_path, captions="gcc.tsv").records("train")  # its first caption is no header
 
 
 def test_a_byte_order_mark_and_spaces_in_the_header(tmp_path: Path) -> None:
     write(tmp_path, [])
     (tmp_path / "captions.csv").write_bytes("\ufeffimage, caption\r\nd.png, ein Fuß\r\n".encode())
-    assert captions(CaptionedPictures(tmp_path), "train") == {"d.png": ["ein Fuß"]}
+    assert captions(CaptionedImages(tmp_path), "train") == {"d.png": ["ein Fuß"]}
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -96,27 +96,27 @@ def test_a_byte_order_mark_and_spaces_in_the_header(tmp_path: Path) -> None:
 
 def test_sizes_draw_from_the_file_of_train(tmp_path: Path) -> None:
     truth = fakes.coco_captions(tmp_path)
-    data = CaptionedPictures(tmp_path, **COCO, sizes={"test": 2})
+    data = CaptionedImages(tmp_path, **COCO, sizes={"test": 2})
     parts = [set(captions(data, split)) for split in ("train", "val", "test")]
     assert [len(part) for part in parts] == [4, 2, 2]
     assert set.union(*parts) == set(truth)
-    one = {"captions": COCO["captions"]["train"], "pictures": "train2017", "sizes": {"train": 0.5, "val": 1, "test": 1}}
-    first, again = (CaptionedPictures(tmp_path, **one) for _ in range(2))
+    one = {"captions": COCO["captions"]["train"], "images": "train2017", "sizes": {"train": 0.5, "val": 1, "test": 1}}
+    first, again = (CaptionedImages(tmp_path, **one) for _ in range(2))
     assert [len(first.records(split)) for split in ("train", "val", "test")] == [3, 1, 1]  # type: ignore[arg-type]
     assert captions(first, "train") == captions(again, "train")
-    others = [CaptionedPictures(tmp_path, **one, split_seed=seed) for seed in range(1, 6)]
+    others = [CaptionedImages(tmp_path, **one, split_seed=seed) for seed in range(1, 6)]
     assert any(captions(other, "train") != captions(first, "train") for other in others)
 
 
 def test_predict_reads_the_test_pictures_or_others(tmp_path: Path) -> None:
     fakes.coco_captions(tmp_path)
-    data = CaptionedPictures(tmp_path, **COCO, sizes={"test": 2})
+    data = CaptionedImages(tmp_path, **COCO, sizes={"test": 2})
     assert list(captions(data, "predict")) == list(captions(data, "test"))
     assert set(captions(data, "predict").values()) == {None}
-    other = CaptionedPictures(tmp_path, **COCO, predict_root=tmp_path / "val2017")
+    other = CaptionedImages(tmp_path, **COCO, predict_root=tmp_path / "val2017")
     assert [record.image_id for record in other.records("predict")] == ["000000000042.jpg", "000000000043.jpg"]
     with pytest.raises(InputError, match=r"data\.predict_root"):
-        CaptionedPictures(tmp_path, **COCO).records("predict")
+        CaptionedImages(tmp_path, **COCO).records("predict")
 
 
 # -- through the house ------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_predict_reads_the_test_pictures_or_others(tmp_path: Path) -> None:
 def test_batches_keep_captions_and_may_be_cropped(tmp_path: Path) -> None:
     truth = fakes.coco_captions(tmp_path)
     crop = PlainAugmentation(crop=32, scale=(1.0, 1.5))
-    data = CaptionedPictures(tmp_path, **COCO, augmentation=crop, batch_size=4, num_workers=0)
+    data = CaptionedImages(tmp_path, **COCO, augmentation=crop, batch_size=4, num_workers=0)
     data.setup("fit")
     batches = list(data.train_dataloader())
     assert [tuple(batch["image"].shape) for batch in batches] == [(4, 3, 32, 32), (2, 3, 32, 32)]
@@ -141,7 +141,7 @@ def test_batches_keep_captions_and_may_be_cropped(tmp_path: Path) -> None:
 
 def test_a_counter_only_predicts(tmp_path: Path) -> None:
     fakes.coco_captions(tmp_path)
-    data = CaptionedPictures(
+    data = CaptionedImages(
         tmp_path, **COCO, sizes={"test": 2}, augmentation=PlainAugmentation(crop=32), classes=["dots"], num_workers=0
     )
     quiet: dict[str, Any] = {
@@ -162,7 +162,7 @@ def test_a_counter_only_predicts(tmp_path: Path) -> None:
 
 def test_descriptions_and_packs(tmp_path: Path) -> None:
     fakes.coco_captions(tmp_path)
-    data = CaptionedPictures(tmp_path, **COCO, num_workers=0)
+    data = CaptionedImages(tmp_path, **COCO, num_workers=0)
     packed = PackedCounts(pack(data, tmp_path / "pictures.h5", ("train", "val")), num_workers=0)
     assert packed.provides == {"captions"}
     for split in ("train", "val"):
@@ -189,8 +189,8 @@ def test_empty_captions_are_left_out_and_counted_once(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match=r"captions\.csv"),
         pytest.raises(InputError, match=r"data\.empty"),
     ):
-        CaptionedPictures(tmp_path).records("train")
-    skipping = CaptionedPictures(tmp_path, empty="skip", sizes={"val": 1})
+        CaptionedImages(tmp_path).records("train")
+    skipping = CaptionedImages(tmp_path, empty="skip", sizes={"val": 1})
     with pytest.warns(UserWarning, match=r"data\.empty") as warned:
         assert {*captions(skipping, "train"), *captions(skipping, "val")} == {"d.png", "sub/c.png"}
     assert len(warned) == 2  # the file is read once
@@ -203,15 +203,15 @@ def test_a_picture_of_coco_without_a_caption(tmp_path: Path) -> None:
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] == 42]
     place.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"000000000043\.jpg"):
-        CaptionedPictures(tmp_path, **COCO).records("val")
+        CaptionedImages(tmp_path, **COCO).records("val")
 
 
 def test_a_missing_picture(tmp_path: Path) -> None:
     write(tmp_path, [("image", "caption"), ("d.png", "three"), ("gone.png", "none")])
     with pytest.raises(InputError, match=r"gone\.png"):
-        CaptionedPictures(tmp_path).records("train")
+        CaptionedImages(tmp_path).records("train")
     with pytest.warns(UserWarning, match=r"gone\.png"):
-        assert list(captions(CaptionedPictures(tmp_path, missing="skip"), "train")) == ["d.png"]
+        assert list(captions(CaptionedImages(tmp_path, missing="skip"), "train")) == ["d.png"]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_unusable_files(tmp_path: Path, name: str, content: bytes, said: str) ->
     write(tmp_path, [])
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=said):
-        CaptionedPictures(tmp_path, captions=name).records("train")
+        CaptionedImages(tmp_path, captions=name).records("train")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_json_in_another_layout(tmp_path: Path, change: Callable[[Any], Any], sa
     change(content)
     place.write_text(json.dumps(content))
     with pytest.raises(InputError, match=said):
-        CaptionedPictures(tmp_path, **COCO).records("val")
+        CaptionedImages(tmp_path, **COCO).records("val")
 
 
 @pytest.mark.parametrize(
@@ -269,16 +269,16 @@ def test_json_in_another_layout(tmp_path: Path, change: Callable[[Any], Any], sa
         ({"empty": "drop"}, "data.empty"),
         ({"captions": {"training": "a.csv"}}, "data.captions"),
         ({"captions": {"train": "a.csv", "val": "b.csv"}, "sizes": {"val": 0.1}}, "data.sizes"),
-        ({"captions": {"train": "a.csv", "val": "b.csv"}, "pictures": {"train": "."}}, "data.pictures"),
+        ({"captions": {"train": "a.csv", "val": "b.csv"}, "images": {"train": "."}}, "data.images"),
         ({"sizes": {"valid": 3}}, "data.sizes"),
     ],
 )
 def test_options_that_contradict(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        CaptionedPictures(tmp_path, **options)
+        CaptionedImages(tmp_path, **options)
 
 
 def test_columns_must_name_a_picture_and_a_caption(tmp_path: Path) -> None:
     write(tmp_path, [("d.png", "three")])
     with pytest.raises(InputError, match=r"data\.columns"):
-        CaptionedPictures(tmp_path, columns=["path", "caption"]).records("train")
+        CaptionedImages(tmp_path, columns=["path", "caption"]).records("train")

@@ -12,7 +12,7 @@ import pytest
 from counting_zoo.data.checks import Checksums, write_checksums
 from counting_zoo.data.folder import ImageFolder
 from counting_zoo.data.pack import PackedCounts, pack
-from counting_zoo.data.synthetic import CHECKSUMS, PICTURES, SyntheticScenes
+from counting_zoo.data.synthetic import CHECKSUMS, IMAGES, SyntheticScenes
 from counting_zoo.errors import ImageError, InputError
 from counting_zoo.images import read_image
 
@@ -92,7 +92,7 @@ def test_scenes_verify_themselves(tmp_path: Path) -> None:
     data = SyntheticScenes(tmp_path / "s", sizes={"train": 2, "val": 2, "test": 2}, num_workers=0)
     assert len(list(data.test_dataloader())) == 2
     assert len((tmp_path / "s" / CHECKSUMS).read_text().splitlines()) == 6
-    path = tmp_path / "s" / PICTURES / "test_00001.jpg"
+    path = tmp_path / "s" / IMAGES / "test_00001.jpg"
     copy = path.read_bytes()
     os.unlink(path)  # it has a second link in the folder of test pictures
     path.write_bytes(copy)

@@ -138,8 +138,8 @@ COUNTS_BY_CLASS: dict[str, Any] = {"a.png": {"cat": 2, "dog": 0}, "b.png": {"dog
     ],
 )
 def test_every_form_of_counts(tmp_path: Path, name: str, content: str) -> None:
-    for i, picture in enumerate(COUNTS_BY_CLASS):
-        fakes.write_picture(tmp_path / picture, np.zeros((0, 2)), seed=i)
+    for i, image in enumerate(COUNTS_BY_CLASS):
+        fakes.write_picture(tmp_path / image, np.zeros((0, 2)), seed=i)
     (tmp_path / name).write_text(content)
     data = ImageFolder(tmp_path, annotation=name, classes=["dog", "cat"], prompts="all", splits={"train": [0, 3]})
     assert data.asked_counts("train").tolist() == [[0, 2], [3, 0], [0, 0]]
@@ -207,7 +207,7 @@ def test_mat_beside_each_picture(tmp_path: Path) -> None:
 
 def test_dot_pictures(tmp_path: Path) -> None:
     counts = fakes.dot_pairs(tmp_path)
-    data = ImageFolder(tmp_path, picture="{stem}cell.png", dots="{stem}dots.png")
+    data = ImageFolder(tmp_path, image="{stem}cell.png", dots="{stem}dots.png")
     assert {name: len(record.points) for name, record in _by_name(data).items()} == counts
     assert [record.image_id for record in data.records("predict")] == sorted(counts)
     assert all((record.points % 1 == 0.5).all() for record in data.records("test"))
@@ -240,17 +240,17 @@ def _marrow(root: Path, n: int = 3, folders: tuple[str, str] = ("BM_{stem}.png",
 
 
 @pytest.mark.parametrize(
-    ("picture", "dots"),
+    ("image", "dots"),
     [("{stem}.png", "{stem}_dots.png"), (None, "{stem}_dots.png"), ("BM_{stem}.*", "BM_{stem}_dots.*")],
 )
-def test_a_picture_pattern_that_fits_the_dot_pictures_too(tmp_path: Path, picture: str | None, dots: str) -> None:
+def test_a_picture_pattern_that_fits_the_dot_pictures_too(tmp_path: Path, image: str | None, dots: str) -> None:
     counts = _marrow(tmp_path)
-    options: dict[str, Any] = {"picture": picture, "dots": dots}
+    options: dict[str, Any] = {"image": image, "dots": dots}
     data = ImageFolder(tmp_path, **options)
     names = [f"BM_GRAZ_{i:04d}_01.png" for i in range(3)]
     assert [(r.image_id, len(r.points)) for r in data.records("test")] == list(zip(names, counts, strict=True))
     assert [r.image_id for r in data.records("predict")] == names
-    # A picture without dots is predicted, dots without a picture are not; neither is passed over in a test.
+    # An image without dots is predicted, dots without an image are not; neither is passed over in a test.
     (tmp_path / names[1].replace(".png", "_dots.png")).unlink()
     (tmp_path / names[2]).unlink()
     assert [r.image_id for r in ImageFolder(tmp_path, **options).records("predict")] == names[:2]
@@ -272,9 +272,9 @@ def test_dot_pictures_are_not_predicted_in_another_folder(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("patterns", ["images/{stem}.png dots/{stem}.png", "{stem}/cells.png {stem}/dots.png"])
 def test_dots_in_folders_of_their_own(tmp_path: Path, patterns: str) -> None:
-    picture, dots = patterns.split()
-    counts = _marrow(tmp_path, folders=(picture, dots))
-    data = ImageFolder(tmp_path, picture=picture, dots=dots)
+    image, dots = patterns.split()
+    counts = _marrow(tmp_path, folders=(image, dots))
+    data = ImageFolder(tmp_path, image=image, dots=dots)
     assert [len(record.points) for record in data.records("test")] == counts
     assert len(data.records("predict")) == len(counts)
 
@@ -286,7 +286,7 @@ def test_dots_in_folders_of_their_own(tmp_path: Path, patterns: str) -> None:
         ({"dots": "/dots/{stem}.png"}, r"data\.dots"),
         ({"dots": "dots.png"}, r"'dots\.png'"),
         ({"dots": "{stem}_d*s.png"}, "BM_GRAZ_0000_01"),
-        ({"dots": "{stem}_dots.png", "picture": "{stem}.*"}, r"data\.picture"),
+        ({"dots": "{stem}_dots.png", "image": "{stem}.*"}, r"data\.image"),
         ({"dots": "{stem}_dots.png", "dot": "cross"}, r"data\.dot"),
     ],
 )
@@ -439,7 +439,7 @@ def test_annotation_without_picture(tmp_path: Path) -> None:
 
 def test_orphaned_and_mismatched_dots(tmp_path: Path) -> None:
     fakes.dot_pairs(tmp_path, 3)
-    options: dict[str, Any] = {"picture": "{stem}cell.png", "dots": "{stem}dots.png"}
+    options: dict[str, Any] = {"image": "{stem}cell.png", "dots": "{stem}dots.png"}
     black = np.zeros((40, 64), np.uint8)
     (tmp_path / "002dots.png").write_bytes(cv2.imencode(".png", black)[1].tobytes())
     with pytest.raises(InputError, match="40 x 64"):
@@ -464,7 +464,7 @@ def test_counts_must_match_points(tmp_path: Path) -> None:
 
 
 def test_points_outside_and_swapped(tmp_path: Path) -> None:
-    fakes.folder(tmp_path, {"a.png": [(10, 60)]})  # the picture is 64 wide and 48 high
+    fakes.folder(tmp_path, {"a.png": [(10, 60)]})  # the image is 64 wide and 48 high
     with pytest.raises(InputError, match="swapped"):
         ImageFolder(tmp_path).records("test")
     with pytest.warns(UserWarning, match=r"1 coordinates"):
@@ -498,7 +498,7 @@ def test_missing_root_and_no_annotation(tmp_path: Path) -> None:
 
 def test_ranges_with_a_pool(tmp_path: Path) -> None:
     fakes.dot_pairs(tmp_path)
-    options: dict[str, Any] = {"picture": "{stem}cell.png", "dots": "{stem}dots.png"}
+    options: dict[str, Any] = {"image": "{stem}cell.png", "dots": "{stem}dots.png"}
     protocol: dict[str, Any] = {"splits": {"train": [0, 6], "test": [6, None]}, "sizes": {"train": 3, "val": 2}}
     draws = []
     for seed in range(4):
@@ -569,7 +569,7 @@ def test_predict_finds_every_picture_below(tmp_path: Path, caplog: pytest.LogCap
     for i, name in enumerate(("b.JPG", "a/deep/er.png", "a/ü x.bmp", "c.webp")):
         fakes.write_picture(tmp_path / name.lower(), np.zeros((0, 2)), seed=i)
     (tmp_path / "b.jpg").rename(tmp_path / "b.JPG")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "._b.jpg").write_text("macOS leaves these")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
@@ -598,7 +598,7 @@ def test_predict_root_may_be_elsewhere_or_one_picture(tmp_path: Path) -> None:
 def test_vgg_cells() -> None:
     data = ImageFolder(
         fakes.shared_data("vgg_cells"),
-        picture="{stem}cell.png",
+        image="{stem}cell.png",
         dots="{stem}dots.png",
         classes=["cells"],
         splits={"train": [0, 100], "test": [100, 200]},
@@ -612,9 +612,9 @@ def test_vgg_cells() -> None:
 
 def test_toy_set_with_dots_in_another_folder() -> None:
     data = ImageFolder(
-        fakes.shared_data("crowd_samples", "tudor67_toy_set"), picture="images/{stem}.jpg", dots="gt_dots/{stem}.png"
+        fakes.shared_data("crowd_samples", "tudor67_toy_set"), image="images/{stem}.jpg", dots="gt_dots/{stem}.png"
     )
     with pytest.raises(InputError, match=r"images/001dots\.jpg"):  # named 001cell.png, so it is no pair
         data.records("test")
-    data = ImageFolder(data.root, picture="images/IMG{stem}.jpg", dots="gt_dots/IMG{stem}.png")
+    data = ImageFolder(data.root, image="images/IMG{stem}.jpg", dots="gt_dots/IMG{stem}.png")
     assert [len(record.points) for record in data.records("test")] == [208]

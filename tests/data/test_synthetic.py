@@ -17,9 +17,9 @@ from counting_zoo.data.fsc147 import FSC147
 from counting_zoo.data.synthetic import (
     ANNOTATION,
     FINGERPRINT,
-    PICTURES,
+    IMAGES,
     SIZES,
-    TEST_PICTURES,
+    TEST_IMAGES,
     SceneSet,
     SyntheticScenes,
     captions,
@@ -63,7 +63,7 @@ def test_sizes_change_nothing_else(easy: SyntheticScenes, tmp_path: Path) -> Non
     """A picture depends on seed, split and index, so that a larger set holds the smaller one."""
     larger = make(tmp_path, sizes={**FEW, "train": 8})
     larger.prepare_data()
-    name = f"{PICTURES}/train_00005.jpg"
+    name = f"{IMAGES}/train_00005.jpg"
     assert (larger.root / name).read_bytes() == (easy.root / name).read_bytes()
 
 
@@ -106,14 +106,14 @@ def test_predict_gives_names_but_no_annotation(easy: SyntheticScenes) -> None:
     assert predict[0].classes == test[0].classes
     asked = make(easy.root, classes=["red discs", "dogs"])
     assert names_of(next(iter(asked.predict_dataloader()))) == [["red discs", "dogs"]]
-    files = sorted(path.name for path in (easy.root / TEST_PICTURES).iterdir())
+    files = sorted(path.name for path in (easy.root / TEST_IMAGES).iterdir())
     assert files == sorted(r.image_id for r in test)
 
 
 def test_a_folder_of_scenes_is_predicted_in_order(tmp_path: Path) -> None:
     scenes = make(tmp_path / "scenes", sizes={"train": 10, "val": 4, "test": 6})
     names = [record.image_id for split in ("test", "train", "val") for record in scenes.records(split)]  # type: ignore[arg-type]
-    for folder, expected in ((PICTURES, names), (TEST_PICTURES, names[:6])):
+    for folder, expected in ((IMAGES, names), (TEST_IMAGES, names[:6])):
         data = ImageFolder(tmp_path / "scenes" / folder, classes=["red discs"], eval_batch_size=3, num_workers=0)
         data.setup("predict")
         batches = list(data.predict_dataloader())
@@ -133,11 +133,11 @@ def test_low_answers_for_the_whole_list(low: SyntheticScenes) -> None:
     assert "exemplars" not in low.provides
 
 
-def test_split_by_picture_shares_classes() -> None:
-    data = make(None, split_by="picture")
+def test_split_by_image_shares_classes() -> None:
+    data = make(None, split_by="image")
     assert data.class_names("train") == data.class_names("test")
     assert len(data.class_names("train")) == 72
-    assert make(None, preset="low").scenes.split_by == "picture"
+    assert make(None, preset="low").scenes.split_by == "image"
 
 
 def test_read_as_fsc147(easy: SyntheticScenes) -> None:
@@ -167,7 +167,7 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     running = [subprocess.Popen([sys.executable, "-c", code, str(folder)]) for _ in range(2)]
     assert [process.wait(60) for process in running] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["scenes"]  # no temporary folder is left
-    assert len(list((folder / PICTURES).iterdir())) == 22
+    assert len(list((folder / IMAGES).iterdir())) == 22
     ensure_scenes(SceneSet(sizes={"train": 20, "val": 1, "test": 1}), folder)
 
 
