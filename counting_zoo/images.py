@@ -247,14 +247,14 @@ def _orientation(image: ImageFile, file: IO[bytes]) -> int:
 
 def _has_exif_chunk(png: IO[bytes]) -> bool:
     """Look through the headers of the chunks of a PNG, and come back to where the file stood."""
-    place, found = png.tell(), False
+    start, has_exif = png.tell(), False
     png.seek(8)
-    while len(head := png.read(8)) == 8 and not found:
+    while len(head := png.read(8)) == 8 and not has_exif:
         length, kind = struct.unpack(">I4s", head)
-        found = kind == b"eXIf"
+        has_exif = kind == b"eXIf"
         png.seek(length + 4, os.SEEK_CUR)
-    png.seek(place)
-    return found
+    png.seek(start)
+    return has_exif
 
 
 def _ends_early(image: ImageFile, data: bytes, scan: int) -> bool:

@@ -67,7 +67,7 @@ def boxed_records(images: Iterable[BoxedImage], classes: list[str], unlisted: Un
     index = {name: k for k, name in enumerate(classes)}
     records: list[Record] = []
     flat: Counter[str] = Counter()
-    others: dict[str, str] = {}  # a place of each class that is not listed
+    others: dict[str, str] = {}  # a file that has each class that is not listed
     for image in images:
         labels = np.array([index.get(name, -1) for name in image.names], np.int64)
         kept = (labels >= 0) & ~image.left_out
@@ -75,18 +75,18 @@ def boxed_records(images: Iterable[BoxedImage], classes: list[str], unlisted: Un
             others.setdefault(image.names[i], image.place)
         flat.update(f"{image.place} ({image.names[i]})" for i in np.flatnonzero(image.flat & kept))
         boxes = image.boxes[kept]
-        present, own = np.unique(labels[kept], return_inverse=True)
-        own = own.astype(np.int64)
+        present, indices = np.unique(labels[kept], return_inverse=True)
+        indices = indices.astype(np.int64)
         records.append(
             Record(
                 image.image_id,
                 image.path,
                 classes=[classes[k] for k in present] or classes[:1],
                 points=((boxes[:, :2] + boxes[:, 2:]) / 2).astype(np.float32),
-                labels=own,
+                labels=indices,
                 boxes=boxes.astype(np.float32),
-                box_labels=own,
-                counts=np.bincount(own, minlength=max(len(present), 1)).astype(np.float32),
+                box_labels=indices,
+                counts=np.bincount(indices, minlength=max(len(present), 1)).astype(np.float32),
                 size=image.size,
             )
         )
@@ -201,8 +201,7 @@ class VOCCounts(CountingDataModule):
         records = self._annotated(root, self.split_names["train"] if name == "drawn" else name)
         if self.split_names["val"] != "drawn" or split == "test":
             return records
-        kept = set(draw_split([r.image_id for r in records], {"val": self.val_fraction}, self.split_seed, split))
-        return [r for r in records if r.image_id in kept]
+        return draw_split(records, {"val": self.val_fraction}, self.split_seed, split)
 
     def _check_apart(self, root: Path) -> None:
         """Make sure that no image to validate or test on is one to train on."""

@@ -19,7 +19,7 @@ import numpy as np
 from counting_zoo.data.records import Record
 from counting_zoo.errors import ImageError, InputError, check, listed
 from counting_zoo.images import image_size
-from counting_zoo.io import file_sha256, read_lines, sha256
+from counting_zoo.io import file_sha256, read_lines, sha256, write_whole
 
 Outside = Literal["error", "clamp", "drop"]
 
@@ -270,7 +270,7 @@ def write_checksums(path: Path, images: Iterable[Path]) -> None:
         images: in the order they are listed in.
     """
     lines = [f"{file_sha256(image)}  {image.relative_to(path.parent).as_posix()}\n" for image in images]
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    write_whole(path, "".join(lines))
 
 
 _ARRAYS = (

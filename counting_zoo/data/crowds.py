@@ -88,9 +88,7 @@ class CrowdDataModule(CountingDataModule):
         root = self.find_release(parts[0])
         images = [(self._image_id(root, path), part, path) for part in parts for path in self.list_part(root, part)]
         if self.val_split == "drawn" and split in ("train", "val"):
-            ids = [image_id for image_id, _, _ in images]
-            kept = set(draw_split(ids, {"val": self.val_fraction}, self.split_seed, split))
-            images = [image for image in images if image[0] in kept]
+            images = draw_split(images, {"val": self.val_fraction}, self.split_seed, split)
         return [self._record(root, *image, annotated=split != "predict") for image in images]
 
     def part_of(self, split: Split) -> str:

@@ -280,12 +280,12 @@ class AnnotatedFolder:
             paths = [self.folder / name for name in ANNOTATION_FILES if (self.folder / name).is_file()]
         self.has_files = bool(paths)
         for path in paths:
-            own: set[str] = set()
+            named: set[str] = set()
             for given, marks in read_marks(path, self.unnamed, self.classes).items():
                 name = self.find(given, str(path))
-                if name in own:
+                if name in named:
                     raise InputError(f"{path}: {given!r} is a second spelling of {name!r}; expected one")
-                own.add(name)
+                named.add(name)
                 self._marks[name] = _merged(self._marks.get(name, Marks()), marks, f"{path}: {given}")
 
     def _pair(self, listed: list[str], image: str, dots: str | None) -> list[str]:
@@ -327,12 +327,12 @@ def _stems(names: list[str], pattern: str, option: str) -> dict[str, str]:
 
 
 def _by_stem(stems: dict[str, str], folder: Path, option: str) -> dict[str, str]:
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, stem in stems.items():
-        if stem in found:
-            raise InputError(f"{folder / found[stem]} and {name} both fit {option}; expected one for {stem!r}")
-        found[stem] = name
-    return found
+        if stem in names:
+            raise InputError(f"{folder / names[stem]} and {name} both fit {option}; expected one for {stem!r}")
+        names[stem] = name
+    return names
 
 
 def _merged(first: Marks, second: Marks, where: str) -> Marks:
@@ -449,7 +449,7 @@ class ImageFolder(CountingDataModule):
                 split,
                 next(iter(large)),
             )
-        silent = [name for name, found in marks.items() if found is None]
+        silent = [name for name, annotation in marks.items() if annotation is None]
         if silent and self.empty == "error":
             raise InputError(
                 f"{folder}: the annotation does not mention {len(silent)} of {len(names)} images of {split}: "
@@ -458,13 +458,13 @@ class ImageFolder(CountingDataModule):
         if silent:
             log.warning("%s: %d images of %s without annotation hold no objects", folder, len(silent), split)
         order = list(dict.fromkeys([*(self.classes or []), *images.all_names()]))
-        kinds = [found for found in marks.values() if found is not None]
+        given = [annotation for annotation in marks.values() if annotation is not None]
         nothing = Marks(
-            points=np.zeros((0, 2), np.float32) if any(found.points is not None for found in kinds) else None,
-            boxes=np.zeros((0, 4), np.float32) if any(found.boxes is not None for found in kinds) else None,
+            points=np.zeros((0, 2), np.float32) if any(annotation.points is not None for annotation in given) else None,
+            boxes=np.zeros((0, 4), np.float32) if any(annotation.boxes is not None for annotation in given) else None,
             counts={},
         )
-        return [self._record(folder, name, found or nothing, nothing, order) for name, found in marks.items()]
+        return [self._record(folder, name, annotation or nothing, nothing, order) for name, annotation in marks.items()]
 
     # -- splits ---------------------------------------------------------------------------------------------------
 
@@ -568,12 +568,12 @@ class ImageFolder(CountingDataModule):
         )
 
     def _predict_records(self) -> list[Record]:
-        place = self.predict_root or self.find_root()
-        if place.is_file() or not (self.image or self.dots):
-            return _records_at(place)
+        source = self.predict_root or self.find_root()
+        if source.is_file() or not (self.image or self.dots):
+            return _records_at(source)
         # Another folder may name its images as it likes; only what is surely no image is left out there.
-        names = without_dots(list_images(place), self.image, self.dots, keep_others=self.predict_root is not None)
-        return _records_at(place, names)
+        names = without_dots(list_images(source), self.image, self.dots, keep_others=self.predict_root is not None)
+        return _records_at(source, names)
 
 
 def _indices(names: list[str], classes: list[str]) -> np.ndarray:
@@ -692,8 +692,8 @@ class CaptionedImages(CountingDataModule):
         return self._files[name]
 
 
-def _records_at(place: Path, names: list[str] | None = None) -> list[Record]:
+def _records_at(source: Path, names: list[str] | None = None) -> list[Record]:
     """Make records of an image, or of those of a folder, all if ``None``."""
-    if place.is_file():
-        return [Record(place.name, place)]
-    return [Record(name, place / name) for name in (list_images(place) if names is None else names)]
+    if source.is_file():
+        return [Record(source.name, source)]
+    return [Record(name, source / name) for name in (list_images(source) if names is None else names)]
