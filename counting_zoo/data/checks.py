@@ -250,10 +250,10 @@ class Checksums:
         Raises:
             ImageError: they differ.
         """
-        expected, found = self._known[self._name(record)], sha256(data)
-        if found != expected:
+        expected, actual = self._known[self._name(record)], sha256(data)
+        if actual != expected:
             raise ImageError(
-                f"{record.path}: its SHA-256 is {found}, but {self.path} says {expected}; copy the image again, or "
+                f"{record.path}: its SHA-256 is {actual}, but {self.path} says {expected}; copy the image again, or "
                 "correct the list if the image was changed on purpose"
             )
 
@@ -511,12 +511,12 @@ def _check_counts(record: Record) -> None:
         )
     if record.labels is None:
         return
-    found = np.bincount(record.labels, minlength=n)
-    wrong = np.flatnonzero(counts != found)
+    annotated = np.bincount(record.labels, minlength=n)
+    wrong = np.flatnonzero(counts != annotated)
     if len(wrong):
         k = int(wrong[0])
         raise InputError(
-            f"{name}: the count of {record.classes[k]!r} is given as {counts[k]:g}, but {found[k]} points are "
+            f"{name}: the count of {record.classes[k]!r} is given as {counts[k]:g}, but {annotated[k]} points are "
             "annotated; correct one of them, or leave the counts out"
         )
 
