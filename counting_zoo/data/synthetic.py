@@ -147,18 +147,20 @@ def _holds(scenes: SceneSet, folder: Path) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((folder / FINGERPRINT).read_bytes())
+        stored = json.loads((folder / FINGERPRINT).read_bytes())
     except (OSError, ValueError):
         raise InputError(
             f"{folder} is not empty and has no readable {FINGERPRINT}, so it holds no built-in scenes; "
             "choose another data.root, or leave it out to use the cache"
         ) from None
     expected = scenes.fingerprint
-    if found != expected:
-        if not isinstance(found, dict):
-            found = {}
-        keys = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-        differences = "; ".join(f"{key} is {found.get(key)!r:.80}, asked for {expected.get(key)!r:.80}" for key in keys)
+    if stored != expected:
+        if not isinstance(stored, dict):
+            stored = {}
+        keys = sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key))
+        differences = "; ".join(
+            f"{key} is {stored.get(key)!r:.80}, asked for {expected.get(key)!r:.80}" for key in keys
+        )
         raise InputError(
             f"{folder} holds scenes made with other settings ({differences}); delete the folder, choose another "
             "data.root, or leave it out: every setting has its own folder in the cache"
@@ -209,7 +211,7 @@ def _write(scenes: SceneSet, folder: Path, processes: int) -> None:
             entries = list(progress(pool.map(_draw, jobs, chunksize=16), len(jobs), description))
     else:
         entries = list(progress(map(_draw, jobs), len(jobs), description))
-    names = {split: [c.name for c in found] for split, found in classes.items()}
+    names = {split: [c.name for c in attributes] for split, attributes in classes.items()}
     files = {
         ANNOTATION: {"class_names": names, "pictures": entries},
         "annotation_FSC147_384.json": {p["file"]: _as_fsc147(p) for p in entries},
@@ -370,6 +372,7 @@ class SyntheticScenes(CountingDataModule):
         return records
 
     def _record(self, entry: dict[str, Any]) -> Record:
+        assert self.root is not None  # set in __init__
         name = f"{ANNOTATION}: {entry['file']}"
         labels = np.array(entry["labels"], np.int64)
         classes = entry["classes"]
@@ -381,7 +384,7 @@ class SyntheticScenes(CountingDataModule):
             classes, exemplars = names, None
         return Record(
             image_id=entry["file"],
-            path=self._path(entry),
+            path=self.root / IMAGES / entry["file"],
             classes=list(classes),
             points=as_points(entry["points"], name),
             labels=labels,
@@ -392,7 +395,3 @@ class SyntheticScenes(CountingDataModule):
             captions=list(entry["captions"]),
             size=(entry["size"][0], entry["size"][1]),
         )
-
-    def _path(self, entry: dict[str, Any]) -> Path:
-        assert self.root is not None
-        return self.root / IMAGES / entry["file"]
