@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from counting_zoo.errors import InputError
+from counting_zoo.errors import InputError, check
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -57,18 +57,14 @@ class Preprocess:
     fit: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.resize not in ("none", "short", "long", "height", "warp"):
-            raise InputError(
-                f"preprocess.resize is {self.resize!r}; expected one of 'none', 'short', 'long', 'height', 'warp'"
-            )
+        check("preprocess.resize", self.resize, one_of=("none", "short", "long", "height", "warp"))
+        check("preprocess.rounding", self.rounding, one_of=("down", "nearest"))
+        check("preprocess.interpolation", self.interpolation, one_of=("bilinear", "bicubic"))
         if (self.size is None) != (self.resize == "none"):
             raise InputError(
                 f"preprocess.resize={self.resize!r} with preprocess.size={self.size!r}: "
                 "every rule but 'none' needs a size, and 'none' takes none"
             )
-        for name, choices in (("rounding", ("down", "nearest")), ("interpolation", ("bilinear", "bicubic"))):
-            if getattr(self, name) not in choices:
-                raise InputError(f"preprocess.{name} is {getattr(self, name)!r}; expected one of {choices}")
         if self.fit is not None:
             if isinstance(self.fit, list):  # as it comes from a file
                 object.__setattr__(self, "fit", tuple(self.fit))
@@ -85,8 +81,8 @@ class Preprocess:
             )
         for name in ("size", "multiple", "max_long", "min_short"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"preprocess.{name} is {value}; expected at least 1 pixel")
+            if value is not None:
+                check(f"preprocess.{name}", value, at_least=1)
         for name in ("min_short", "max_long"):
             value = getattr(self, name)
             if self.rounding == "nearest" and self.fit is None and value is not None and value % self.multiple:

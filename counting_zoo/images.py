@@ -70,6 +70,30 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     Raises:
         ImageError: empty, not an image, truncated, corrupt where the format can tell, or above :data:`MAX_PIXELS`.
     """
+    return _rgb(_decoded(data, name))
+
+
+def decode_channels(data: bytes, name: str) -> np.ndarray:
+    """Decode an image as :func:`decode_image` does, but keep 16-bit grey and alpha.
+
+    Returns:
+        ``(H, W, C)`` with C = 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA); uint16 for 16-bit grey without alpha,
+        else uint8.
+
+    Raises:
+        ImageError: as :func:`decode_image`.
+    """
+    image = _decoded(data, name)
+    if not image.mode.startswith("I;16"):
+        grey = image.mode in ("1", "L", "LA", "La")
+        alpha = image.has_transparency_data
+        image = image.convert(("LA" if alpha else "L") if grey else ("RGBA" if alpha else "RGB"))
+    values = np.asarray(image)
+    return values.reshape(*values.shape[:2], -1)
+
+
+def _decoded(data: bytes, name: str) -> Image.Image:
+    """Decode an image of 1, 8 or 16 bits in whatever mode it is stored, turned upright."""
     file = io.BytesIO(data)
     image = _opened(file, name)
     try:
@@ -92,7 +116,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         raise _broken(image.format, error, len(data), name) from None
     if image.mode in ("I", "F"):
         raise ImageError(f"{name}: pixels have 32 bits (mode {image.mode}); expected 8 or 16, convert the image first")
-    return _rgb(image)
+    return image
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -223,14 +247,14 @@ def _orientation(image: ImageFile, file: IO[bytes]) -> int:
 
 def _has_exif_chunk(png: IO[bytes]) -> bool:
     """Look through the headers of the chunks of a PNG, and come back to where the file stood."""
-    place, found = png.tell(), False
+    start, has_exif = png.tell(), False
     png.seek(8)
-    while len(head := png.read(8)) == 8 and not found:
+    while len(head := png.read(8)) == 8 and not has_exif:
         length, kind = struct.unpack(">I4s", head)
-        found = kind == b"eXIf"
+        has_exif = kind == b"eXIf"
         png.seek(length + 4, os.SEEK_CUR)
-    png.seek(place)
-    return found
+    png.seek(start)
+    return has_exif
 
 
 def _ends_early(image: ImageFile, data: bytes, scan: int) -> bool:

@@ -208,6 +208,9 @@ class _Parser(LightningArgumentParser):
     ) -> Any:
         return super().parse_args(None if args is None else _current_words(args), *others, **kwargs)
 
+    def parse_string(self, content: str, *others: Any, **kwargs: Any) -> Any:  # of every configuration file
+        return super().parse_string(_current_data(content), *others, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         refused = "not allowed, denied by" in f"{message} {ex}"
         return super().error(f"{message}\n{CURE}" if refused else message, ex)
@@ -314,6 +317,36 @@ def _current_words(args: Sequence[str]) -> list[str]:
             flag, equals, value = config_or_path(word), "", ""
         words.append(f"{EARLIER_OPTIONS.get(flag, flag)}{equals}{value}")
     return words
+
+
+#: Data modules as configuration files of the first edition name them and their options; the class today, and options.
+EARLIER_DATA = {
+    "CaptionedPictures": ("CaptionedImages", {"pictures": "images"}),
+    "ImageFolder": ("ImageFolder", {"picture": "image"}),
+    "SyntheticScenes": ("SyntheticScenes", {}),
+}
+
+
+def _current_data(content: str) -> str:
+    """Replace earlier names in the ``data`` of a configuration; what has none stays as it is, to the byte."""
+    if "icture" not in content:
+        return content
+    try:
+        config = yaml.safe_load(content)
+    except yaml.YAMLError:
+        return content  # the parser says what is wrong, and where
+    given = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(given, dict):
+        return content
+    package, dot, kind = str(given.get("class_path")).rpartition(".")
+    if kind not in EARLIER_DATA or package.split(".")[0] not in ("", "counting_zoo"):
+        return content
+    kind, options = EARLIER_DATA[kind]
+    init_args = {options.get(name, name): value for name, value in (given.get("init_args") or {}).items()}
+    if init_args.get("split_by") == "picture":
+        init_args["split_by"] = "image"
+    current = {**given, "class_path": f"{package}{dot}{kind}", "init_args": init_args}
+    return yaml.safe_dump({**config, "data": current}, sort_keys=False)
 
 
 def _import_classes() -> None:

@@ -534,7 +534,7 @@ SECTIONS: dict[str, Callable[[Path], Any]] = {
 
 def scenes(preset: str, root: Path) -> dict[str, Any]:
     """Scenes of another seed than the configurations', split by pictures where the preset can be."""
-    split_by = "class" if preset == "common" else "picture"
+    split_by = "class" if preset == "common" else "image"
     made = counting_zoo.SyntheticScenes(
         root / f"{preset}_{split_by}",
         preset=preset,

@@ -12,6 +12,9 @@ import torch
 import yaml
 from tiny import CONFIGS, DATA, MODELS, TRAINERS, WHOLE, run
 
+from counting_zoo.data.base import CountingDataModule
+from counting_zoo.data.synthetic import SceneSet
+from counting_zoo.lightning_cli import made_from_config
 from counting_zoo.quickstart import config_or_path
 
 ALL = sorted(CONFIGS.rglob("*.yaml"))
@@ -203,3 +206,24 @@ def test_a_file_of_the_working_directory_wins_over_a_shipped_one(
 
 def test_shipped_names_are_unique() -> None:
     assert len({path.stem for path in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "attribute", "expected"),
+    [
+        ("ImageFolder", {"picture": "{stem}cell.png", "root": "."}, "image", "{stem}cell.png"),
+        ("counting_zoo.data.folder.CaptionedPictures", {"pictures": "train", "root": "."}, "images", "train"),
+        ("SyntheticScenes", {"preset": "easy", "split_by": "picture"}, "scenes", SceneSet("easy", "image")),
+    ],
+)
+def test_data_under_the_names_of_the_first_edition(
+    tmp_path: Path, kind: str, options: dict[str, Any], attribute: str, expected: Any
+) -> None:
+    path = tmp_path / "data.yaml"
+    path.write_text(yaml.safe_dump({"data": {"class_path": kind, "init_args": options}}))
+    found = getattr(made_from_config(CountingDataModule, "data", path, {}), attribute)
+    assert (found["train"] if isinstance(found, dict) else found) == expected
+
+
+def test_scenes_keep_the_folder_of_the_first_edition() -> None:
+    assert SceneSet("low", "image").folder_name == "low-a67da378ca"

@@ -67,7 +67,7 @@ def boxed_records(images: Iterable[BoxedImage], classes: list[str], unlisted: Un
     index = {name: k for k, name in enumerate(classes)}
     records: list[Record] = []
     flat: Counter[str] = Counter()
-    others: dict[str, str] = {}  # a place of each class that is not listed
+    others: dict[str, str] = {}  # a file that has each class that is not listed
     for image in images:
         labels = np.array([index.get(name, -1) for name in image.names], np.int64)
         kept = (labels >= 0) & ~image.left_out
@@ -75,18 +75,18 @@ def boxed_records(images: Iterable[BoxedImage], classes: list[str], unlisted: Un
             others.setdefault(image.names[i], image.place)
         flat.update(f"{image.place} ({image.names[i]})" for i in np.flatnonzero(image.flat & kept))
         boxes = image.boxes[kept]
-        present, own = np.unique(labels[kept], return_inverse=True)
-        own = own.astype(np.int64)
+        present, indices = np.unique(labels[kept], return_inverse=True)
+        indices = indices.astype(np.int64)
         records.append(
             Record(
                 image.image_id,
                 image.path,
                 classes=[classes[k] for k in present] or classes[:1],
                 points=((boxes[:, :2] + boxes[:, 2:]) / 2).astype(np.float32),
-                labels=own,
+                labels=indices,
                 boxes=boxes.astype(np.float32),
-                box_labels=own,
-                counts=np.bincount(own, minlength=max(len(present), 1)).astype(np.float32),
+                box_labels=indices,
+                counts=np.bincount(indices, minlength=max(len(present), 1)).astype(np.float32),
                 size=image.size,
             )
         )
@@ -201,8 +201,7 @@ class VOCCounts(CountingDataModule):
         records = self._annotated(root, self.split_names["train"] if name == "drawn" else name)
         if self.split_names["val"] != "drawn" or split == "test":
             return records
-        kept = set(draw_split([r.image_id for r in records], {"val": self.val_fraction}, self.split_seed, split))
-        return [r for r in records if r.image_id in kept]
+        return draw_split(records, {"val": self.val_fraction}, self.split_seed, split)
 
     def _check_apart(self, root: Path) -> None:
         """Make sure that no image to validate or test on is one to train on."""
@@ -233,10 +232,12 @@ class VOCCounts(CountingDataModule):
                 f"{path}: is not there, but {name}.txt lists {stem}; complete the folder, or choose another list "
                 "(the annotation of VOC 2012's test images is not public: set data.test_split to 'val')"
             )
-        found = read_voc_xml(path)
-        left_out = found.difficult & (self.difficult == "exclude")
+        annotation = read_voc_xml(path)
+        left_out = annotation.difficult & (self.difficult == "exclude")
         image_id, image = f"{stem}{self.suffix}", self._image(root, stem)
-        return BoxedImage(image_id, image, found.size, found.names, found.boxes, found.flat, left_out, path.name)
+        return BoxedImage(
+            image_id, image, annotation.size, annotation.names, annotation.boxes, annotation.flat, left_out, path.name
+        )
 
     def _image(self, root: Path, stem: str) -> Path:
         return inside_root(root, f"JPEGImages/{stem}{self.suffix}", f"{root}/ImageSets")
@@ -340,50 +341,50 @@ class COCOCounts(CountingDataModule):
         path = root / "annotations" / f"instances_{part}.json"
         if part not in self._files:
             self._files[part] = _read_instances(path)
-        found = self._files[part]
+        coco = self._files[part]
         folder = next((name for name in (part, f"images/{part}") if (root / name).is_dir()), part)
-        order = map(int, self._order(found, split))
-        images = [(i, inside_root(root, f"{folder}/{found.files[i]}", str(path))) for i in order]
+        order = map(int, self._order(coco, split))
+        images = [(i, inside_root(root, f"{folder}/{coco.files[i]}", str(path))) for i in order]
         if split == "predict":
-            records = [Record(f"{part}/{found.files[i]}", image) for i, image in images]
+            records = [Record(f"{part}/{coco.files[i]}", image) for i, image in images]
         else:
-            if unknown := [name for name in self.names if name not in found.names]:
+            if unknown := [name for name in self.names if name not in coco.names]:
                 raise InputError(
                     f"{path}: has no category {listed(map(repr, unknown), 5)} ({len(unknown)} of data.classes are not "
-                    f"there); list in data.classes only those that are: {listed(found.names, 100)}"
+                    f"there); list in data.classes only those that are: {listed(coco.names, 100)}"
                 )
-            records = boxed_records(self._boxed(found, images, part), self.names, self.unlisted, str(path))
+            records = boxed_records(self._boxed(coco, images, part), self.names, self.unlisted, str(path))
         self._read[split] = records
         return records
 
-    def _order(self, found: COCO, split: Split) -> np.ndarray:
+    def _order(self, coco: COCO, split: Split) -> np.ndarray:
         """Choose the images of a split, as indices in its order."""
-        order = np.argsort(found.ids, kind="stable")
+        order = np.argsort(coco.ids, kind="stable")
         if self.protocol == "official":
-            images, first = np.unique(found.image, return_index=True)
+            images, first = np.unique(coco.image, return_index=True)
             order = images[np.argsort(first)]
         if split == "train" or self.protocol == "coco":
             return order
         half = len(order) // 2
         return order[:half] if split == "val" else order[half:]
 
-    def _boxed(self, found: COCO, images: list[tuple[int, Path]], part: str) -> Iterator[BoxedImage]:
-        flat = np.any(found.boxes[:, 2:] <= found.boxes[:, :2], axis=1)
-        left_out = found.crowd if self.crowd == "exclude" else np.zeros_like(found.crowd)
-        rows_of = found.rows_by_image()
+    def _boxed(self, coco: COCO, images: list[tuple[int, Path]], part: str) -> Iterator[BoxedImage]:
+        flat = np.any(coco.boxes[:, 2:] <= coco.boxes[:, :2], axis=1)
+        left_out = coco.crowd if self.crowd == "exclude" else np.zeros_like(coco.crowd)
+        rows_of = coco.rows_by_image()
         for i, image in images:
-            name, rows = found.files[i], rows_of[found.files[i]]
-            names = [found.names[k] for k in found.category[rows]]
-            size = (int(found.sizes[i, 0]), int(found.sizes[i, 1]))
-            yield BoxedImage(f"{part}/{name}", image, size, names, found.boxes[rows], flat[rows], left_out[rows], name)
+            name, rows = coco.files[i], rows_of[coco.files[i]]
+            names = [coco.names[k] for k in coco.category[rows]]
+            size = (int(coco.sizes[i, 0]), int(coco.sizes[i, 1]))
+            yield BoxedImage(f"{part}/{name}", image, size, names, coco.boxes[rows], flat[rows], left_out[rows], name)
 
 
 def _read_instances(path: Path) -> COCO:
     """Read an annotation file of the release; its rows are let go, as loader processes need the arrays only."""
-    found = read_coco(path, "category_id", "bbox")
-    if found.ids.dtype.kind != "i" and len(found.ids):
-        raise InputError(f"{path}: images have ids such as {found.ids[0]!r}; expected whole numbers, as COCO has them")
-    if not (found.sizes > 0).all():
-        i = int(np.flatnonzero((found.sizes < 1).any(1))[0])
+    coco = read_coco(path, "category_id", "bbox")
+    if coco.ids.dtype.kind != "i" and len(coco.ids):
+        raise InputError(f"{path}: images have ids such as {coco.ids[0]!r}; expected whole numbers, as COCO has them")
+    if not (coco.sizes > 0).all():
+        i = int(np.flatnonzero((coco.sizes < 1).any(1))[0])
         raise InputError(f"{path}, images[{i}] has no height and width of at least 1; complete it")
-    return replace(found, rows=[])
+    return replace(coco, rows=[])

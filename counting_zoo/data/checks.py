@@ -19,7 +19,7 @@ import numpy as np
 from counting_zoo.data.records import Record
 from counting_zoo.errors import ImageError, InputError, check, listed
 from counting_zoo.images import image_size
-from counting_zoo.io import file_sha256, read_lines, sha256
+from counting_zoo.io import file_sha256, read_lines, sha256, write_whole
 
 Outside = Literal["error", "clamp", "drop"]
 
@@ -250,10 +250,10 @@ class Checksums:
         Raises:
             ImageError: they differ.
         """
-        expected, found = self._known[self._name(record)], sha256(data)
-        if found != expected:
+        expected, actual = self._known[self._name(record)], sha256(data)
+        if actual != expected:
             raise ImageError(
-                f"{record.path}: its SHA-256 is {found}, but {self.path} says {expected}; copy the image again, or "
+                f"{record.path}: its SHA-256 is {actual}, but {self.path} says {expected}; copy the image again, or "
                 "correct the list if the image was changed on purpose"
             )
 
@@ -270,7 +270,7 @@ def write_checksums(path: Path, images: Iterable[Path]) -> None:
         images: in the order they are listed in.
     """
     lines = [f"{file_sha256(image)}  {image.relative_to(path.parent).as_posix()}\n" for image in images]
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    write_whole(path, "".join(lines))
 
 
 _ARRAYS = (
@@ -286,7 +286,7 @@ _ARRAYS = (
 class Fingerprint(TypedDict):
     """Result of :func:`fingerprint`."""
 
-    pictures: int
+    pictures: int  # a key of results.json and of packed files, so the word stays
     objects: float  # points, else boxes, else the sum of image-level counts
     sha256: str
 
@@ -303,9 +303,9 @@ def fingerprint(records: Iterable[Record]) -> Fingerprint:
         (1, False)
     """
     digest = hashlib.sha256()
-    n, objects = 0, 0.0
+    n_images, objects = 0, 0.0
     for record in records:
-        n += 1
+        n_images += 1
         objects += _objects(record)
         arrays = {name: getattr(record, name) for name, _ in _ARRAYS}
         shapes = {name: None if value is None else np.shape(value) for name, value in arrays.items()}
@@ -315,7 +315,7 @@ def fingerprint(records: Iterable[Record]) -> Fingerprint:
             if arrays[name] is not None:
                 digest.update(np.ascontiguousarray(arrays[name], dtype).tobytes())
     return {
-        "pictures": n,
+        "pictures": n_images,
         "objects": int(objects) if objects == int(objects) else objects,
         "sha256": digest.hexdigest(),
     }
@@ -511,12 +511,12 @@ def _check_counts(record: Record) -> None:
         )
     if record.labels is None:
         return
-    found = np.bincount(record.labels, minlength=n)
-    wrong = np.flatnonzero(counts != found)
+    annotated = np.bincount(record.labels, minlength=n)
+    wrong = np.flatnonzero(counts != annotated)
     if len(wrong):
         k = int(wrong[0])
         raise InputError(
-            f"{name}: the count of {record.classes[k]!r} is given as {counts[k]:g}, but {found[k]} points are "
+            f"{name}: the count of {record.classes[k]!r} is given as {counts[k]:g}, but {annotated[k]} points are "
             "annotated; correct one of them, or leave the counts out"
         )
 

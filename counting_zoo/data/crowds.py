@@ -86,12 +86,10 @@ class CrowdDataModule(CountingDataModule):
         """Read every image of a split; ``predict`` needs no annotation."""
         parts = self.part_of(split).split("+")
         root = self.find_release(parts[0])
-        images = [(self._image_id(root, path), part, path) for part in parts for path in self.list_part(root, part)]
+        images = [(part, path) for part in parts for path in self.list_part(root, part)]
         if self.val_split == "drawn" and split in ("train", "val"):
-            ids = [image_id for image_id, _, _ in images]
-            kept = set(draw_split(ids, {"val": self.val_fraction}, self.split_seed, split))
-            images = [image for image in images if image[0] in kept]
-        return [self._record(root, *image, annotated=split != "predict") for image in images]
+            images = draw_split(images, {"val": self.val_fraction}, self.split_seed, split)
+        return [self._record(root, part, path, annotated=split != "predict") for part, path in images]
 
     def part_of(self, split: Split) -> str:
         """Name the part of the release that holds a split; ``a+b`` joins two."""
@@ -130,10 +128,8 @@ class CrowdDataModule(CountingDataModule):
         """Read the fields of a record; by default the points of a MATLAB file."""
         return {"points": read_mat_points(path)}
 
-    def _image_id(self, root: Path, path: Path) -> str:
-        return path.relative_to(root).as_posix() if "{part}" in self.images else path.name
-
-    def _record(self, root: Path, image_id: str, part: str, image: Path, annotated: bool) -> Record:
+    def _record(self, root: Path, part: str, image: Path, annotated: bool) -> Record:
+        image_id = image.relative_to(root).as_posix() if "{part}" in self.images else image.name
         record = Record(image_id, image, classes=[self.class_name])
         if not annotated:
             return record

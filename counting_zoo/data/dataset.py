@@ -138,9 +138,9 @@ class CountingDataset(Dataset):
         original_size = image.shape[:2]
         record = check_inside(record, original_size, self.outside)
         asked = ask(record, self.choose_names(record, rng))
-        seen = self.preprocess(torch.from_numpy(image).permute(2, 0, 1))  # (3, H, W), a view unless it is resized
-        size = (seen.shape[1], seen.shape[2])
-        image = seen.permute(1, 2, 0).numpy()
+        resized = self.preprocess(torch.from_numpy(image).permute(2, 0, 1))  # (3, H, W), a view where nothing changes
+        size = (resized.shape[1], resized.shape[2])
+        image = resized.permute(1, 2, 0).numpy()
         sample = Sample(
             image=np.ascontiguousarray(image) if self.training else image,
             points=_moved(scale_points, asked.points, 2, original_size, size),
@@ -163,9 +163,9 @@ class CountingDataset(Dataset):
     def _item(self, asked: Record, sample: Sample, query: Query) -> dict[str, Any]:
         """Turn a sample into tensors: the image, its query and the annotation that ``asked`` has."""
         image = np.ascontiguousarray(sample.image) if self.training else sample.image
-        tensor = torch.from_numpy(image).permute(2, 0, 1)
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
         item: dict[str, Any] = {
-            "image": tensor.float() / 255 if self.training else tensor,
+            "image": pixels.float() / 255 if self.training else pixels,
             "query": query,
         }
         if asked.points is not None:

@@ -93,7 +93,7 @@ def print_description(
     console = Console() if console is None else console
     known = {split: value for split, value in found.items() if isinstance(value, SplitDescription)}
     about = Table("split", title="Annotation")
-    for column in ("pictures", "files", "objects", "names", "min", "median", "mean", "max"):
+    for column in ("images", "files", "objects", "names", "min", "median", "mean", "max"):
         about.add_column(column, justify="right")
     rows = Table("split", "always", title="Constant predictors")
     for column in ("MAE", "RMSE", "NAE"):

@@ -139,14 +139,14 @@ def _write_images(
                 ) from error
             failed.append(f"{record.image_id} ({error})")
             continue
-        own = sha256(encoded)
+        image_hash = sha256(encoded)
         if record.image_id in known:
             row, other = known[record.image_id]
-            if own != other:
+            if image_hash != other:
                 raise InputError(f"two different images have the id {record.image_id!r}; expected unique ids")
         else:
             row = len(known)
-            known[record.image_id] = (row, own)
+            known[record.image_id] = (row, image_hash)
             digest.update(encoded)
             buffer += encoded
             offsets.append(offsets[-1] + len(encoded))
@@ -171,12 +171,12 @@ def _write_records(file: h5py.File, packed: list[_Packed], splits: list[str]) ->
     _dataset(file, "record/text", np.frombuffer(b"".join(texts), np.uint8))
     _dataset(file, "record/offset", _offsets(texts))
     for part, (columns, labels) in _PARTS.items():
-        found = [getattr(record, part) for record in records]
+        given = [getattr(record, part) for record in records]
         shape = (0, columns) if columns else (0,)
-        values = [np.zeros(shape, np.float32) if value is None else value for value in found]
+        values = [np.zeros(shape, np.float32) if value is None else value for value in given]
         _dataset(file, f"{part}/values", np.concatenate(values).astype(np.float32))
         _dataset(file, f"{part}/offset", _offsets(values))
-        _dataset(file, f"{part}/known", np.array([value is not None for value in found], np.uint8))
+        _dataset(file, f"{part}/known", np.array([value is not None for value in given], np.uint8))
         if labels is not None:
             indices = [getattr(record, labels) for record in records]
             rows = [np.zeros(0, np.int64) if value is None else value for value in indices]
@@ -198,10 +198,10 @@ def _verify(path: Path, digest: str) -> None:
     with _explained(path), h5py.File(path, "r") as file:
         _read_records(file, path)
         flat = file["image/bytes"]
-        found = hashlib.sha256()
+        stored = hashlib.sha256()
         for start in range(0, flat.shape[0], BLOCK_BYTES):
-            found.update(flat[start : start + BLOCK_BYTES].tobytes())
-    if found.hexdigest() != digest:
+            stored.update(flat[start : start + BLOCK_BYTES].tobytes())
+    if stored.hexdigest() != digest:
         raise InputError(f"{path}: reads back other bytes than were written; check the disk")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,12 +13,14 @@ from counting_zoo.io import read_json, read_table
 
 SPLITS = ("train", "val", "test")
 
+Item = TypeVar("Item")
 
-def draw(names: Sequence[str], sizes: Mapping[str, float], seed: int) -> dict[str, list[str]]:
-    """Draw disjoint splits by seed; the order of the names is kept within each.
+
+def draw(items: Sequence[Item], sizes: Mapping[str, float], seed: int) -> dict[str, list[Item]]:
+    """Draw disjoint splits by seed; the order of the items is kept within each.
 
     Args:
-        names: what to draw from.
+        items: names or records of images.
         sizes: for each split a number of images, or below 1 a fraction of them (rounded down, at least one).
         seed: the same seed draws the same images.
 
@@ -36,18 +39,18 @@ def draw(names: Sequence[str], sizes: Mapping[str, float], seed: int) -> dict[st
                 f"data.sizes has {split}: {size}; expected train, val or test with a number of images, "
                 "or a fraction between 0 and 1"
             )
-        numbers[split] = int(size) if size >= 1 else max(1, int(size * len(names) + 1e-9))
-    if sum(numbers.values()) > len(names):
-        raise InputError(f"data.sizes asks for {numbers}, {sum(numbers.values())} images, of only {len(names)}")
-    order = np.random.default_rng(seed).permutation(len(names))
+        numbers[split] = int(size) if size >= 1 else max(1, int(size * len(items) + 1e-9))
+    if sum(numbers.values()) > len(items):
+        raise InputError(f"data.sizes asks for {numbers}, {sum(numbers.values())} images, of only {len(items)}")
+    order = np.random.default_rng(seed).permutation(len(items))
     ends = np.cumsum([0, *numbers.values()])
     return {
-        split: [names[i] for i in sorted(order[start:end])]
+        split: [items[i] for i in sorted(order[start:end])]
         for split, start, end in zip(numbers, ends, ends[1:], strict=False)
     }
 
 
-def draw_split(names: Sequence[str], sizes: Mapping[str, float], seed: int, split: str) -> list[str]:
+def draw_split(items: Sequence[Item], sizes: Mapping[str, float], seed: int, split: str) -> list[Item]:
     """Draw as :func:`draw` does, and take one split; one without a size keeps what is left over.
 
     Example:
@@ -55,9 +58,9 @@ def draw_split(names: Sequence[str], sizes: Mapping[str, float], seed: int, spli
         >>> [len(draw_split(names, {"val": 0.2}, 0, split)) for split in ("train", "val")]
         [8, 2]
     """
-    drawn = draw(names, sizes, seed)
-    taken = {name for found in drawn.values() for name in found}
-    return drawn[split] if split in drawn else [name for name in names if name not in taken]
+    drawn = draw(range(len(items)), sizes, seed)
+    rest = sorted(set(range(len(items))).difference(*drawn.values()))
+    return [items[i] for i in drawn.get(split, rest)]
 
 
 def take_ranges(names: Sequence[str], ranges: Mapping[str, Sequence[int | None]]) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ from counting_zoo.data.scenes import PRESETS, Attributes, EachClassPreset, rende
 from counting_zoo.errors import InputError, check
 from counting_zoo.io import progress, read_json, sha256
 
-SplitBy = Literal["class", "picture"]
+SplitBy = Literal["class", "image"]
 
 
 IMAGES = "images_384_VarV2"  # FSC-147's name for the folder
@@ -57,7 +57,7 @@ class SceneSet:
 
     Args:
         preset: ``easy``, ``low``, ``full`` or ``common``.
-        split_by: ``class`` tests on (shape, colour) pairs never trained on, ``picture`` on new images of the classes
+        split_by: ``class`` tests on (shape, colour) pairs never trained on, ``image`` on new images of the classes
             that training shows; ``None`` takes what the preset is made for.
         sizes: number of images of ``train``, ``val`` and ``test``; those left out keep their default.
         seed: of the images.
@@ -74,12 +74,12 @@ class SceneSet:
     def __post_init__(self) -> None:
         check("data.preset", self.preset, one_of=tuple(PRESETS))
         fixed = isinstance(PRESETS[self.preset], EachClassPreset)
-        split_by = self.split_by or ("picture" if fixed else "class")
-        check("data.split_by", split_by, one_of=("class", "picture"))
+        split_by = self.split_by or ("image" if fixed else "class")
+        check("data.split_by", split_by, one_of=("class", "image"))
         if fixed and split_by == "class":
             raise InputError(
                 f"data.split_by is 'class', but the preset {self.preset!r} has one list of classes for all splits; "
-                "set data.split_by to 'picture', or data.preset to 'easy' or 'full'"
+                "set data.split_by to 'image', or data.preset to 'easy' or 'full'"
             )
         sizes = {**SIZES, **(self.sizes or {})}
         if set(sizes) != set(SIZES) or not all(isinstance(n, int) and n >= 1 for n in sizes.values()):
@@ -92,6 +92,8 @@ class SceneSet:
     def fingerprint(self) -> dict[str, Any]:
         """Plain data that is equal for two sets exactly if their files are."""
         parameters = {**asdict(self), "format": FORMAT, "parameters": asdict(PRESETS[self.preset])}
+        # The word of the first edition: sets that it wrote are found again.
+        parameters["split_by"] = "picture" if self.split_by == "image" else self.split_by
         return json.loads(json.dumps(parameters))
 
     @property
@@ -145,18 +147,20 @@ def _holds(scenes: SceneSet, folder: Path) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((folder / FINGERPRINT).read_bytes())
+        stored = json.loads((folder / FINGERPRINT).read_bytes())
     except (OSError, ValueError):
         raise InputError(
             f"{folder} is not empty and has no readable {FINGERPRINT}, so it holds no built-in scenes; "
             "choose another data.root, or leave it out to use the cache"
         ) from None
     expected = scenes.fingerprint
-    if found != expected:
-        if not isinstance(found, dict):
-            found = {}
-        keys = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-        differences = "; ".join(f"{key} is {found.get(key)!r:.80}, asked for {expected.get(key)!r:.80}" for key in keys)
+    if stored != expected:
+        if not isinstance(stored, dict):
+            stored = {}
+        keys = sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key))
+        differences = "; ".join(
+            f"{key} is {stored.get(key)!r:.80}, asked for {expected.get(key)!r:.80}" for key in keys
+        )
         raise InputError(
             f"{folder} holds scenes made with other settings ({differences}); delete the folder, choose another "
             "data.root, or leave it out: every setting has its own folder in the cache"
@@ -204,27 +208,27 @@ def _write(scenes: SceneSet, folder: Path, processes: int) -> None:
     description = f"rendering {scenes.preset} scenes"
     if processes > 1:
         with ProcessPoolExecutor(processes, get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-            drawn = list(progress(pool.map(_draw, jobs, chunksize=16), len(jobs), description))
+            entries = list(progress(pool.map(_draw, jobs, chunksize=16), len(jobs), description))
     else:
-        drawn = list(progress(map(_draw, jobs), len(jobs), description))
-    names = {split: [c.name for c in found] for split, found in classes.items()}
+        entries = list(progress(map(_draw, jobs), len(jobs), description))
+    names = {split: [c.name for c in attributes] for split, attributes in classes.items()}
     files = {
-        ANNOTATION: {"class_names": names, "pictures": drawn},
-        "annotation_FSC147_384.json": {p["file"]: _as_fsc147(p) for p in drawn},
+        ANNOTATION: {"class_names": names, "pictures": entries},
+        "annotation_FSC147_384.json": {p["file"]: _as_fsc147(p) for p in entries},
         "Train_Test_Val_FSC_147.json": {
-            split: [p["file"] for p in drawn if p["split"] == split] for split in scenes.sizes
+            split: [p["file"] for p in entries if p["split"] == split] for split in scenes.sizes
         },
         "FSC-147-D.json": {
-            p["file"]: {"data_split": p["split"], "text_description": f"the {p['classes'][0]}"} for p in drawn
+            p["file"]: {"data_split": p["split"], "text_description": f"the {p['classes'][0]}"} for p in entries
         },
         "Split_Classes.json": names,
         FINGERPRINT: scenes.fingerprint,
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    lines = "".join(f"{p['file']}\t{p['classes'][0]}\n" for p in drawn)
+    lines = "".join(f"{p['file']}\t{p['classes'][0]}\n" for p in entries)
     (folder / "ImageClasses_FSC147.txt").write_text(lines, encoding="utf-8")
-    write_checksums(folder / CHECKSUMS, [folder / IMAGES / p["file"] for p in drawn])
+    write_checksums(folder / CHECKSUMS, [folder / IMAGES / p["file"] for p in entries])
 
 
 def _draw(job: _Job) -> dict[str, Any]:
@@ -259,11 +263,11 @@ def _rounded(values: np.ndarray) -> list[Any]:
     return np.asarray(values, np.float64).round(3).tolist()
 
 
-def _as_fsc147(scene: dict[str, Any]) -> dict[str, Any]:
+def _as_fsc147(entry: dict[str, Any]) -> dict[str, Any]:
     """Convert the target's points and exemplars to what FSC-147's annotation file has."""
-    height, width = scene["size"]
-    corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in scene["exemplars"]]
-    points = [point for point, label in zip(scene["points"], scene["labels"], strict=True) if label == 0]
+    height, width = entry["size"]
+    corners = [[[x1, y1], [x1, y2], [x2, y2], [x2, y1]] for x1, y1, x2, y2 in entry["exemplars"]]
+    points = [point for point, label in zip(entry["points"], entry["labels"], strict=True) if label == 0]
     return {
         "H": height,
         "W": width,
@@ -311,7 +315,7 @@ class SyntheticScenes(CountingDataModule):
             ``$COUNTING_ZOO_CACHE/scenes`` or ``~/.cache/counting_zoo/scenes``.
         preset: what the scenes look like.
         split_by: ``class`` (default of all but ``low``) tests on shape-colour pairs that training never shows,
-            although it shows every word; ``picture`` (default of ``low``) tests on new images of the same classes.
+            although it shows every word; ``image`` (default of ``low``) tests on new images of the same classes.
         sizes: number of images of ``train``, ``val`` and ``test`` (default 1500, 150 and 200).
         scene_seed: seeds the images; ``seed`` seeds only the order and augmentation in training.
         processes: how many processes render on first use; the files do not depend on it.
@@ -361,36 +365,33 @@ class SyntheticScenes(CountingDataModule):
         self.prepare_data()
         assert self.root is not None
         wanted = "test" if split == "predict" else split
-        scenes = [p for p in read_json(self.root / ANNOTATION)["pictures"] if p["split"] == wanted]
-        records = [self._record(scene) for scene in scenes]
+        entries = [p for p in read_json(self.root / ANNOTATION)["pictures"] if p["split"] == wanted]
+        records = [self._record(entry) for entry in entries]
         if split == "predict" and self.classes is not None:  # whoever predicts names what to count
             return [replace(record, classes=[], exemplars=None) for record in records]
         return records
 
-    def _record(self, scene: dict[str, Any]) -> Record:
-        name = f"{ANNOTATION}: {scene['file']}"
-        labels = np.array(scene["labels"], np.int64)
-        classes = scene["classes"]
-        exemplars: np.ndarray | None = as_boxes(scene["exemplars"], name)
+    def _record(self, entry: dict[str, Any]) -> Record:
+        assert self.root is not None  # set in __init__
+        name = f"{ANNOTATION}: {entry['file']}"
+        labels = np.array(entry["labels"], np.int64)
+        classes = entry["classes"]
+        exemplars: np.ndarray | None = as_boxes(entry["exemplars"], name)
         if self.fixed_list:
             # Every image answers for the whole list, in its order; there is no target to show examples of.
-            names = self._split_names[scene["split"]]
+            names = self._split_names[entry["split"]]
             labels = np.array([names.index(c) for c in classes], np.int64)[labels]
             classes, exemplars = names, None
         return Record(
-            image_id=scene["file"],
-            path=self._path(scene),
+            image_id=entry["file"],
+            path=self.root / IMAGES / entry["file"],
             classes=list(classes),
-            points=as_points(scene["points"], name),
+            points=as_points(entry["points"], name),
             labels=labels,
-            boxes=as_boxes(scene["boxes"], name),
+            boxes=as_boxes(entry["boxes"], name),
             box_labels=labels.copy(),
             exemplars=exemplars,
             counts=np.bincount(labels, minlength=len(classes)).astype(np.float32),
-            captions=list(scene["captions"]),
-            size=(scene["size"][0], scene["size"][1]),
+            captions=list(entry["captions"]),
+            size=(entry["size"][0], entry["size"][1]),
         )
-
-    def _path(self, scene: dict[str, Any]) -> Path:
-        assert self.root is not None
-        return self.root / IMAGES / scene["file"]

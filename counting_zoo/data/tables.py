@@ -75,13 +75,13 @@ class ImageNames:
         Raises:
             InputError: it may mean several.
         """
-        found = self.matches(name)
-        if len(found) > 1:
+        matches = self.matches(name)
+        if len(matches) > 1:
             raise InputError(
-                f"{source}: {len(found)} images are called like {name}: {found[:3]}; give images and {source} the same "
-                "folders"
+                f"{source}: {len(matches)} images are called like {name}: {matches[:3]}; give images and {source} "
+                "the same folders"
             )
-        return found[0] if found else None
+        return matches[0] if matches else None
 
 
 def as_path(name: str) -> PurePosixPath:
@@ -197,26 +197,26 @@ def _table_marks(table: Table, columns: Sequence[str], unnamed: str) -> dict[str
     rows, values, by_image = read_coordinates(table, columns)
     names, values = _labels(table.select(rows), unnamed), values.astype(np.float32)
     marks = {}
-    for image, own in by_image.items():
-        own_names = [names[i] for i in own]
+    for image, indices in by_image.items():
+        labels = [names[i] for i in indices]
         if columns is POINT:
-            marks[image] = Marks(points=values[own], point_names=own_names)
+            marks[image] = Marks(points=values[indices], point_names=labels)
         else:
-            marks[image] = Marks(boxes=values[own], box_names=own_names)
+            marks[image] = Marks(boxes=values[indices], box_names=labels)
     return marks
 
 
 def _coco_marks(content: dict[str, Any], path: Path) -> dict[str, Marks]:
-    found = coco_of(content, path, "category_id", "bbox", crowds=False)
-    if found.crowd.any():
-        log.warning("%s: %d crowd regions (iscrowd) are left out: they have no count", path, found.crowd.sum())
+    coco = coco_of(content, path, "category_id", "bbox", crowds=False)
+    if coco.crowd.any():
+        log.warning("%s: %d crowd regions (iscrowd) are left out: they have no count", path, coco.crowd.sum())
     return {
         name: Marks(
-            boxes=found.boxes[rows].astype(np.float32),
-            box_names=[found.names[k] for k in found.category[rows]],
+            boxes=coco.boxes[rows].astype(np.float32),
+            box_names=[coco.names[k] for k in coco.category[rows]],
             size=(int(size[0]), int(size[1])) if size.all() else None,
         )
-        for (name, rows), size in zip(found.rows_by_image(~found.crowd).items(), found.sizes, strict=True)
+        for (name, rows), size in zip(coco.rows_by_image(~coco.crowd).items(), coco.sizes, strict=True)
     }
 
 
@@ -225,8 +225,8 @@ def _json_points(content: Any, path: Path, unnamed: str) -> dict[str, Marks]:
         kind = type(content).__name__
         raise InputError(f'{path}: expected COCO\'s layout or {{"a.png": [[x, y], ...]}}, found a {kind}')
     marks = {}
-    for image, found in content.items():
-        groups = found if isinstance(found, dict) else {unnamed: found}
+    for image, given in content.items():
+        groups = given if isinstance(given, dict) else {unnamed: given}
         arrays = [as_points(points, f"{path}: {image}") for points in groups.values()]
         names = [name for name, points in zip(groups, arrays, strict=True) for _ in range(len(points))]
         marks[image] = Marks(points=np.concatenate([np.zeros((0, 2), np.float32), *arrays]), point_names=names)
@@ -290,15 +290,15 @@ def _has_counts(content: Any) -> bool:
         return bool(content) and all(isinstance(row, dict) for row in content)
     if not isinstance(content, dict):
         return False
-    values = (v for found in content.values() for v in (found.values() if isinstance(found, dict) else (found,)))
+    values = (v for given in content.values() for v in (given.values() if isinstance(given, dict) else (given,)))
     return any(isinstance(value, bool) or not math.isnan(_count_value(value)) for value in values)
 
 
 def _json_counts(content: Any, path: Path, unnamed: str) -> Iterator[Row]:
     """Read ``{"a.png": {"cat": 2}}``, ``{"a.png": 2}``, or a list of objects with the columns of either table."""
     if isinstance(content, dict):
-        for image, found in content.items():
-            yield f"{path}: {image}", image, found if isinstance(found, dict) else {unnamed: found}
+        for image, counts in content.items():
+            yield f"{path}: {image}", image, counts if isinstance(counts, dict) else {unnamed: counts}
         return
     for i, row in enumerate(content):
         where = f"{path}: row {i}"

@@ -61,7 +61,7 @@ def crop(sample: Sample, x: int, y: int, width: int, height: int) -> Sample:
 
 
 def averaged_or_linear(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resample a image: pixels are averaged when both sides shrink, and interpolated linearly otherwise."""
+    """Resample an image: pixels are averaged when both sides shrink, and interpolated linearly otherwise."""
     shrinks = width <= image.shape[1] and height <= image.shape[0]
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
@@ -120,7 +120,7 @@ def _moved(
 
     Args:
         sample: before.
-        image: the image after.
+        image: the moved image.
         matrix: ``(2, 3)``, from coordinates before to coordinates after.
         keep: tells of ``(N, 2)`` float64 places before which of them stay; all if ``None``.
     """
@@ -221,7 +221,7 @@ class PixelTransforms:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
         import albumentations as A
 
-        class Own(A.ImageOnlyTransform):  # type: ignore[misc]
+        class FunctionTransform(A.ImageOnlyTransform):  # type: ignore[misc]
             def __init__(self, function: Callable[[np.ndarray, np.random.Generator], np.ndarray], p: float) -> None:
                 super().__init__(p=p)
                 self.function = function
@@ -229,15 +229,17 @@ class PixelTransforms:
             def apply(self, img: np.ndarray, **_: Any) -> np.ndarray:
                 return self.function(img, self.random_generator)
 
-        named = [
-            (getattr(A, name) if name in _ALLOWED else Own, o) for given in self.pixel for name, o in given.items()
-        ]
-        return A.Compose([make(**(options or {})) for make, options in named], strict=True)  # no unknown argument
+        transforms = []
+        for given in self.pixel:
+            for name, options in given.items():
+                kind = getattr(A, name) if name in _ALLOWED else FunctionTransform
+                transforms.append(kind(**(options or {})))
+        return A.Compose(transforms, strict=True)  # no unknown argument
 
 
 def _colour_jitter(strength: tuple[float, float, float, float], p: float = 1.0) -> dict[str, Any]:
     """Change brightness, contrast, saturation and hue as torchvision does, in random order."""
-    ranges = [(max(0.0, 1 - own), 1 + own) for own in strength[:3]]
+    ranges = [(max(0.0, 1 - change), 1 + change) for change in strength[:3]]
     names = ("brightness", "contrast", "saturation")
     return {"ColorJitter": {**dict(zip(names, ranges, strict=True)), "hue": (-strength[3], strength[3]), "p": p}}
 
@@ -509,7 +511,7 @@ class CrowdAugmentation(Augmentation):
     """A random square resized to ``crop``, flips, and at times other colours, blur, and salt and pepper.
 
     The square has ``int(crop * s)`` pixels, s uniform in ``scale``, or the image's shorter side where that is less;
-    the reference enlarges such a image until the square fits, which shows the same. It is cut out of the uint8
+    the reference enlarges such an image until the square fits, which shows the same. It is cut out of the uint8
     image before anything is converted, so the time does not depend on the image's size. A point goes with the
     square that holds it: squares are half-open, except at the image's own right and lower border. Counts-only
     images get colours and flips alone.
@@ -582,16 +584,17 @@ class CrowdAugmentation(Augmentation):
         self.flip_rule = flip_rule
         white, black = noise
         share, salt = white + black, white / (white + black or 1)
-        blurring: dict[str, Any] = {"GaussianBlur": {"blur_limit": (blur_kernel, blur_kernel), "sigma_limit": blur}}
-        salting: dict[str, Any] = {"SaltAndPepper": {"amount": (share, share), "salt_vs_pepper": (salt, salt)}}
+        kernels = (blur_kernel, blur_kernel)
+        blurring: dict[str, Any] = {"GaussianBlur": {"blur_limit": kernels, "sigma_limit": blur, "p": blur_probability}}
+        salting: dict[str, Any] = {
+            "SaltAndPepper": {"amount": (share, share), "salt_vs_pepper": (salt, salt), "p": noise_probability}
+        }
         if blur_rule == "official":  # albumentations' blurs are equally wide along rows and columns
-            blurring = {"official blur": {"function": partial(blurred, sigmas=blur, kernel=blur_kernel)}}
+            function = partial(blurred, sigmas=blur, kernel=blur_kernel)
+            blurring = {"official blur": {"function": function, "p": blur_probability}}
         if noise_rule == "official":  # and its salt falls on whole pixels
-            salting = {"official noise": {"function": partial(salted_channels, share=noise)}}
-        default = [_colour_jitter(jitter, jitter_probability)]
-        for given, p in ((blurring, blur_probability), (salting, noise_probability)):
-            default += [{name: {**options, "p": p}} for name, options in given.items()]
-        self.pixel = PixelTransforms.of(pixel, default)
+            salting = {"official noise": {"function": partial(salted_channels, share=noise), "p": noise_probability}}
+        self.pixel = PixelTransforms.of(pixel, [_colour_jitter(jitter, jitter_probability), blurring, salting])
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if sample.croppable:
@@ -616,8 +619,8 @@ def bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:
         image: ``(h, w, 3)``.
         width, height: of the result.
     """
-    tensor = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, h, w), a view
-    resized = interpolate(tensor, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, h, w), a view
+    resized = interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 

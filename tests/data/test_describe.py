@@ -77,7 +77,7 @@ def test_printed(tmp_path: Path) -> None:
     found["val"] = InputError("[red]data.root[/red] is not set")
     print_description(found, console)
     lines = console.export_text().splitlines()
-    assert any(line.split("│")[1:4] == [" test  ", "        3 ", "     3 "] for line in lines)
+    assert any(line.split("│")[1:4] == [" test  ", "      3 ", "     3 "] for line in lines)
     assert sum(" mean " in line for line in lines) == 3  # a head, and a row each of train and test
     assert "val: [red]data.root[/red] is not set" in lines
     assert f"test: sha256 {described(FSC147(tmp_path), 'test').sha256}" in lines

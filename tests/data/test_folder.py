@@ -139,7 +139,7 @@ COUNTS_BY_CLASS: dict[str, Any] = {"a.png": {"cat": 2, "dog": 0}, "b.png": {"dog
 )
 def test_every_form_of_counts(tmp_path: Path, name: str, content: str) -> None:
     for i, image in enumerate(COUNTS_BY_CLASS):
-        fakes.write_image(tmp_path / image, np.zeros((0, 2)), seed=i)
+        fakes.write_picture(tmp_path / image, np.zeros((0, 2)), seed=i)
     (tmp_path / name).write_text(content)
     data = ImageFolder(tmp_path, annotation=name, classes=["dog", "cat"], prompts="all", splits={"train": [0, 3]})
     assert data.asked_counts("train").tolist() == [[0, 2], [3, 0], [0, 0]]
@@ -217,7 +217,8 @@ def test_dot_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_faint_dots_count_and_alpha_does_not(tmp_path: Path, dtype: type, channels: int) -> None:
     dots = np.zeros((5, 7, channels), dtype)
-    dots[2, 6, 0] = 1  # 1 of 65535: lost by whoever makes 8 bits of it first
+    # Of 65535 in grey 1 is a mark: lost by whoever makes 8 bits of it first. Of colours the upper byte is decoded.
+    dots[2, 6, 0] = 256 if dtype is np.uint16 and channels > 1 else 1
     if channels == 4:
         dots[..., 3] = np.iinfo(dtype).max
     (tmp_path / "d.png").write_bytes(cv2.imencode(".png", dots)[1].tobytes())
@@ -242,14 +243,14 @@ def _marrow(root: Path, n: int = 3, folders: tuple[str, str] = ("BM_{stem}.png",
     ("image", "dots"),
     [("{stem}.png", "{stem}_dots.png"), (None, "{stem}_dots.png"), ("BM_{stem}.*", "BM_{stem}_dots.*")],
 )
-def test_a_image_pattern_that_fits_the_dot_images_too(tmp_path: Path, image: str | None, dots: str) -> None:
+def test_a_picture_pattern_that_fits_the_dot_pictures_too(tmp_path: Path, image: str | None, dots: str) -> None:
     counts = _marrow(tmp_path)
     options: dict[str, Any] = {"image": image, "dots": dots}
     data = ImageFolder(tmp_path, **options)
     names = [f"BM_GRAZ_{i:04d}_01.png" for i in range(3)]
     assert [(r.image_id, len(r.points)) for r in data.records("test")] == list(zip(names, counts, strict=True))
     assert [r.image_id for r in data.records("predict")] == names
-    # A image without dots is predicted, dots without a image are not; neither is passed over in a test.
+    # An image without dots is predicted, dots without an image are not; neither is passed over in a test.
     (tmp_path / names[1].replace(".png", "_dots.png")).unlink()
     (tmp_path / names[2]).unlink()
     assert [r.image_id for r in ImageFolder(tmp_path, **options).records("predict")] == names[:2]
@@ -568,7 +569,7 @@ def test_predict_finds_every_image_below(tmp_path: Path, caplog: pytest.LogCaptu
     for i, name in enumerate(("b.JPG", "a/deep/er.png", "a/ü x.bmp", "c.webp")):
         fakes.write_image(tmp_path / name.lower(), np.zeros((0, 2)), seed=i)
     (tmp_path / "b.jpg").rename(tmp_path / "b.JPG")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "._b.jpg").write_text("macOS leaves these")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")

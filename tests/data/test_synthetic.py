@@ -134,10 +134,10 @@ def test_low_answers_for_the_whole_list(low: SyntheticScenes) -> None:
 
 
 def test_split_by_image_shares_classes() -> None:
-    data = make(None, split_by="picture")
+    data = make(None, split_by="image")
     assert data.class_names("train") == data.class_names("test")
     assert len(data.class_names("train")) == 72
-    assert make(None, preset="low").scenes.split_by == "picture"
+    assert make(None, preset="low").scenes.split_by == "image"
 
 
 def test_read_as_fsc147(easy: SyntheticScenes) -> None:
