@@ -323,7 +323,6 @@ def _current_words(args: Sequence[str]) -> list[str]:
 EARLIER_DATA = {
     "CaptionedPictures": ("CaptionedImages", {"pictures": "images"}),
     "ImageFolder": ("ImageFolder", {"picture": "image"}),
-    "SyntheticScenes": ("SyntheticScenes", {}),
 }
 
 
@@ -343,8 +342,6 @@ def _current_data(content: str) -> str:
         return content
     kind, options = EARLIER_DATA[kind]
     init_args = {options.get(name, name): value for name, value in (given.get("init_args") or {}).items()}
-    if init_args.get("split_by") == "picture":
-        init_args["split_by"] = "image"
     current = {**given, "class_path": f"{package}{dot}{kind}", "init_args": init_args}
     return yaml.safe_dump({**config, "data": current}, sort_keys=False)
 

@@ -24,7 +24,7 @@ from counting_zoo.data.scenes import PRESETS, Attributes, EachClassPreset, rende
 from counting_zoo.errors import InputError, check
 from counting_zoo.io import progress, read_json, sha256
 
-SplitBy = Literal["class", "image"]
+SplitBy = Literal["class", "image", "picture"]  # the last is the first edition's word for image
 
 
 IMAGES = "images_384_VarV2"  # FSC-147's name for the folder
@@ -74,7 +74,7 @@ class SceneSet:
     def __post_init__(self) -> None:
         check("data.preset", self.preset, one_of=tuple(PRESETS))
         fixed = isinstance(PRESETS[self.preset], EachClassPreset)
-        split_by = self.split_by or ("image" if fixed else "class")
+        split_by = "image" if self.split_by == "picture" else self.split_by or ("image" if fixed else "class")
         check("data.split_by", split_by, one_of=("class", "image"))
         if fixed and split_by == "class":
             raise InputError(

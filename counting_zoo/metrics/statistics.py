@@ -114,7 +114,7 @@ def summed_by_image(rows: np.ndarray, image: np.ndarray) -> np.ndarray:
         ``(P, C)``, P one more than the highest index.
 
     Example:
-        >>> summed_by_picture(np.array([[1.0], [2.0], [4.0]]), np.array([1, 0, 1])).tolist()
+        >>> summed_by_image(np.array([[1.0], [2.0], [4.0]]), np.array([1, 0, 1])).tolist()
         [[2.0], [5.0]]
     """
     n = int(image.max()) + 1 if len(image) else 0
