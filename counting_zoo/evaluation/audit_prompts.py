@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 EMPTY = (".",)
 """Models refuse a prompt without any character; a full stop is the nearest to it that all of them take."""
 
@@ -23,31 +26,6 @@ PARAPHRASES = (
 )
 
 
-_IRREGULAR = {
-    "person": "people",
-    "man": "men",
-    "woman": "women",
-    "child": "children",
-    "mouse": "mice",
-    "goose": "geese",
-    "leaf": "leaves",
-    "loaf": "loaves",
-    "knife": "knives",
-    "shelf": "shelves",
-    "tooth": "teeth",
-    "foot": "feet",
-}
-
-
-_SINGULARS = {plural: singular for singular, plural in _IRREGULAR.items()}
-
-
-_SAME = ("sheep", "fish", "deer", "glass", "grass", "series")
-
-
-_HISSING = ("ches", "shes", "sses", "xes", "zes")
-
-
 def singular(name: str) -> str:
     """Put the last word of a name into the singular, by the rules of English and a few exceptions.
 
@@ -56,14 +34,9 @@ def singular(name: str) -> str:
         ['red disc', 'sea shell', 'strawberry', 'box', 'cross', 'person', 'sheep']
     """
     head, word = _last_word(name)
-    low = word.lower()
-    if low in _SINGULARS:
-        return head + _SINGULARS[low]
-    if low in _SAME or len(low) < 3 or not low.endswith("s") or low.endswith(("ss", "us")):
+    if word.lower().endswith(("ss", "us")):  # a bus is no bu
         return name
-    if low.endswith("ies") and len(low) > 4:
-        return head + word[:-3] + "y"
-    return head + (word[:-2] if low.endswith(_HISSING) else word[:-1])
+    return head + str(_english().singular_noun(word) or word) if word else name
 
 
 def plural(name: str) -> str:
@@ -73,17 +46,8 @@ def plural(name: str) -> str:
         >>> [plural(n) for n in ("red disc", "strawberry", "box", "keys", "person", "red crosses")]
         ['red discs', 'strawberries', 'boxes', 'keys', 'people', 'red crosses']
     """
-    if singular(name) != name:
-        return name
     head, word = _last_word(name)
-    low = word.lower()
-    if low in _IRREGULAR:
-        return head + _IRREGULAR[low]
-    if low in _SAME[:3]:
-        return name
-    if low.endswith("y") and low[-2:-1] not in tuple("aeiou") and len(word) > 1:
-        return head + word[:-1] + "ies"
-    return f"{name}es" if low.endswith(("s", "x", "z", "ch", "sh")) else f"{name}s"
+    return name if not word or singular(name) != name else head + str(_english().plural_noun(word))
 
 
 def variants(name: str) -> dict[str, list[str]]:
@@ -99,6 +63,13 @@ def variants(name: str) -> dict[str, list[str]]:
         "case": [name.lower(), name.upper(), name.title()],
     }
     return {kind: [p for p in dict.fromkeys(prompts) if p != name] for kind, prompts in found.items()}
+
+
+@lru_cache(maxsize=1)
+def _english() -> Any:
+    import inflect  # takes seconds, as it checks its own types then
+
+    return inflect.engine()
 
 
 def _last_word(name: str) -> tuple[str, str]:

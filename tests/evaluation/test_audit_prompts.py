@@ -22,6 +22,10 @@ from counting_zoo.evaluation.audit_prompts import EMPTY, NONSENSE, plural, singu
         ("sheep", "sheep"),
         ("glass", "glasses"),
         ("grape", "grapes"),
+        ("bus", "buses"),
+        ("potato", "potatoes"),
+        ("pair of scissors", "pair of scissors"),
+        ("series", "series"),
     ],
 )
 def test_one_and_many(one: str, many: str) -> None:
