@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import heapq
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +24,10 @@ from counting_zoo.io import read_json
 
 Size = tuple[int, int]
 
+FARTHEST = 1e5
+"""Largest coordinate of a polygon's corner: pycocotools takes memory for each pixel on the way to it."""
+
+_COCO_STRING = re.compile(r"([P-o]{0,11}[0-O])+")  # numbers of up to 12 characters, whose last is below P
 
 FORMATS = (
     "a list of {'data': base64, 'shape': [H, W]} as CountSeg has it, of COCO run lengths {'size': [H, W], 'counts'}, "
@@ -191,64 +197,46 @@ def _decode_spans(data: Any, size: Size) -> np.ndarray:
 
 
 def _decode_counts(counts: Any, size: Size) -> np.ndarray:
-    """Decode COCO's masks: lengths of runs, column by column, the first of background; as numbers or as its string."""
-    if isinstance(counts, str):
-        runs = _decode_string(counts)
-    elif isinstance(counts, list) and all(isinstance(n, int) and abs(n) < 1 << 40 for n in counts):
-        runs = np.array(counts, np.int64)
-    else:
-        raise InputError(f"counts is a {type(counts).__name__}; expected COCO's string or a list of whole numbers")
-    if len(runs) and runs.min() < 0:
-        raise InputError(f"counts has a run of length {runs.min()}; the string or list is damaged")
-    if runs.sum() != size[0] * size[1]:
+    """Decode COCO's run lengths, a list of numbers or its string."""
+    if isinstance(counts, list) and all(isinstance(n, int) and 0 <= n < 1 << 32 for n in counts):
+        if sum(counts) != size[0] * size[1]:
+            raise InputError(
+                f"counts has runs for {sum(counts)} pixels; expected {size[0] * size[1]} for {size[0]} x {size[1]}"
+            )
+        return _coco().decode(_coco().frPyObjects({"size": list(size), "counts": counts}, *size)).astype(bool)
+    # An unfinished number at the end would make pycocotools read and write beyond its buffers.
+    if not isinstance(counts, str) or not _COCO_STRING.fullmatch(counts):
+        raise InputError(f"counts is {str(counts)[:20]!r}; expected COCO's string or a list of whole numbers from 0")
+    try:
+        mask = _coco().decode({"size": list(size), "counts": counts})
+    except ValueError as error:
+        raise InputError(f"counts has runs for more than {size[0]} x {size[1]} pixels, or is damaged") from error
+    # Runs for too few pixels are no error in pycocotools; the rest of the mask is then whatever was in memory.
+    if _coco().encode(mask)["counts"].decode() != counts:
         raise InputError(
-            f"counts has runs for {runs.sum()} pixels; expected {size[0] * size[1]} for {size[0]} x {size[1]}"
+            f"counts has runs for fewer than {size[0]} x {size[1]} pixels, or was not written by COCO's tools"
         )
-    return (np.arange(len(runs)) % 2 == 1).repeat(runs).reshape(size[::-1]).T
-
-
-def _decode_string(text: str) -> np.ndarray:
-    """Decode COCO's string: 5 bits a character from 48, the sixth says that more follow; signed; from the fourth on
-    the difference to the last but one."""
-    codes = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64) - 48
-    if not len(codes):
-        return codes
-    if codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        raise InputError(f"counts is no string of COCO's run lengths: {text[:20]!r}...")
-    ends = np.flatnonzero(codes & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(len(codes)) - starts.repeat(ends - starts + 1)
-    if place.max() > 11:
-        raise InputError(f"counts has a number of {place.max() + 1} characters; the string is damaged")
-    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
-    runs -= np.where(codes[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
+    return mask.astype(bool)
 
 
 def encode_mask(mask: np.ndarray | Tensor) -> dict[str, Any]:
-    """Encode a mask as COCO's uncompressed run lengths, which :class:`Proposals` and pycocotools read.
+    """Encode a mask as COCO's run lengths, which :class:`Proposals` and pycocotools read.
 
     Args:
         mask: ``(H, W)`` bool.
 
     Example:
         >>> encode_mask(np.array([[False, True], [True, True]]))
-        {'size': [2, 2], 'counts': [1, 3]}
+        {'size': [2, 2], 'counts': '13'}
     """
-    plane = np.asarray(mask, bool)
-    pixels = plane.T.reshape(-1)
-    borders = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    runs = np.diff(np.concatenate([[0], borders, [len(pixels)]])).tolist()
-    return {"size": list(plane.shape), "counts": [0, *runs] if len(pixels) and pixels[0] else runs}
+    encoded = _coco().encode(np.asfortranarray(mask, np.uint8))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
 def polygon_mask(polygons: Sequence[Any], size: Size) -> np.ndarray:
-    """Fill COCO polygons ``[x1, y1, x2, y2, ...]``: all pixels whose centre is inside one.
+    """Draw the union of COCO polygons ``[x1, y1, x2, y2, ...]`` as pycocotools does.
 
-    Coordinates are continuous: the first pixel reaches from 0 to 1. (``cv2.fillPoly`` would add the pixels that the
-    border touches.)
+    Coordinates are continuous: the first pixel reaches from 0 to 1.
 
     Raises:
         InputError: a polygon that is no list of at least three corners.
@@ -257,28 +245,27 @@ def polygon_mask(polygons: Sequence[Any], size: Size) -> np.ndarray:
         >>> polygon_mask([[1, 0, 3, 0, 3, 2, 1, 2]], (3, 4)).astype(int).tolist()
         [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
     """
-    mask = np.zeros(size, bool)
+    corners: list[list[float]] = []
     for i, polygon in enumerate(polygons):
         try:
-            corners = np.asarray(polygon, np.float64)
+            values = np.asarray(polygon, np.float64)
         except (TypeError, ValueError) as error:
             raise InputError(f"segmentation[{i}] is no list of numbers: {error}") from error
-        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
-            raise InputError(f"segmentation[{i}] has shape {corners.shape}; expected x, y of three or more corners")
-        mask |= _inside(corners.reshape(-1, 2), size)
-    return mask
+        if values.ndim != 1 or len(values) < 6 or len(values) % 2:
+            raise InputError(f"segmentation[{i}] has shape {values.shape}; expected x, y of three or more corners")
+        if not (np.abs(values) <= FARTHEST).all():  # not: NaN compares false
+            raise InputError(f"segmentation[{i}] has corners that are not finite or beyond {FARTHEST:.0f} pixels")
+        corners.append(values.tolist())
+    if not corners:
+        return np.zeros(size, bool)
+    return _coco().decode(_coco().merge(_coco().frPyObjects(corners, *size))).astype(bool)
 
 
-def _inside(corners: np.ndarray, size: Size) -> np.ndarray:
-    """Find pixels whose centre lies inside: those with an odd number of edges on their left."""
-    centre = np.arange(size[0]) + 0.5
-    start, end = corners[:, None], np.roll(corners, -1, axis=0)[:, None]  # (E, 1, 2)
-    edge, row = np.nonzero((start[..., 1] <= centre) != (end[..., 1] <= centre))
-    (x0, y0), (x1, y1) = start[edge, 0].T, end[edge, 0].T
-    crossing = x0 + (centre[row] - y0) / (y1 - y0) * (x1 - x0)
-    crossings = np.zeros((size[0], size[1] + 1), np.int64)
-    np.add.at(crossings, (row, np.ceil(crossing - 0.5).clip(0, size[1]).astype(np.int64)), 1)
-    return crossings.cumsum(1)[:, :-1] % 2 == 1
+def _coco() -> Any:
+    try:
+        return import_module("pycocotools.mask")
+    except ImportError as error:
+        raise InputError(f"masks need pycocotools: pip install 'counting-zoo[instances]' ({error})") from error
 
 
 SIDE = 320
