@@ -139,7 +139,7 @@ COUNTS_BY_CLASS: dict[str, Any] = {"a.png": {"cat": 2, "dog": 0}, "b.png": {"dog
 )
 def test_every_form_of_counts(tmp_path: Path, name: str, content: str) -> None:
     for i, image in enumerate(COUNTS_BY_CLASS):
-        fakes.write_picture(tmp_path / image, np.zeros((0, 2)), seed=i)
+        fakes.write_image(tmp_path / image, np.zeros((0, 2)), seed=i)
     (tmp_path / name).write_text(content)
     data = ImageFolder(tmp_path, annotation=name, classes=["dog", "cat"], prompts="all", splits={"train": [0, 3]})
     assert data.asked_counts("train").tolist() == [[0, 2], [3, 0], [0, 0]]
